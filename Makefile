@@ -1,0 +1,100 @@
+# `make` lists the targets. Each sets up what it needs in .venv, once; a second call starts at once.
+
+# Any Python from 3.10 to 3.12.
+PYTHON ?= python3
+
+# Where the environment goes.
+VENV ?= .venv
+
+# Arguments for the command behind a target: make quickstart ARGS="--seed 2", make test ARGS="-k hysteretic".
+ARGS ?=
+
+# Arguments for every pip call, for a package mirror for instance.
+PIP_ARGS ?=
+
+# What pip is asked for instead of the CPU build of torch that is looked for below:
+#   make quickstart TORCH="torch==2.13.0 --index-url <the CPU index, see pytorch.org>"
+TORCH ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS)
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+# uv does not read pip's configuration: a mirror named in the environment counts for both.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+
+# Packages are installed without bytecode, which Python then writes for what is imported. Without it, each of verl's dozen
+# processes would compile all of torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-all install install-dev install-vllm lint format docs lock clean
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+quickstart: install  ## Train Countdown with A-HPO in verl on this machine, and show the curves.
+	$(BIN)/hpo-plugin quickstart $(ARGS)
+
+test: install-dev  ## Run the tests, without the training runs.
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: install-vllm  ## Run all tests, with the training runs of both rollout backends.
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: install-dev  ## Check style, format and types.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install-dev  ## Format the code.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: install-dev  ## Build the documentation in site/; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+install: $(VENV)/.cpu  ## Set up .venv for the CPU path.
+
+install-dev: $(VENV)/.dev  ## The same, with what tests, lint and docs need.
+
+install-vllm: $(VENV)/.cpu-vllm  ## The same, with verl's vLLM rollout on CPU (Linux).
+
+# The three sets agree in every version, so that one environment serves all of them: the largest is resolved first.
+lock: $(BIN)/uv  ## Resolve requirements/*.txt anew, keeping the versions that still fit.
+	cd requirements && for set in "cpu-vllm --extra cpu-vllm --extra dev" \
+		"dev --extra cpu --extra dev --constraints cpu-vllm.txt" "cpu --extra cpu --constraints dev.txt"; do \
+		$(abspath $(BIN)/uv) pip compile ../pyproject.toml --quiet --universal --python-version 3.10 \
+			--custom-compile-command "make lock" --annotation-style line --output-file $${set%% *}.txt $${set#* } || exit 1; \
+	done
+
+clean:  ## Remove the environment and everything built; runs and data stay.
+	rm -rf .venv build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find hpo_plugin hydra_plugins tests recipes -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); hpo-plugin needs Python 3.10, 3.11 or 3.12: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "Setting up $(VENV) ..."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) uv
+
+# The CPU build of torch: from where pip already looks, else from PyTorch's own CPU index, which uv knows. Plain `torch`
+# from the default index brings gigabytes of CUDA packages on Linux, so it is taken only where TORCH asks for it.
+$(VENV)/.torch: $(BIN)/uv
+ifneq ($(TORCH),)
+	$(PIP) --no-deps $(TORCH)
+else
+	$(PIP) --no-deps torch==2.13.0+cpu || $(UV) --no-deps --torch-backend cpu torch==2.13.0 || { \
+		echo 'No CPU build of torch 2.13.0 found. Say where it is: make TORCH="torch==2.13.0 --index-url <index>" ...' >&2; exit 1; }
+endif
+	@touch $@
+
+# uv takes a fifth of pip's CPU time for the same versions; pip stays as the way out where uv cannot reach an index.
+$(VENV)/.cpu $(VENV)/.dev $(VENV)/.cpu-vllm: $(VENV)/.%: requirements/%.txt pyproject.toml $(VENV)/.torch
+	$(UV) --no-deps -r $< || $(PIP) --no-deps -r $<
+	$(UV) --no-deps --editable . || $(PIP) --no-deps --editable .
+	@touch $@

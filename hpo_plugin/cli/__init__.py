@@ -1,0 +1,1 @@
+"""The ``hpo-plugin`` command line."""

@@ -1,0 +1,5 @@
+"""``python -m hpo_plugin.cli``: the ``hpo-plugin`` command where the scripts' directory is not on the path."""
+
+from hpo_plugin.cli.app import app
+
+app(prog_name="hpo-plugin")

@@ -1,0 +1,376 @@
+"""What ``hpo-plugin check`` looks at. Each function returns findings and raises nothing that a user can cause."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from importlib import metadata
+from importlib.util import find_spec
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from hpo_plugin.cli._cluster import Cluster
+from hpo_plugin.cli._probe import PACKAGES, probe
+from hpo_plugin.cli._report import Finding, Report
+from hpo_plugin.glue.arms import ConfigError, resolve_arm
+
+Progress = Callable[[str], None]
+
+#: ``hpo_plugin.glue.seams.ALLOW_UNTESTED``. Nothing of the glue but the arms is imported here: where the glue cannot be
+#: imported, the check has to say why.
+_ALLOW_UNTESTED = "HPO_PLUGIN_ALLOW_UNTESTED_VERL"
+
+
+def run_checks(
+    config_name: str | None,
+    overrides: Sequence[str],
+    *,
+    config_dir: Path | None = None,
+    timeout: float = 120.0,
+    local: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Run every check.
+
+    Args:
+        config_name: The config that ``python -m verl.trainer.main_ppo --config-name`` would be given; None checks the
+            installation only.
+        overrides: Hydra overrides.
+        config_dir: A further directory of configs.
+        timeout: Seconds a node has to answer.
+        local: Leave Ray alone.
+        progress: Told what is being done.
+
+    Returns:
+        The report; its ``ok`` is the verdict.
+    """
+    begin = time.monotonic()
+    report = Report()
+    tell = progress or (lambda _: None)
+    report.findings += check_versions()
+
+    config: DictConfig | None = None
+    composing = Finding("config", "none given: the installation only", remedy="")
+    if config_name is None and overrides:
+        composing = Finding(
+            "config", f"{len(overrides)} overrides, but no config", False, "name it: --config-name NAME"
+        )
+    elif config_name is not None:
+        tell(f"composing {config_name}")
+        config, composing = compose(config_name, overrides, config_dir)
+
+    # The nodes import verl (seconds) while this process does.
+    tell("starting or joining Ray")
+    with nullcontext(None) if local else Cluster.join(config) as cluster:
+        if cluster is not None:
+            cluster.ask_every_node()
+        tell("importing verl")
+        here = probe()
+        report.findings += check_registration(here)
+        if cluster is not None:
+            tell("waiting for the nodes")
+            report.findings += cluster.check_nodes(here, timeout)
+            if config is not None:
+                report.findings += cluster.check_devices(config)
+    report.findings.append(composing)
+    if config is not None:
+        tell("reading the config")
+        report.findings += check_config(config)
+    report.seconds = time.monotonic() - begin
+    return report
+
+
+# --- the installation ----------------------------------------------------------------------------------------------
+
+
+def required_versions(name: str) -> SpecifierSet:
+    """The versions of a distribution that verl and this package ask for in their metadata; empty if any will do."""
+    asked = SpecifierSet()
+    for owner in ("hpo-plugin", "verl"):
+        try:
+            lines = metadata.requires(owner) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, lines):
+            # verl names what its V1 trainer needs in an extra of its own.
+            wanted = requirement.marker is None or requirement.marker.evaluate({"extra": "verl-core"})
+            if requirement.name.lower() == name.lower() and wanted:
+                asked &= requirement.specifier
+    return asked
+
+
+def check_versions() -> list[Finding]:
+    """One finding for Python and one for each package of :data:`PACKAGES`."""
+    findings = []
+    try:
+        pythons = SpecifierSet(metadata.metadata("hpo-plugin")["Requires-Python"] or "")
+    except metadata.PackageNotFoundError:
+        pythons = SpecifierSet()
+    found = platform.python_version()
+    ok = found in pythons
+    findings.append(
+        Finding(
+            "python",
+            found if ok else f"{found}, needs {pythons}",
+            ok,
+            "" if ok else "use a supported Python",
+        )
+    )
+    for name in PACKAGES:
+        asked = required_versions(name)
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(name, "not installed", False, f"pip install '{name}{asked}'"))
+            continue
+        if asked.contains(version, prereleases=True):
+            findings.append(Finding(name, version))
+        elif name == "verl" and os.environ.get(_ALLOW_UNTESTED) == "1":
+            findings.append(Finding(name, f"{version}, untested: {_ALLOW_UNTESTED}=1 lets it pass"))
+        else:
+            findings.append(Finding(name, f"{version}, needs {asked}", False, f"pip install '{name}{asked}'"))
+    return findings
+
+
+def check_registration(here: dict[str, Any]) -> list[Finding]:
+    """What :func:`probe` found in this process."""
+    if not here["problems"]:
+        return [Finding("this process", "hpo and ahpo are registered: estimators, policy losses, actor worker")]
+    return [Finding("this process", what, False, remedy) for what, remedy in here["problems"]]
+
+
+# --- the config ----------------------------------------------------------------------------------------------------
+
+
+def compose(
+    config_name: str, overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[DictConfig | None, Finding]:
+    """Compose a config as ``verl.trainer.main_ppo`` does: verl's own directory, then the search-path plugins.
+
+    Args:
+        config_name: Without a path.
+        overrides: Hydra overrides.
+        config_dir: A further directory to search.
+
+    Returns:
+        The config, or None; and a finding that says which.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    verl = find_spec("verl")
+    if verl is None or not verl.submodule_search_locations:
+        return None, Finding("config", "verl is not installed", False, "install verl first")
+    directory = Path(verl.submodule_search_locations[0]) / "trainer" / "config"
+    extra = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(directory), version_base=None):
+            config = hydra_compose(config_name, overrides=[*extra, *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        return None, Finding(
+            "config",
+            f"{config_name}: {' '.join(str(error).split())}",
+            False,
+            "correct the name or the override; --config-dir adds a directory",
+        )
+    shown = f" with {len(overrides)} overrides" if overrides else ""
+    return config, Finding("config", f"{config_name}{shown}")
+
+
+def check_config(config: DictConfig) -> list[Finding]:
+    """Arm, verl's own validation, model, data and reward of a composed config."""
+    findings = [check_arm(config)]
+    # verl's validation resolves the arm too: the same complaint twice helps nobody.
+    if findings[0].ok:
+        findings.append(check_by_verl(config))
+    findings.append(check_model(config))
+    findings += check_data(config)
+    findings.append(check_reward(config))
+    return findings
+
+
+def check_arm(config: DictConfig) -> Finding:
+    """The algorithm the config selects, or how it contradicts itself."""
+    try:
+        arm = resolve_arm(config)
+    except ConfigError as error:
+        return Finding("algorithm", "contradictory config", False, str(error))
+    low, high, both = (
+        OmegaConf.select(config, f"actor_rollout_ref.actor.{key}")
+        for key in ("clip_ratio_low", "clip_ratio_high", "clip_ratio")
+    )
+    low, high = (both if value is None else value for value in (low, high))
+    name = OmegaConf.select(config, "algorithm.policy_loss")
+    selected = f"{name}: " if name and name != arm.hysteresis else ""
+    return Finding(
+        "algorithm",
+        f"{selected}{arm.label}; adv_estimator {arm.adv_estimator}, loss_mode {arm.loss_mode}, "
+        f"aggregation {arm.loss_agg_mode}, clip range [1-{low:g}, 1+{high:g}]",
+    )
+
+
+def check_by_verl(config: DictConfig) -> Finding:
+    """What ``main_ppo`` does with the config before it starts anything, on a copy."""
+    config = config.copy()
+    try:
+        from verl.trainer.ppo.utils import need_critic, need_reference_policy
+        from verl.utils.config import validate_config
+        from verl.utils.device import auto_set_device
+
+        auto_set_device(config)
+        validate_config(
+            config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+        )
+    except Exception as error:
+        # verl asserts, raises ValueError, and OmegaConf wraps whatever a resolver raises; all of them stop the run.
+        return Finding("verl's checks", "verl refuses this config", False, " ".join(str(error).split()))
+    return Finding("verl's checks", "passed")
+
+
+def check_model(config: DictConfig) -> Finding:
+    """That a local model is there; one on the hub is not asked for."""
+    key = "actor_rollout_ref.model.path"
+    path = OmegaConf.select(config, key)
+    if path is None:
+        return Finding("model", f"{key} is not set", False, f"set {key}")
+    local = Path(path).expanduser()
+    if (local / "config.json").is_file():
+        return Finding("model", str(path))
+    if local.is_absolute() or str(path).startswith((".", "~")) or local.exists() or str(path).count("/") != 1:
+        if "://" in str(path):
+            return Finding("model", f"{path} (remote, not looked at)")
+        return Finding("model", f"{path} holds no config.json", False, f"correct {key}")
+    return Finding("model", f"{path} (on the hub, not looked at)")
+
+
+def _files(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, ListConfig | list | tuple) else [str(value)]
+
+
+def check_data(config: DictConfig) -> list[Finding]:
+    """That data files exist, can be read, and hold a batch."""
+    findings = []
+    for kind in ("train", "val"):
+        key = f"data.{kind}_files"
+        files = _files(OmegaConf.select(config, key))
+        label = f"{kind} data"
+        if not files:
+            findings.append(Finding(label, f"{key} is not set", False, f"set {key}"))
+            continue
+        try:
+            rows, remote = _count_rows(files)
+        except OSError as error:
+            findings.append(Finding(label, f"{error}", False, f"correct {key}; `hpo-plugin prepare` writes data files"))
+            continue
+        batch = OmegaConf.select(config, "data.train_batch_size")
+        if kind == "train" and not remote and rows < batch:
+            findings.append(
+                Finding(
+                    label,
+                    f"{rows} rows, fewer than one batch (data.train_batch_size={batch})",
+                    False,
+                    "verl drops the last incomplete batch: give more rows, or a smaller data.train_batch_size",
+                )
+            )
+            continue
+        shown = f"{rows:,} rows" if not remote else "remote, not looked at"
+        findings.append(Finding(label, f"{shown} in {', '.join(files)}"))
+    return findings
+
+
+def _count_rows(files: Iterable[str]) -> tuple[int, bool]:
+    """Rows in all files, and whether any could not be looked at from here; OSError says what is wrong."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, remote = 0, False
+    for name in files:
+        path = Path(name).expanduser()
+        if "://" in name:
+            remote = True
+        elif not path.is_file():
+            raise OSError(f"{name} does not exist")
+        elif path.suffix == ".parquet":
+            try:
+                rows += pq.read_metadata(path).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise OSError(f"{name} is not a parquet file: {error}") from error
+        else:
+            with path.open("rb") as lines:
+                rows += sum(1 for _ in lines)
+    return rows, remote
+
+
+def _first_row(config: DictConfig) -> dict[str, Any] | None:
+    import pyarrow.parquet as pq
+
+    for kind in ("val", "train"):
+        for name in _files(OmegaConf.select(config, f"data.{kind}_files")):
+            path = Path(name).expanduser()
+            if path.suffix == ".parquet" and path.is_file():
+                batch = next(pq.ParquetFile(path).iter_batches(batch_size=1), None)
+                if batch is not None and batch.num_rows:
+                    row: dict[str, Any] = batch.to_pylist()[0]
+                    return row
+    return None
+
+
+def check_reward(config: DictConfig) -> Finding:
+    """That the reward function loads as verl loads it, and gives a number for the first held-out row."""
+    import asyncio
+    import inspect
+
+    key = "reward.custom_reward_function"
+    if OmegaConf.select(config, "reward.reward_model.enable") and not OmegaConf.select(config, f"{key}.path"):
+        return Finding("reward", "a reward model scores (not looked at)")
+    path, name = (OmegaConf.select(config, f"{key}.{part}") for part in ("path", "name"))
+    label = f"{path}:{name}" if path else "verl's own, by data_source"
+    remedy = f"correct {key}.path and {key}.name" if path else f"set {key}.path and {key}.name"
+    try:
+        from verl.trainer.ppo.reward import get_custom_reward_fn
+        from verl.utils.reward_score import get_default_compute_score
+
+        function = get_custom_reward_fn(config)
+        if function is None:
+            function = get_default_compute_score(config.reward.reward_manager.name)
+    except Exception as error:
+        return Finding("reward", f"{label} cannot be loaded: {type(error).__name__}: {error}", False, remedy)
+    row = _first_row(config)
+    if row is None:
+        return Finding("reward", f"{label} loads (no local row to try it on)")
+    source = row.get(OmegaConf.select(config, "data.reward_fn_key", default="data_source"))
+    try:
+        score = function(
+            data_source=source,
+            solution_str="",
+            ground_truth=(row.get("reward_model") or {}).get("ground_truth"),
+            extra_info=row.get("extra_info") or {},
+        )
+        if inspect.isawaitable(score):
+            score = asyncio.run(_awaited(score))
+        value = score["score"] if isinstance(score, dict) else score
+        if isinstance(value, tuple | list):
+            value = value[0]
+    except Exception as error:
+        what = f"{label} raises {type(error).__name__} for an empty answer to {source!r}: {error}"
+        return Finding("reward", what, False, remedy)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        what = f"{label} gives {value!r}, which is not a number, for an empty answer to {source!r}"
+        return Finding("reward", what, False, remedy)
+    return Finding("reward", f"{label} gives {float(value):g} for an empty answer to {source!r}")
+
+
+async def _awaited(value: Any) -> Any:
+    return await value

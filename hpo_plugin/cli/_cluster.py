@@ -1,0 +1,203 @@
+"""The Ray cluster a run would use: joined as verl joins it, and one question to each of its nodes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpo_plugin.cli import _probe
+from hpo_plugin.cli._report import Finding
+
+#: Seconds to reach the head of a cluster before giving up; Ray itself tries for a minute or more.
+CONNECT_TIMEOUT = 5.0
+
+
+class Cluster:
+    """A Ray cluster, or the reason why there is none."""
+
+    def __init__(self, failure: Finding | None = None) -> None:
+        """Remember why there is no cluster, if there is none."""
+        self._failure = failure
+        self._answers: dict[str, Any] = {}
+        self._nodes: dict[str, dict[str, Any]] = {}
+        self._begin = 0.0
+
+    @classmethod
+    @contextmanager
+    def join(cls, config: DictConfig | None) -> Iterator[Cluster]:
+        """Connect as ``verl.trainer.main_ppo`` would: ``ray_kwargs.ray_init``, ``RAY_ADDRESS``, or a local cluster.
+
+        Args:
+            config: A whole verl config; None for Ray's own defaults.
+        """
+        # verl sets this before it imports Ray, and Ray reads it then.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        try:
+            import ray
+        except ImportError as error:
+            yield cls(Finding("ray", f"cannot be imported: {error}", False, "pip install 'ray[default]'"))
+            return
+        if ray.is_initialized():
+            yield cls()
+            return
+        failure = None
+        try:
+            arguments = ray_arguments(config)
+            refuse_unreachable(arguments.get("address") or os.environ.get("RAY_ADDRESS"))
+            ray.init(**arguments)
+        except Exception as error:
+            # ConnectionError, ValueError, RuntimeError: whichever it is, verl would meet it too.
+            failure = Finding(
+                "ray",
+                f"cannot be reached or started: {' '.join(str(error).split())}",
+                False,
+                "start it (`ray start --head`), or correct RAY_ADDRESS and ray_kwargs.ray_init of the config",
+            )
+        try:
+            yield cls(failure)
+        finally:
+            if failure is None:
+                ray.shutdown()
+
+    def ask_every_node(self) -> None:
+        """Start the probe on each node that is alive, in a fresh worker process."""
+        if self._failure is not None:
+            return
+        import ray
+        from ray import cloudpickle
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # A node without this package, or with another version of it, must be able to say so.
+        cloudpickle.register_pickle_by_value(_probe)
+        try:
+            # One call per worker process, so that it is fresh; no CPU asked for, so that a busy node answers.
+            task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_probe.probe)
+            self._begin = time.monotonic()
+            for node in ray.nodes():
+                if node["Alive"]:
+                    pinned = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+                    self._nodes[node["NodeID"]] = node
+                    self._answers[node["NodeID"]] = task.options(scheduling_strategy=pinned).remote()
+        finally:
+            cloudpickle.unregister_pickle_by_value(_probe)
+
+    def check_nodes(self, here: dict[str, Any], timeout: float) -> list[Finding]:
+        """Wait for the answers and compare them with this process.
+
+        Args:
+            here: What :func:`hpo_plugin.cli._probe.probe` found in this process.
+            timeout: Seconds each node has, from when it was asked.
+        """
+        if self._failure is not None:
+            return [self._failure]
+        import ray
+
+        remaining = max(0.0, timeout - (time.monotonic() - self._begin))
+        ray.wait(list(self._answers.values()), num_returns=len(self._answers), timeout=remaining)
+        findings = []
+        for node_id, answer in self._answers.items():
+            label = f"node {self._nodes[node_id]['NodeManagerAddress']}"
+            try:
+                there = ray.get(answer, timeout=0)
+            except ray.exceptions.GetTimeoutError:
+                host = self._nodes[node_id]["NodeManagerHostname"]
+                found = f"{host}: no answer within {timeout:g} s"
+                findings.append(Finding(label, found, False, "look at the node, or give it longer: --timeout"))
+            except ray.exceptions.RayError as error:
+                host = self._nodes[node_id]["NodeManagerHostname"]
+                found = f"{host}: {' '.join(str(error).split())[-400:]}"
+                findings.append(Finding(label, found, False, "look at the node's Ray logs"))
+            else:
+                findings += compare_node(label, here, there)
+        if not findings:
+            findings.append(Finding("ray", "the cluster has no living node", False, "start it: `ray start --head`"))
+        return findings
+
+    def check_devices(self, config: DictConfig) -> list[Finding]:
+        """Compare the accelerators that the config asks for with what the cluster has."""
+        if self._failure is not None:
+            return []
+        import ray
+
+        nodes, per_node = (int(OmegaConf.select(config, f"trainer.{key}")) for key in ("nnodes", "n_gpus_per_node"))
+        have = sorted(
+            (int(node["Resources"].get("GPU", 0) or node["Resources"].get("NPU", 0)) for node in ray.nodes()),
+            reverse=True,
+        )
+        asked = f"{nodes} x {per_node} asked for"
+        fits = sum(count // per_node for count in have) >= nodes if per_node else True
+        found = f"{asked}; the cluster's nodes have {', '.join(map(str, have)) or 'none'}"
+        if fits:
+            return [Finding("accelerators", found)]
+        return [Finding("accelerators", found, False, "correct trainer.nnodes and trainer.n_gpus_per_node")]
+
+
+def ray_arguments(config: DictConfig | None) -> dict[str, Any]:
+    """Arguments of ``ray.init``: the config's own, without what would write into the report."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config is None:
+        # Without a config, and without a cluster: the least that answers.
+        local = not os.environ.get("RAY_ADDRESS") and not _has_current_cluster()
+        return quiet | ({"num_cpus": 1, "include_dashboard": False} if local else {})
+    given = OmegaConf.select(config, "ray_kwargs.ray_init")
+    arguments = OmegaConf.to_container(given, resolve=True) if given is not None else {}
+    assert isinstance(arguments, dict)
+    return {str(key): value for key, value in arguments.items()} | quiet
+
+
+def _has_current_cluster() -> bool:
+    # What ray.init() without an address looks at.
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address("auto") is not None
+    except Exception:
+        return False
+
+
+def refuse_unreachable(address: str | None) -> None:
+    """Try the head of a cluster for a few seconds.
+
+    Args:
+        address: ``host:port``, ``ray://host:port``, or ``auto``, ``local``, None, for which nothing is tried.
+
+    Raises:
+        ConnectionError: Nothing answers there.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers at {address}: {error}") from error
+
+
+def compare_node(label: str, here: dict[str, Any], there: dict[str, Any]) -> list[Finding]:
+    """Findings about one node.
+
+    Args:
+        label: What the findings are called.
+        here: What the probe found in this process.
+        there: What it found on the node.
+    """
+    findings = [Finding(label, f"{there['host']}: {what}", False, remedy) for what, remedy in there["problems"]]
+    pairs = {"python": (there["python"], here["python"])} | {
+        name: (there["versions"][name], here["versions"][name]) for name in here["versions"]
+    }
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            what = f"{there['host']}: {name} {found or 'is missing'}, here {expected or 'missing'}"
+            findings.append(Finding(label, what, False, "install the same versions on every node"))
+    if there["code"] != here["code"] and pairs["hpo-plugin"][0] == pairs["hpo-plugin"][1]:
+        what = f"{there['host']}: other code of the same version ({there['code']}, here {here['code']})"
+        findings.append(Finding(label, what, False, "install the same source on every node"))
+    if not findings:
+        findings.append(Finding(label, f"{there['host']}: registered, same versions ({there['seconds']:.0f} s)"))
+    return findings

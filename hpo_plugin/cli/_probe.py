@@ -1,0 +1,141 @@
+"""What is installed and registered in a process. Shipped by value to Ray workers, so it imports this package lazily.
+
+A node may lack the package, or have another version of it: that is what the probe is there to find out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: Distributions whose versions are compared between nodes.
+PACKAGES = ("hpo-plugin", "verl", "torch", "ray", "tensordict", "transformers", "TransferQueue")
+
+
+def probe() -> dict[str, Any]:
+    """Look at this process.
+
+    Returns:
+        ``host`` and ``python`` (str), ``versions`` (distribution -> version, None where it is not installed), ``code``
+        (a short hash of the mathematics and the glue: two copies of one version may differ), ``seconds`` (float), and
+        ``problems``: (what is wrong, what to do) pairs, empty if HPO and A-HPO can be used here.
+    """
+    import platform
+    import socket
+    import time
+
+    begin = time.monotonic()
+    problems = _registration_problems()
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "code": _code_hash(),
+        "problems": problems,
+        "seconds": time.monotonic() - begin,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _code_hash() -> str | None:
+    import hashlib
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.find_spec("hpo_plugin")
+    if spec is None or spec.origin is None:
+        return None
+    root = Path(spec.origin).parent
+    digest = hashlib.sha256()
+    for path in sorted([root / "algorithm.py", *root.glob("glue/*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _plugin_problems() -> list[tuple[str, str]]:
+    """Why verl did not load the entry point; verl swallows the exception, so it is raised again here."""
+    import importlib
+    import os
+    import sys
+    from importlib import metadata
+
+    if "hpo_plugin.glue.plugin" in sys.modules:
+        failure = sys.modules["hpo_plugin.glue.plugin"].FAILURE
+        return [(f"the plugin could not load: {failure}", "correct the cause named here")] if failure else []
+    points = [point for point in metadata.entry_points(group="verl.plugins") if point.name == "hpo"]
+    if not points:
+        return [
+            (
+                "the installed packages declare no entry point hpo in the group verl.plugins",
+                "install hpo-plugin (pip install), rather than putting it on PYTHONPATH",
+            )
+        ]
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if policy != "auto" and "hpo" not in {name.strip() for name in policy.split(",")}:
+        return [
+            (
+                f"VERL_USE_EXTERNAL_PLUGINS={policy} keeps the entry point hpo out",
+                "unset it, or add hpo to the list, in the environment of every node",
+            )
+        ]
+    try:
+        importlib.import_module(points[0].module)
+    except Exception as error:
+        return [(f"the plugin could not load: {_one_line(error)}", "correct the cause named here")]
+    return [
+        (
+            "verl did not load the entry point hpo, although it loads now",
+            "look for a package that imports verl before the environment is complete",
+        )
+    ]
+
+
+def _registration_problems() -> list[tuple[str, str]]:
+    import importlib
+
+    problems: list[tuple[str, str]] = []
+    modules = {}
+    for name in ("verl.trainer.ppo.core_algos", "verl.workers.engine_workers", "verl.utils.config"):
+        try:
+            modules[name] = importlib.import_module(name)
+        except Exception as error:
+            problems.append(
+                (f"{name} cannot be imported: {_one_line(error)}", "correct the cause, or install what is missing")
+            )
+            break
+    plugin = _plugin_problems()
+    if problems or plugin:
+        # The cause, once: what follows from it would only be more text.
+        return plugin + problems
+    try:
+        from hpo_plugin.glue.registration import require_registered
+        from hpo_plugin.glue.worker import HysteresisTrainingWorker
+
+        for name in ("hpo", "ahpo"):
+            require_registered(name, name)
+    except Exception as error:
+        return [(_one_line(error), "correct the cause named here")]
+    worker = modules["verl.workers.engine_workers"].ActorRolloutRefWorker.actor_worker_cls
+    if not issubclass(worker, HysteresisTrainingWorker):
+        problems.append(
+            (
+                f"the actor's worker is {worker.__module__}.{worker.__qualname__}, which does not count signs",
+                "keep the package that put it there out with VERL_USE_EXTERNAL_PLUGINS",
+            )
+        )
+    if not hasattr(modules["verl.utils.config"].validate_config, "__wrapped__"):
+        problems.append(
+            ("verl's validate_config does not check the arm", "another package replaced it; import hpo_plugin later")
+        )
+    return problems

@@ -1,0 +1,502 @@
+"""The steps of ``hpo-plugin quickstart``, in order. All training is verl's, under the public config countdown_cpu."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hpo_plugin.cli._runs import CONFIG_NAME, Attempt, Request, Run, RunBusyError, choose_run
+from hpo_plugin.cli._trainer import StalledError, Trainer, end_leftovers
+from hpo_plugin.cli._verl_log import (
+    MetricsFile,
+    Rows,
+    StepView,
+    evaluations,
+    failure_cause,
+    held_out_success,
+    plain_lines,
+    step_views,
+)
+
+if TYPE_CHECKING:
+    from hpo_plugin.cpu.start_model import StartModelReport
+
+#: Three numbers up to 12: within reach of a model of 200,000 parameters.
+MAX_NUMBER = 12
+#: Training problems: 80 batches of 32; there are 3,289 such problems in all.
+TRAIN_SIZE = 2_560
+#: Steps between checkpoints: an interruption costs at most so many.
+SAVE_EVERY = 10
+#: Evaluations, besides the one before training.
+EVALUATIONS = 3
+#: What the trainer's environment needs. verl reads it in every process; Ray hands it on.
+ENVIRONMENT = {"VERL_PLATFORM": "cpu"}
+TAIL_LINES = 15
+
+ARM_NAMES = {
+    "ahpo": "A-HPO",
+    "hpo": "HPO",
+    "grpo": "GRPO",
+    "gspo": "GSPO",
+    "sapo": "SAPO",
+    "dapo": "DAPO",
+    "dr_grpo": "Dr. GRPO",
+    "cispo": "CISPO",
+}
+
+
+class QuickstartError(RuntimeError):
+    """What went wrong, and what to do, for a person to read."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What training needs.
+
+    Attributes:
+        train_file: ``data.train_files``.
+        test_file: ``data.val_files``.
+        model: ``actor_rollout_ref.model.path``.
+    """
+
+    train_file: Path
+    test_file: Path
+    model: Path
+
+
+def run_quickstart(request: Request, output: Path, *, new: bool, stall: float, console: Console) -> Run:
+    """Do everything.
+
+    Args:
+        request: What is asked for.
+        output: Where runs, data and start models go.
+        new: Do not go on with an unfinished run.
+        stall: Seconds without progress after which to give up.
+        console: Where to show it.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        QuickstartError: It could not be finished.
+        KeyboardInterrupt: Interrupted; nothing of the run is left running.
+    """
+    begin = time.monotonic()
+    # Before verl is imported in this process.
+    os.environ.update(ENVIRONMENT)
+    name = ARM_NAMES.get(request.policy_loss, request.policy_loss)
+    console.print(f"[bold]{name} on Countdown[/], with verl's trainer on this machine's CPU cores")
+    try:
+        run, resumed = choose_run(output, request, new=new)
+        with run.locked():
+            _note(console, "run", f"{run.directory}{' (goes on)' if resumed else ''}")
+            left = end_leftovers(run.directory / "processes.json")
+            if left:
+                _note(console, "", f"ended {left} processes that an earlier call had left running")
+            inputs = prepare_inputs(request, output, console)
+            _check(run, request, inputs, console)
+            _train(run, request, inputs, stall=stall, console=console)
+            _finish(run, request, inputs, seconds=time.monotonic() - begin, console=console)
+    except (RunBusyError, OSError, ValueError) as error:
+        raise QuickstartError(f"{type(error).__name__}: {error}") from error
+    return run
+
+
+def _note(console: Console, label: str, text: str) -> None:
+    line = Text(f"{label:<9}", style="dim")
+    console.print(line.append(text, style="default"))
+
+
+# --- before training -----------------------------------------------------------------------------------------------
+
+
+def prepare_inputs(request: Request, output: Path, console: Console) -> Inputs:
+    """Make the data and the start model, or find them from an earlier call.
+
+    Args:
+        request: Its seed and ``n_test`` decide them.
+        output: They go to ``data/`` and ``models/`` in it.
+        console: Where to show progress.
+
+    Raises:
+        ValueError: The request cannot be met.
+        OSError: The directory cannot be written, or holds something else.
+    """
+    from hpo_plugin.tasks.countdown import CountdownConfig, generate_splits, prepare_countdown
+
+    config = CountdownConfig(counts=(3,), max_number=MAX_NUMBER, seed=request.seed)
+    key = f"countdown-seed{request.seed}-test{request.n_test}"
+    with _bar(console) as (progress, _):
+        data = prepare_countdown(
+            output / "data" / key,
+            config=config,
+            layout="terse",
+            train_size=TRAIN_SIZE,
+            test_size=request.n_test,
+            progress=progress,
+        )
+    state = "written" if data.publication.written else "already there"
+    _note(
+        console,
+        "data",
+        f"3 numbers up to {MAX_NUMBER}: {TRAIN_SIZE:,} problems to train on, {request.n_test} held out ({state})",
+    )
+    with _bar(console) as (progress, _):
+        train, test = generate_splits(config, TRAIN_SIZE, request.n_test)
+        report = _start_model(output / "models" / key, train, test, request.seed, progress)
+    made = "already there" if report.reused else f"built in {report.seconds:.0f} s"
+    _note(
+        console,
+        "model",
+        f"{report.parameters:,} parameters, {100 * report.sampled.correct:.1f} % of its samples are correct ({made})",
+    )
+    return Inputs(data.train_file, data.test_file, report.directory)
+
+
+def _start_model(
+    directory: Path, train: Any, test: Any, seed: int, progress: Callable[[str, int, int], None]
+) -> StartModelReport:
+    from hpo_plugin.cpu.start_model import build_start_model
+
+    return build_start_model(directory, train, test, seed=seed, progress=progress)
+
+
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[tuple[Callable[[str, int, int], None], Progress]]:
+    """A progress bar that vanishes when done; nothing where there is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield show, bar
+
+
+def _check(run: Run, request: Request, inputs: Inputs, console: Console) -> None:
+    from hpo_plugin.cli._checks import run_checks
+
+    with contextlib.ExitStack() as stack:
+        if console.is_terminal:
+            stack.enter_context(console.status("checking the installation and the config"))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(_stderr_to(run.directory / "check.log"))
+        report = run_checks(CONFIG_NAME, training_overrides(request, inputs))
+    if not report.ok:
+        report.show(console)
+        raise QuickstartError("The checks failed. What to do stands beside each of them.")
+    _note(console, "check", f"{report.summary}; `hpo-plugin check` shows them")
+
+
+@contextlib.contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Send what Ray and verl print on standard error, from C++ too, to a file."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with path.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def training_overrides(request: Request, inputs: Inputs) -> list[str]:
+    """What makes the public config this run: arm, seed, steps, rollout, and where the inputs are."""
+    every = max(1, -(-request.steps // EVALUATIONS))
+    return [
+        f"algorithm.policy_loss={request.policy_loss}",
+        f"cpu_rollout={request.rollout}",
+        f"data.train_files={inputs.train_file}",
+        f"data.val_files={inputs.test_file}",
+        f"data.seed={request.seed}",
+        f"actor_rollout_ref.model.path={inputs.model}",
+        f"trainer.total_training_steps={request.steps}",
+        f"trainer.test_freq={every}",
+        *request.overrides,
+    ]
+
+
+def bookkeeping_overrides(run: Run, attempt: Attempt, request: Request) -> list[str]:
+    """Where this run's log, config copy and checkpoints go, and where it goes on; nothing that changes the training."""
+    overrides = [
+        "trainer.logger=[console,file]",
+        f"trainer.experiment_name={run.directory.name}",
+        f"trainer.default_local_dir={run.checkpoints.resolve()}",
+        f"trainer.save_freq={min(SAVE_EVERY, request.steps)}",
+        f"hydra.run.dir={attempt.directory.resolve() / 'hydra'}",
+    ]
+    if attempt.resumed_from is None:
+        return [*overrides, "trainer.resume_mode=disable"]
+    return [
+        *overrides,
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={run.checkpoints.resolve() / f'global_step_{attempt.resumed_from}'}",
+        # The step it goes on from was evaluated, or was not due.
+        "trainer.val_before_train=False",
+    ]
+
+
+def trainer_command(overrides: list[str]) -> list[str]:
+    """The command for a shell, without its environment."""
+    return ["python", "-m", "verl.trainer.main_ppo", f"--config-name={CONFIG_NAME}", *overrides]
+
+
+def equivalent_command(request: Request, inputs: Inputs) -> str:
+    """A command to paste: the same training, logged on the screen, with no checkpoint."""
+    environment = [f"{key}={value}" for key, value in ENVIRONMENT.items()]
+    head, tail = trainer_command([])[:4], training_overrides(request, inputs)
+    return " \\\n  ".join([" ".join([*environment, *head]), *map(shlex.quote, tail)])
+
+
+def _train(run: Run, request: Request, inputs: Inputs, *, stall: float, console: Console) -> None:
+    rows = run.rows()
+    if all(step in rows for step in range(request.steps + 1)):
+        return
+    resumed_from = run.resume_step() if rows else None
+    attempt = run.new_attempt(resumed_from)
+    # A user's own overrides come last, so that they win.
+    overrides = [*bookkeeping_overrides(run, attempt, request), *training_overrides(request, inputs)]
+    environment = {
+        **ENVIRONMENT,
+        "VERL_FILE_LOGGER_PATH": str(attempt.metrics.resolve()),
+        # The whole traceback, and lines as they are printed.
+        "HYDRA_FULL_ERROR": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = trainer_command(overrides)
+    shown = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in environment.items()), shlex.join(command)])
+    (attempt.directory / "command.sh").write_text(f"cd {shlex.quote(str(Path.cwd()))}\n{shown}\n", encoding="utf-8")
+    _note(console, "log", str(attempt.log))
+    if resumed_from is not None:
+        _note(console, "", f"goes on after step {resumed_from}, from its checkpoint")
+    console.print()
+    with (
+        _Screen(console, request, done=resumed_from or 0) as screen,
+        Trainer(
+            [sys.executable, *command[1:]], environment, log=attempt.log, record=run.directory / "processes.json"
+        ) as trainer,
+    ):
+        metrics = MetricsFile(attempt.metrics)
+
+        def look() -> bool:
+            return screen.show(metrics)
+
+        try:
+            status = trainer.follow(look, stall=stall)
+        except StalledError as error:
+            raise _failure(attempt, f"The trainer was ended: {error} (--stall).") from error
+    if status != 0 or request.steps not in run.rows():
+        raise _failure(attempt, _why(status))
+
+
+def _why(status: int) -> str:
+    if status < 0:
+        killed = " (often: out of memory)" if -status == signal.SIGKILL else ""
+        return f"The trainer was ended by {signal.Signals(-status).name}{killed}."
+    return f"The trainer failed (exit status {status})."
+
+
+def _failure(attempt: Attempt, what: str) -> QuickstartError:
+    lines = [line for line in plain_lines(attempt.log.read_text(encoding="utf-8", errors="replace")) if line]
+    cause = failure_cause(lines)
+    parts = [what]
+    if cause:
+        parts.append(f"Cause: {cause}")
+    parts += [f"The end of {attempt.log}:", *(f"  {line[:300]}" for line in lines[-TAIL_LINES:])]
+    parts.append("The same command goes on from the last checkpoint.")
+    return QuickstartError("\n".join(parts))
+
+
+class _Screen:
+    """The progress bar and the lines of the steps, as verl's file logger writes them."""
+
+    def __init__(self, console: Console, request: Request, *, done: int) -> None:
+        self._console = console
+        self._request = request
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[remaining]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._done = done
+        self._first_at: float | None = None
+        self._stage = ""
+        self._task = self._progress.add_task("", total=request.steps, completed=done, remaining="")
+
+    def __enter__(self) -> _Screen:
+        self._progress.start()
+        self._enter("starting verl and Ray")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def _enter(self, stage: str) -> None:
+        if stage == self._stage:
+            return
+        self._stage = stage
+        self._progress.update(self._task, description=stage)
+        if not self._console.is_terminal:
+            self._console.print(f"{stage} ...")
+
+    def show(self, metrics: MetricsFile) -> bool:
+        """Show what is new; say whether anything is."""
+        if metrics.path.exists() and self._stage.startswith("starting"):
+            self._enter("training" if self._done else "evaluating the start model")
+            return True
+        rows = metrics.new_rows()
+        for step, values in rows:
+            self._enter("training")
+            view = StepView.of(step, values)
+            if step > 0:
+                self._progress.console.print(view.line(self._request.steps), markup=False)
+                self._remaining(step)
+            held_out = held_out_success(values)
+            if held_out is not None:
+                self._progress.console.print(_evaluation(step, held_out, self._request.n_test), style="bold")
+        return bool(rows)
+
+    def _remaining(self, step: int) -> None:
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at, self._done = now, step
+        remaining = ""
+        if step > self._done:
+            seconds = (now - self._first_at) / (step - self._done) * (self._request.steps - step)
+            remaining = f"about {_duration(seconds)} left"
+        self._progress.update(self._task, completed=step, remaining=remaining)
+
+
+def _evaluation(step: int, success: float, n_test: int) -> str:
+    when = f"after step {step}" if step else "before training"
+    return f"{when}: {100 * success:.1f} % of {n_test} held-out problems solved"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+# --- after training ------------------------------------------------------------------------------------------------
+
+
+def _finish(run: Run, request: Request, inputs: Inputs, *, seconds: float, console: Console) -> None:
+    from hpo_plugin.cli._plots import draw_curves, save_curves
+
+    rows = run.rows()
+    missing = [step for step in range(request.steps + 1) if step not in rows]
+    if missing:
+        raise QuickstartError(f"{run.directory}: the metrics of step {missing[0]} are missing")
+    name = ARM_NAMES.get(request.policy_loss, request.policy_loss)
+    picture = run.directory / "curves.png"
+    save_curves(rows, picture, title=f"{CONFIG_NAME}, {name}, seed {request.seed}", n_test=request.n_test)
+    _write_metrics(run.directory / "metrics.jsonl", rows)
+    command = equivalent_command(request, inputs)
+    result = summarize(rows, request.n_test)
+    run.finish({"request": request.as_json(), **result, "command": command})
+
+    console.print()
+    console.print(draw_curves(rows, width=console.width, color=console.is_terminal), markup=False, soft_wrap=True)
+    console.print()
+    console.print(_summary_table(result, run, request, picture, seconds))
+    console.print()
+    console.print("The same training by verl alone:", style="dim")
+    console.print(command, markup=False, soft_wrap=True)
+
+
+def summarize(rows: Rows, n_test: int) -> dict[str, Any]:
+    """The figures of the final table.
+
+    Args:
+        rows: All steps of a run.
+        n_test: Held-out problems.
+
+    Returns:
+        ``success_before`` and ``success_after`` (shares), ``standard_error`` of the latter, ``steps``,
+        ``training_seconds`` (evaluations not included), ``alpha`` (smallest, largest; None without hysteresis).
+
+    Raises:
+        QuickstartError: The model was not evaluated before and after.
+    """
+    tested, views = evaluations(rows), step_views(rows)
+    if not tested or tested[0][0] != 0 or tested[-1][0] != views[-1].step:
+        raise QuickstartError(f"evaluations at steps {[step for step, _ in tested]}: before or after is missing")
+    before, after = tested[0][1], tested[-1][1]
+    alphas = [view.alpha for view in views if view.alpha == view.alpha]
+    return {
+        "success_before": before,
+        "success_after": after,
+        "standard_error": (after * (1 - after) / n_test) ** 0.5,
+        "steps": views[-1].step,
+        "training_seconds": round(sum(view.seconds for view in views), 1),
+        "alpha": [min(alphas), max(alphas)] if alphas else None,
+    }
+
+
+def _summary_table(result: dict[str, Any], run: Run, request: Request, picture: Path, seconds: float) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    success = Text(f"{100 * result['success_before']:.1f} % → {100 * result['success_after']:.1f} %", style="bold")
+    success.append(
+        f"   of {request.n_test} problems, one sample each; standard error {100 * result['standard_error']:.1f} %",
+        style="not bold",
+    )
+    table.add_row("held-out success", success)
+    table.add_row(
+        "steps",
+        f"{result['steps']}, {_duration(result['training_seconds'])} of training; this call took {_duration(seconds)}",
+    )
+    if result["alpha"]:
+        low, high = result["alpha"]
+        table.add_row("α", f"{low:.2f} … {high:.2f}" if low != high else f"{low:.2f}")
+    last = run.attempts()[-1]
+    table.add_row("curves", str(picture))
+    table.add_row("metrics", str(run.directory / "metrics.jsonl"))
+    table.add_row("log", str(last.log))
+    table.add_row("config", str(last.directory / "hydra" / ".hydra" / "config.yaml"))
+    table.add_row("checkpoint", str(run.checkpoints / f"global_step_{result['steps']}"))
+    return table
+
+
+def _write_metrics(path: Path, rows: Rows) -> None:
+    import json
+
+    from hpo_plugin.tasks._files import atomic_write
+
+    lines = [json.dumps({"step": step, "data": dict(metrics)}) for step, metrics in rows.items()]
+    atomic_write(path, ("\n".join(lines) + "\n").encode())

@@ -1,0 +1,232 @@
+"""Run directories of the quickstart: which one a call continues, and what an interrupted run has left."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hpo_plugin
+from hpo_plugin.cli._verl_log import Rows, merge_attempts, read_rows
+from hpo_plugin.tasks._files import atomic_write
+
+CONFIG_NAME = "countdown_cpu"
+
+
+class RunBusyError(RuntimeError):
+    """Another process is at work in this run directory."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. Two calls with equal requests mean the same run, as long as it is not finished.
+
+    Attributes:
+        policy_loss: ``algorithm.policy_loss``.
+        seed: Of data, start model and sampling.
+        steps: Training steps.
+        rollout: ``hf`` or ``vllm``.
+        n_test: Held-out problems.
+        overrides: Further Hydra overrides.
+    """
+
+    policy_loss: str
+    seed: int
+    steps: int
+    rollout: str
+    n_test: int
+    overrides: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, with the version that made them."""
+        return {**asdict(self), "overrides": list(self.overrides), "hpo_plugin": hpo_plugin.__version__}
+
+    @property
+    def stem(self) -> str:
+        """Name of the run directory, without its number."""
+        rollout = "" if self.rollout == "hf" else f"-{self.rollout}"
+        return f"{CONFIG_NAME}-{self.policy_loss}{rollout}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process of training within a run.
+
+    Attributes:
+        directory: Its files: ``metrics.jsonl`` and ``trainer.log``, and Hydra's copy of the config in ``hydra/``.
+        resumed_from: Step of the checkpoint it went on from; None from the start.
+    """
+
+    directory: Path
+    resumed_from: int | None
+
+    @property
+    def metrics(self) -> Path:
+        """Written by verl's file logger."""
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """All output of the trainer."""
+        return self.directory / "trainer.log"
+
+
+class Run:
+    """One run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Name it; nothing is read or written.
+
+        Args:
+            directory: ``<output>/<stem>-<number>``.
+        """
+        self.directory = directory
+
+    @property
+    def checkpoints(self) -> Path:
+        """``trainer.default_local_dir``."""
+        return self.directory / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final table was written."""
+        return (self.directory / "result.json").exists()
+
+    def request(self) -> dict[str, Any] | None:
+        """What was asked for; None for a directory that is not a run of ours."""
+        try:
+            request: dict[str, Any] = json.loads((self.directory / "request.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return request
+
+    def attempts(self) -> list[Attempt]:
+        """In their order."""
+        found = []
+        for path in sorted(self.directory.glob("attempt-*/attempt.json"), key=lambda p: _number(p.parent)):
+            found.append(Attempt(path.parent, json.loads(path.read_bytes())["resumed_from"]))
+        return found
+
+    def rows(self) -> Rows:
+        """The metrics of every completed step, each once."""
+        return merge_attempts((attempt.resumed_from, read_rows(attempt.metrics)) for attempt in self.attempts())
+
+    def resume_step(self) -> int | None:
+        """The newest checkpoint that is complete and whose steps are all logged.
+
+        verl saves a step before it logs it: a run killed in between has a checkpoint of a step whose metrics are lost.
+        Going on from the one before it does that step again.
+
+        Returns:
+            The step; None to start from the beginning.
+        """
+        rows = self.rows()
+        latest = self._latest_checkpoint()
+        logged = 0
+        while logged + 1 in rows:
+            logged += 1
+        usable = [step for step in self._checkpoint_steps() if step <= min(latest, logged)]
+        return max(usable, default=None)
+
+    def _checkpoint_steps(self) -> list[int]:
+        return sorted(
+            int(path.parent.name.removeprefix("global_step_"))
+            for path in self.checkpoints.glob("global_step_*/data.pt")
+            if re.fullmatch(r"global_step_\d+", path.parent.name) and any(path.parent.glob("actor/*.pt"))
+        )
+
+    def _latest_checkpoint(self) -> int:
+        """The step verl wrote down after its last complete save."""
+        try:
+            return int((self.checkpoints / "latest_checkpointed_iteration.txt").read_text())
+        except FileNotFoundError:
+            return 0
+        except ValueError:
+            # Killed between opening and writing the file: the checkpoint before the newest is complete.
+            return max(self._checkpoint_steps()[:-1], default=0)
+
+    def new_attempt(self, resumed_from: int | None) -> Attempt:
+        """Make the directory of the next attempt."""
+        number = max((_number(attempt.directory) for attempt in self.attempts()), default=0) + 1
+        directory = self.directory / f"attempt-{number}"
+        directory.mkdir(exist_ok=True)
+        # Left by a call that was killed right here.
+        for name in ("metrics.jsonl", "trainer.log"):
+            (directory / name).unlink(missing_ok=True)
+        _write_json(directory / "attempt.json", {"resumed_from": resumed_from})
+        return Attempt(directory, resumed_from)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, after which the run is never touched again."""
+        _write_json(self.directory / "result.json", result)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process at work in this directory; a process that dies, however, lets go.
+
+        Raises:
+            RunBusyError: Another process is.
+        """
+        with (self.directory / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunBusyError(f"{self.directory} is being worked on by another process") from None
+            yield
+
+    def busy(self) -> bool:
+        """Whether another process is at work in this directory."""
+        try:
+            with self.locked():
+                return False
+        except RunBusyError:
+            return True
+
+
+def choose_run(output: Path, request: Request, *, new: bool = False) -> tuple[Run, bool]:
+    """Choose the directory of a call.
+
+    Args:
+        output: Where runs are.
+        request: What is asked for.
+        new: Start another run even where an unfinished one could go on.
+
+    Returns:
+        The run, and whether it goes on: an unfinished run with the same request on which nobody is at work. Otherwise
+        a new directory with the next number; finished runs and other requests' runs are never chosen.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    existing = [
+        path
+        for path in output.iterdir()
+        if path.is_dir() and re.fullmatch(rf"{re.escape(request.stem)}-\d+", path.name)
+    ]
+    if not new:
+        for path in sorted(existing, key=_number, reverse=True):
+            run = Run(path)
+            if run.request() == request.as_json() and not run.finished and not run.busy():
+                return run, True
+    number = max(map(_number, existing), default=0) + 1
+    while True:
+        directory = output / f"{request.stem}-{number:03d}"
+        try:
+            directory.mkdir()
+            break
+        except FileExistsError:
+            # Another call took it just now.
+            number += 1
+    _write_json(directory / "request.json", request.as_json())
+    return Run(directory), False
+
+
+def _number(directory: Path) -> int:
+    return int(directory.name.rpartition("-")[2])
+
+
+def _write_json(path: Path, value: object) -> None:
+    atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

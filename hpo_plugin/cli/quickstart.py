@@ -1,0 +1,70 @@
+"""``hpo-plugin quickstart``: verl's own trainer, with A-HPO, learns Countdown on this machine."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Rollout(str, Enum):
+    """Who generates the responses."""
+
+    HF = "hf"
+    VLLM = "vllm"
+
+
+def quickstart(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Further overrides of the config countdown_cpu, in Hydra's syntax.", show_default=False),
+    ] = None,
+    policy_loss: Annotated[
+        str, typer.Option(help="ahpo, hpo, grpo, gspo, sapo, dapo, dr_grpo or cispo: algorithm.policy_loss.")
+    ] = "ahpo",
+    seed: Annotated[int, typer.Option(min=0, help="Of data, start model and sampling.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    rollout: Annotated[
+        Rollout, typer.Option(help="hf: transformers' own generate. vllm: verl's vLLM rollout (extra cpu-vllm).")
+    ] = Rollout.HF,
+    output: Annotated[Path, typer.Option(help="Where runs, data and start models go.")] = Path("runs"),
+    n_test: Annotated[int, typer.Option(min=1, max=700, help="Held-out problems.")] = 512,
+    new: Annotated[
+        bool, typer.Option("--new", help="Start another run, even if an unfinished one could go on.")
+    ] = False,
+    stall: Annotated[float, typer.Option(min=1, help="Seconds without progress after which to give up.")] = 600.0,
+) -> None:
+    """Train a small model on Countdown with verl's own trainer, on this machine's CPU cores.
+
+    Makes the data and a start model, checks the installation, trains, evaluates on held-out problems before and after,
+    and draws the curves. The same call again goes on with a run that was interrupted, or else starts another one.
+    """
+    import sys
+
+    from rich.console import Console
+
+    from hpo_plugin.cli._quickstart import QuickstartError, run_quickstart
+    from hpo_plugin.cli._runs import Request
+    from hpo_plugin.cli._trainer import interruptible
+
+    request = Request(
+        policy_loss=policy_loss,
+        seed=seed,
+        steps=steps,
+        rollout=rollout.value,
+        n_test=n_test,
+        overrides=tuple(overrides or ()),
+    )
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    try:
+        with interruptible():
+            run_quickstart(request, output, new=new, stall=stall, console=console)
+    except QuickstartError as error:
+        console.print()
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("\nInterrupted; every process of the run is ended. The same command goes on from its checkpoint.")
+        raise typer.Exit(130) from None

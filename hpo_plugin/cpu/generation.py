@@ -1,0 +1,242 @@
+"""Batched, seeded generation with ``transformers``' own ``generate``: no Ray, no verl.
+
+A sample depends on the seed, the version of the weights, the prompt and how often that prompt was asked before, not on
+which requests happened to share its batch: each request draws from a random stream of its own, and sampling is the
+arg max of log-probability plus Gumbel noise (which is a draw from the distribution).
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; requests with equal values share a batch.
+
+    Attributes:
+        temperature: 0 means greedy.
+        top_p: Nucleus mass in (0, 1]; 1 keeps all tokens.
+        top_k: Number of tokens kept; -1 or 0 keeps all.
+        repetition_penalty: 1 means none; counts the tokens of prompt and response.
+        ignore_eos: Go on after the end-of-sequence token.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range.
+
+        Raises:
+            ValueError: Naming the parameter and the value.
+        """
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+        if self.top_k < -1:
+            raise ValueError(f"top_k={self.top_k} must be positive, or -1 or 0 to keep all tokens")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        prompt_ids: Token ids.
+        max_tokens: Most response tokens, at least 1.
+        seed: Of this request's random stream.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One continuation.
+
+    Attributes:
+        token_ids: Response tokens, the end-of-sequence token included where it was reached.
+        log_probs: Of each response token under the distribution it was drawn from (after temperature, top-k and top-p;
+            for greedy decoding, under the model's own distribution).
+        finished: Whether the end-of-sequence token was reached.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finished: bool
+
+
+class RequestSeeds:
+    """Seeds for requests that depend on content and repetition, not on arrival among other prompts."""
+
+    def __init__(self, seed: int) -> None:
+        """Start with no request seen.
+
+        Args:
+            seed: The run's seed (``actor_rollout_ref.rollout.seed``).
+        """
+        self._seed = seed
+        self._weights_version = 0
+        self._seen: Counter[tuple] = Counter()
+
+    def new_weights(self, version: int) -> None:
+        """Start a new set of streams: the same prompt is sampled anew after each update.
+
+        Args:
+            version: Of the weights (the trainer's step).
+        """
+        self._weights_version = version
+        self._seen.clear()
+
+    def next(self, prompt_ids: tuple[int, ...], sampling: Sampling) -> int:
+        """Return the seed (64 bits) of the next request for this prompt.
+
+        Args:
+            prompt_ids: Token ids.
+            sampling: Parameters; validation and training requests for one prompt are counted apart.
+        """
+        key = (prompt_ids, sampling)
+        repetition = self._seen[key]
+        self._seen[key] += 1
+        text = repr((self._seed, self._weights_version, prompt_ids, sampling, repetition))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+class _SeededSampler(LogitsProcessor):
+    """Turns logits into scores whose arg max is the sample, and keeps the log-probs of what was sampled.
+
+    Holds one step's log-probs (batch x vocabulary), not those of the whole response.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        self._greedy = sampling.greedy
+        warpers = LogitsProcessorList()
+        if not sampling.greedy:
+            if sampling.temperature != 1:
+                warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k > 0:
+                warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+        self._warpers = warpers
+        self._streams = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+        self._noise: torch.Tensor | None = None
+        self._pending: torch.Tensor | None = None
+        self.log_probs: list[torch.Tensor] = []
+
+    def collect(self, last_tokens: torch.Tensor) -> None:
+        """Record the log-probs of the tokens chosen at the step before; ``last_tokens`` has shape (batch,)."""
+        if self._pending is not None:
+            self.log_probs.append(self._pending.gather(1, last_tokens[:, None])[:, 0])
+            self._pending = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores (batch, vocabulary) whose arg max is this step's token."""
+        self.collect(input_ids[:, -1])
+        log_probs = torch.log_softmax(self._warpers(input_ids, scores).float(), dim=-1)
+        self._pending = log_probs
+        if self._greedy:
+            return log_probs
+        if self._noise is None:
+            self._noise = torch.empty_like(log_probs)
+        for row, stream in zip(self._noise, self._streams, strict=True):
+            row.exponential_(generator=stream)
+        # -log(Exponential(1)) is Gumbel noise.
+        return log_probs - self._noise.log()
+
+
+class Generator:
+    """Continues prompts with a causal language model."""
+
+    def __init__(self, model: PreTrainedModel, *, eos_token_ids: Sequence[int], pad_token_id: int) -> None:
+        """Take a model in evaluation mode.
+
+        Args:
+            model: The model, on CPU.
+            eos_token_ids: Tokens that end a response.
+            pad_token_id: Token to pad with; masked out everywhere.
+        """
+        self._model = model.eval()
+        self._eos = list(eos_token_ids)
+        self._pad = pad_token_id
+        # Defaults of the checkpoint (a top_k, say) must not leak into what the trainer asked for.
+        self._model.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._pad)
+
+    @torch.inference_mode()
+    def __call__(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        """Continue all requests as one left-padded batch.
+
+        Args:
+            requests: At least one.
+            sampling: Shared parameters.
+
+        Returns:
+            A response for each request, in their order.
+        """
+        if sampling.repetition_penalty != 1 and len({len(request.prompt_ids) for request in requests}) > 1:
+            # The penalty reads the prompt's tokens, so prompts of unequal length cannot share a padded batch.
+            return [self([request], sampling)[0] for request in requests]
+        width = max(len(request.prompt_ids) for request in requests)
+        max_tokens = max(request.max_tokens for request in requests)
+        input_ids = torch.full((len(requests), width), self._pad, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, request in enumerate(requests):
+            input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            attention_mask[row, width - len(request.prompt_ids) :] = 1
+        sampler = _SeededSampler(sampling, [request.seed for request in requests])
+        processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        processors.append(sampler)
+        output = self._model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_processor=processors,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_tokens,
+                eos_token_id=None if sampling.ignore_eos else self._eos,
+                pad_token_id=self._pad,
+            ),
+        )
+        sampler.collect(output[:, -1])
+        tokens = output[:, width:].tolist()
+        log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
+        return [
+            self._cut(row, row_log_probs, request.max_tokens, sampling)
+            for row, row_log_probs, request in zip(tokens, log_probs, requests, strict=True)
+        ]
+
+    def _cut(self, tokens: list[int], log_probs: list[float], max_tokens: int, sampling: Sampling) -> Response:
+        length = min(len(tokens), max_tokens)
+        finished = False
+        if not sampling.ignore_eos:
+            for position, token in enumerate(tokens[:length]):
+                if token in self._eos:
+                    length, finished = position + 1, True
+                    break
+        return Response(token_ids=tokens[:length], log_probs=log_probs[:length], finished=finished)

@@ -1,0 +1,29 @@
+"""Loaded in every verl process (entry point ``verl.plugins``), so it imports next to nothing.
+
+verl asks for its platform after it has loaded its plugins, so registering here is early enough in the driver, the
+trainer, the workers and the rollout servers alike. If this module fails to load, verl stops with "Unknown platform
+'cpu'": the failure is not silent.
+"""
+
+import os
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def _device(*, _root_: DictConfig) -> str:
+    """Resolver behind ``trainer.device: ${hpo_cpu.device:}``: check the config, then answer ``"cpu"``."""
+    from hpo_plugin.cpu.checks import check_config
+
+    check_config(_root_)
+    return "cpu"
+
+
+# Registered on every platform: a CPU config started without VERL_PLATFORM=cpu must say so.
+OmegaConf.register_new_resolver("hpo_cpu.device", _device, replace=True)
+OmegaConf.register_new_resolver("hpo_cpu.sum", lambda *terms: sum(terms), replace=True)
+
+if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+    from hpo_plugin.cpu import platform as _platform  # noqa: F401
+    from hpo_plugin.cpu.vllm_cpu import install_vllm_alias
+
+    install_vllm_alias()

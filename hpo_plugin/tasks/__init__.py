@@ -1,0 +1,1 @@
+"""Tasks: problems, prompts and rewards. They import neither verl nor the mathematics."""

@@ -1,0 +1,374 @@
+"""Countdown data files for verl: synthetic problems, or the public data set, as parquet with a manifest."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import hpo_plugin
+from hpo_plugin.tasks._files import Publication, check_output, publish, sha256_of_file
+from hpo_plugin.tasks.countdown.problems import (
+    CountdownConfig,
+    CountdownProblem,
+    fits_exactly,
+    generate_problems,
+    solvable,
+)
+from hpo_plugin.tasks.countdown.prompts import chat_prompt
+from hpo_plugin.tasks.countdown.reward import DATA_SOURCES, read_ground_truth
+
+#: The public data set on the Hugging Face hub.
+PUBLIC_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
+#: The published split: the first rows train, the next ones test.
+PUBLISHED_TRAIN_SIZE, PUBLISHED_TEST_SIZE = 327_680, 1_024
+#: Sizes of a synthetic data set when none are given.
+SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 20_000, 1_024
+#: Problems with more numbers are written without checking that they can be solved: the check takes seconds each.
+MAX_CHECKED_COUNT = 5
+
+#: What verl reads: ``prompt`` (RLHFDataset), ``data_source``, ``reward_model.ground_truth`` and ``extra_info``
+#: (reward managers), ``extra_info.index`` (RLHFDataset).
+SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("ability", pa.string()),
+        (
+            "reward_model",
+            pa.struct(
+                [
+                    ("style", pa.string()),
+                    ("ground_truth", pa.struct([("target", pa.int64()), ("numbers", pa.list_(pa.int64()))])),
+                ]
+            ),
+        ),
+        ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64())])),
+    ]
+)
+
+#: Called with (what is being done, how much is done, how much there is).
+Progress = Callable[[str, int, int], None]
+
+
+class SourceUnavailableError(OSError):
+    """The source of a data set cannot be reached or read."""
+
+
+@dataclass(frozen=True)
+class CountdownData:
+    """What :func:`prepare_countdown` made.
+
+    Attributes:
+        train_file: Path of the training split, for ``data.train_files``.
+        test_file: Path of the held-out split, for ``data.val_files``.
+        manifest: The content of the manifest, without its file hashes.
+        publication: Which files were written and which were there already.
+    """
+
+    train_file: Path
+    test_file: Path
+    manifest: Mapping[str, Any]
+    publication: Publication
+
+
+def to_row(problem: CountdownProblem, split: str, row: int, layout: str = "public") -> dict[str, Any]:
+    """Return a problem as one row of verl's data format.
+
+    Args:
+        problem: The problem.
+        split: ``train`` or ``test``.
+        row: Its position in the split.
+        layout: ``public`` or ``terse``.
+    """
+    return {
+        "data_source": DATA_SOURCES[layout],
+        "prompt": chat_prompt(problem.numbers, problem.target, layout),
+        "ability": "math",
+        "reward_model": {
+            "style": "rule",
+            "ground_truth": {"target": problem.target, "numbers": list(problem.numbers)},
+        },
+        "extra_info": {"split": split, "index": row},
+    }
+
+
+def to_parquet(problems: Iterable[CountdownProblem], split: str, layout: str = "public") -> bytes:
+    """Return problems as the bytes of a parquet file, which are always the same under one version of pyarrow."""
+    rows = [to_row(problem, split, row, layout) for row, problem in enumerate(problems)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd", row_group_size=65_536)
+    return bytes(sink.getvalue())
+
+
+def generate_splits(
+    config: CountdownConfig, train_size: int, test_size: int, progress: Progress | None = None
+) -> tuple[list[CountdownProblem], list[CountdownProblem]]:
+    """Generate a training and a test split that share no problem.
+
+    The test split comes first in the stream, so it does not change with ``train_size``.
+
+    Args:
+        config: What to generate.
+        train_size: Problems in the training split.
+        test_size: Problems in the test split.
+        progress: Told how many problems there are.
+
+    Returns:
+        The training split, the test split.
+
+    Raises:
+        ValueError: If the config is invalid or its ranges hold too few distinct problems.
+    """
+    report = None if progress is None else (lambda done, total: progress("generating problems", done, total))
+    problems = generate_problems(config, test_size + train_size, report)
+    return problems[test_size:], problems[:test_size]
+
+
+def prepare_countdown(
+    output: str | Path,
+    *,
+    config: CountdownConfig | None = None,
+    layout: str = "public",
+    train_size: int | None = None,
+    test_size: int | None = None,
+    source: str = "synthetic",
+    only_counts: Sequence[int] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CountdownData:
+    """Write ``train.parquet``, ``test.parquet`` and ``manifest.json``; leave identical existing data alone.
+
+    Args:
+        output: The directory; created if needed.
+        config: What to generate; only for ``source="synthetic"``.
+        layout: ``public`` or ``terse``.
+        train_size: Rows of the training split; default 20,000, or for another source the published 327,680.
+        test_size: Rows of the test split; default 1,024. Rows of a source are cut by position, training first.
+        source: ``synthetic``, the path of a parquet, JSON (lines or array) or CSV file with the columns ``target`` and
+            ``nums`` (or ``numbers``), or the id of such a data set on the Hugging Face hub.
+        only_counts: Keep only the rows of a source with so many numbers, after cutting; not for ``synthetic``, where
+            ``config.counts`` says it.
+        force: Replace other data in the directory.
+        progress: Told what is being done.
+
+    Returns:
+        Paths, manifest, and what was written.
+
+    Raises:
+        ValueError: If an argument is invalid, has no effect with this source, or asks for more rows than there are.
+        FileExistsError: If the directory holds other data and ``force`` is not set.
+        SourceUnavailableError: If the source cannot be reached or read.
+        OSError: If the directory cannot be written.
+    """
+    if layout not in DATA_SOURCES:
+        raise ValueError(f"layout={layout!r} is not one of {', '.join(DATA_SOURCES)}")
+    synthetic = source == "synthetic"
+    if train_size is None:
+        train_size = SYNTHETIC_TRAIN_SIZE if synthetic else PUBLISHED_TRAIN_SIZE
+    if test_size is None:
+        test_size = SYNTHETIC_TEST_SIZE if synthetic else PUBLISHED_TEST_SIZE
+    for name, size in (("train_size", train_size), ("test_size", test_size)):
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+    parameters: dict[str, Any] = {"layout": layout, "train_size": train_size, "test_size": test_size}
+    directory = Path(output)
+    counts: dict[str, Any] = {}
+    if synthetic:
+        if only_counts:
+            raise ValueError("only_counts selects rows of a source; for synthetic problems set config.counts")
+        config = CountdownConfig() if config is None else config
+        config.validate()
+        parameters |= {"source": "synthetic", **asdict(config), "counts": list(config.counts)}
+        check_output(directory, parameters, force=force)
+        train, test = generate_splits(config, train_size, test_size, progress)
+    else:
+        if config is not None:
+            raise ValueError(f"config describes synthetic problems and has no effect with source={source!r}")
+        parameters |= {**_describe_source(source), "only_counts": sorted(only_counts)}
+        check_output(directory, parameters, force=force)
+        train, test, counts = _convert(source, train_size, test_size, only_counts, progress)
+    counts |= {"train": len(train), "test": len(test)}
+    files = {}
+    for done, (split, problems) in enumerate((("train", train), ("test", test))):
+        if progress is not None:
+            progress("writing files", done, 2)
+        files[f"{split}.parquet"] = to_parquet(problems, split, layout)
+    manifest = {
+        "task": "countdown",
+        "parameters": parameters,
+        "counts": counts,
+        "versions": {"hpo_plugin": hpo_plugin.__version__, "pyarrow": pa.__version__},
+    }
+    publication = publish(directory, files, manifest, force=force)
+    if progress is not None:
+        progress("writing files", 2, 2)
+    return CountdownData(directory / "train.parquet", directory / "test.parquet", manifest, publication)
+
+
+# --- the public data -----------------------------------------------------------------------------------------------
+
+_FILE_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WRITTEN_LIST = re.compile(r"[\[(]?\s*([0-9]+(?:(?:\s*,\s*|\s+)[0-9]+)*)\s*[\])]?", re.ASCII)
+_EXAMPLES = 5
+
+
+def _describe_source(source: str) -> dict[str, Any]:
+    """What identifies a source in a manifest. A file is known by its content; its path is this machine's own."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in _FILE_SUFFIXES:
+            raise ValueError(f"source={source!r}: the file must end in {', '.join(_FILE_SUFFIXES)}")
+        return {"source": path.name, "source_sha256": sha256_of_file(path)}
+    if path.suffix in _FILE_SUFFIXES or not _HUB_ID.fullmatch(source):
+        raise SourceUnavailableError(
+            f"source={source!r} is neither an existing file ({', '.join(_FILE_SUFFIXES)}) nor the id of a data set on "
+            f"the Hugging Face hub such as {PUBLIC_DATASET}"
+        )
+    return {"source": source}
+
+
+def _read_source(source: str) -> list[Any]:
+    """Return the rows of a source in its order; a row that cannot be read at all is None."""
+    path = Path(source)
+    if not path.is_file():
+        return _read_hub(source)
+    try:
+        if path.suffix == ".parquet":
+            rows: list[Any] = pq.read_table(path).to_pylist()
+            return rows
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            return list(csv.DictReader(text.splitlines()))
+        if text.lstrip().startswith("["):
+            parsed: list[Any] = json.loads(text)
+            return parsed
+    except (ValueError, pa.ArrowException) as error:
+        raise SourceUnavailableError(f"source={source!r} cannot be read as {path.suffix}: {error}") from error
+    return [_json_or_none(line) for line in text.splitlines() if line.strip()]
+
+
+def _json_or_none(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _read_hub(source: str) -> list[Any]:
+    # Imported here: it takes a second, and only this source needs it.
+    import datasets
+
+    try:
+        rows: list[Any] = datasets.load_dataset(source, split="train").to_list()
+    except Exception as error:
+        # The libraries underneath raise a dozen unrelated types; all of them mean that there is no data.
+        raise SourceUnavailableError(
+            f"the data set {source!r} could not be loaded from the Hugging Face hub ({type(error).__name__}: {error}). "
+            "Check the id and the network (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE apply), or download its parquet "
+            "file elsewhere and give that file as the source."
+        ) from error
+    return rows
+
+
+def _problem_of(row: Any) -> CountdownProblem:
+    """Read one row; ValueError says why it is malformed."""
+    if not isinstance(row, Mapping):
+        raise ValueError("not a row with columns")
+    numbers = row["nums"] if "nums" in row else row.get("numbers")
+    target = row.get("target")
+    if isinstance(numbers, str):
+        written = _WRITTEN_LIST.fullmatch(numbers.strip())
+        if written is None:
+            raise ValueError(f"nums={numbers!r} is not a list of integers")
+        numbers = [int(number) for number in re.findall("[0-9]+", written[1])]
+    if isinstance(target, str) and re.fullmatch("-?[0-9]{1,12}", target.strip()):
+        target = int(target)
+    # The reward's own check: whatever is written can be scored.
+    value, _ = read_ground_truth({"target": target, "numbers": numbers})
+    return CountdownProblem(tuple(int(number) for number in numbers or ()), value)
+
+
+def _convert(
+    source: str, train_size: int, test_size: int, only_counts: Sequence[int], progress: Progress | None
+) -> tuple[list[CountdownProblem], list[CountdownProblem], dict[str, Any]]:
+    if progress is not None:
+        progress("reading the source", 0, 1)
+    rows = _read_source(source)
+    if progress is not None:
+        progress("reading the source", 1, 1)
+    if len(rows) < train_size + test_size:
+        raise ValueError(
+            f"source={source!r} has {len(rows)} rows, and {train_size} for training plus {test_size} for testing were "
+            "asked for; give train_size and test_size (--train-size, --test-size) that fit"
+        )
+    splits: dict[str, list[CountdownProblem]] = {"train": [], "test": []}
+    malformed: list[str] = []
+    other_counts = 0
+    for position, row in enumerate(rows[: train_size + test_size]):
+        try:
+            problem = _problem_of(row)
+        except ValueError as error:
+            malformed.append(f"row {position}: {error}")
+            continue
+        if only_counts and len(problem.numbers) not in only_counts:
+            other_counts += 1
+            continue
+        splits["train" if position < train_size else "test"].append(problem)
+    for split, problems in splits.items():
+        if not problems:
+            first = f"; the first malformed one: {malformed[0]}" if malformed else ""
+            raise ValueError(
+                f"source={source!r}: no usable row for the {split} split ({len(malformed)} malformed, {other_counts} "
+                f"with another count of numbers{first})"
+            )
+    unsolvable, unchecked = _count_unsolvable(splits["train"] + splits["test"], progress)
+    train_identities = [problem.identity for problem in splits["train"]]
+    test_identities = {problem.identity for problem in splits["test"]}
+    return (
+        splits["train"],
+        splits["test"],
+        {
+            "rows_in_source": len(rows),
+            "rows_beyond_the_split": len(rows) - train_size - test_size,
+            "malformed_dropped": len(malformed),
+            "malformed_examples": [example[:300] for example in malformed[:_EXAMPLES]],
+            "other_counts_dropped": other_counts,
+            "unsolvable_kept": unsolvable,
+            "solvability_unchecked": unchecked,
+            "repeated_in_train": len(train_identities) - len(set(train_identities)),
+            "train_rows_also_in_test": sum(identity in test_identities for identity in train_identities),
+        },
+    )
+
+
+def _count_unsolvable(problems: Sequence[CountdownProblem], progress: Progress | None) -> tuple[int, int]:
+    """Return how many problems have no solution, and how many were too large to tell."""
+    by_count: dict[int, list[CountdownProblem]] = {}
+    for problem in problems:
+        by_count.setdefault(len(problem.numbers), []).append(problem)
+    unsolvable = unchecked = done = 0
+    for count, group in sorted(by_count.items()):
+        for begin in range(0, len(group), 4096):
+            part = group[begin : begin + 4096]
+            small = count <= MAX_CHECKED_COUNT and all(
+                fits_exactly(problem.numbers, problem.target) for problem in part
+            )
+            if small:
+                reached = solvable([problem.numbers for problem in part], [problem.target for problem in part])
+                unsolvable += int(np.count_nonzero(~reached))
+            else:
+                unchecked += len(part)
+            done += len(part)
+            if progress is not None:
+                progress("checking that problems can be solved", done, len(problems))
+    return unsolvable, unchecked

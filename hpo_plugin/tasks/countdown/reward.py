@@ -1,0 +1,332 @@
+"""The Countdown reward: a small closed grammar, exact arithmetic, and bounds on everything.
+
+The text comes from a model that is being optimized against this function, so it is treated as hostile: nothing of it
+is ever executed, every size is bounded before work is done on it, and no text makes :func:`compute_score` raise.
+
+The grammar of an answer (spaces, tabs and line breaks may stand between tokens)::
+
+    answer  = expr [ "=" target ]
+    expr    = term  { ("+" | "-") term }
+    term    = factor { ("*" | "/") factor }
+    factor  = integer | "(" expr ")"
+    integer = "0" | ASCII digits without a leading zero
+
+There is no unary sign, no decimal point, no power, no factorial, no floor division and no implicit multiplication, and
+only ASCII characters exist in it. Every given number must be used exactly once.
+
+This module imports the standard library only: verl loads it in each of its reward workers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from enum import Enum
+from operator import index
+from typing import Any
+
+#: ``data_source`` of a row in the public layout: the answer stands in ``<answer>`` tags.
+PUBLIC_DATA_SOURCE = "countdown"
+#: ``data_source`` of a row in the terse layout: the whole response is the answer.
+TERSE_DATA_SOURCE = "countdown_terse"
+#: Layout name -> the ``data_source`` its rows carry.
+DATA_SOURCES = {"public": PUBLIC_DATA_SOURCE, "terse": TERSE_DATA_SOURCE}
+
+#: Only this many characters at the end of a response are searched for answer tags.
+MAX_SEARCHED_CHARACTERS = 262_144
+#: A longer answer is malformed.
+MAX_ANSWER_CHARACTERS = 512
+#: Deeper nesting of parentheses is malformed.
+MAX_DEPTH = 32
+#: Integers with more digits are malformed in an answer and refused in a ground truth.
+MAX_DIGITS = 9
+#: A ground truth with more numbers is refused.
+MAX_NUMBERS = 16
+
+_OPEN, _CLOSE = "<answer>", "</answer>"
+_ALPHABET = re.compile(r"[-0-9+*/() \t\r\n]+")
+_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+_RIGHT_SIDE = re.compile(rf"[ \t\r\n]*(-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}}))[ \t\r\n]*")
+#: A level of parentheses in which nothing has been read: 0 + 1 * (what comes first).
+_EMPTY_LEVEL = (0, 1, 1, 1, 1, False)
+_INTEGER_LIMIT = 10**MAX_DIGITS
+
+
+class Verdict(str, Enum):
+    """What an answer is, and why it is not correct if it is not."""
+
+    CORRECT = "correct"
+    #: Public layout: there is no ``<answer>…</answer>``.
+    NO_ANSWER = "no_answer"
+    #: Not an expression of the grammar, or beyond one of its bounds.
+    MALFORMED = "malformed"
+    #: Well-formed, but a number is missing, repeated or not among those given.
+    WRONG_NUMBERS = "wrong_numbers"
+    #: Well-formed with the right numbers, and somewhere divides by zero.
+    DIVISION_BY_ZERO = "division_by_zero"
+    #: Well-formed with the right numbers, and its value (or its right side) is not the target.
+    WRONG_VALUE = "wrong_value"
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    format_score: float = 0.0,
+    layout: str | None = None,
+    **kwargs: Any,
+) -> float:
+    """Score one response, in verl's reward interface (``reward.custom_reward_function``).
+
+    Binary by default: 1.0 for a correct answer, 0.0 for every other text. No text makes it raise, and the work done for
+    a text is bounded. What does raise is a row or a setting that cannot be scored, because a bad reward must stop a run
+    rather than train on zeros.
+
+    Args:
+        data_source: ``countdown`` (public layout) or ``countdown_terse`` (terse layout), as written by
+            ``hpo-plugin prepare countdown``.
+        solution_str: The decoded response, without the prompt.
+        ground_truth: ``{"target": int, "numbers": list[int]}``; the mapping may also be a JSON string, and the numbers
+            any sequence or array of integers.
+        extra_info: Not used; part of verl's interface.
+        format_score: What a well-formed but incorrect answer earns, in [0, 1). Anything above 0 makes the reward
+            non-binary and changes the sign counts of A-HPO. Set by
+            ``reward.custom_reward_function.reward_kwargs.format_score``.
+        layout: ``public`` or ``terse``; overrides the layout that ``data_source`` implies, for data sets with names of
+            their own. Set by ``reward.custom_reward_function.reward_kwargs.layout``.
+        **kwargs: Other keywords of verl's reward managers; ignored.
+
+    Returns:
+        1.0, 0.0, or ``format_score``.
+
+    Raises:
+        ValueError: If ``ground_truth`` is malformed, if ``data_source`` implies no layout and none is given, or if
+            ``format_score`` is outside [0, 1).
+        TypeError: If ``solution_str`` is not a string.
+    """
+    if not 0.0 <= format_score < 1.0:
+        raise ValueError(
+            f"reward.custom_reward_function.reward_kwargs.format_score={format_score!r} must be in [0, 1): "
+            "a wrong answer may not earn as much as a correct one"
+        )
+    verdict = judge(solution_str, ground_truth, layout=_layout_of(data_source, layout))
+    if verdict is Verdict.CORRECT:
+        return 1.0
+    if verdict is Verdict.NO_ANSWER or verdict is Verdict.MALFORMED:
+        return 0.0
+    return float(format_score)
+
+
+def judge(solution_str: str, ground_truth: Any, *, layout: str = "public") -> Verdict:
+    """Say whether a response is correct, and if not, why.
+
+    Args:
+        solution_str: The decoded response, without the prompt.
+        ground_truth: As in :func:`compute_score`.
+        layout: ``public``: the last ``<answer>…</answer>`` counts, text around it is free. ``terse``: the whole
+            response is the answer; one leading ``=`` is skipped.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        ValueError: If ``ground_truth`` is malformed or ``layout`` is unknown.
+        TypeError: If ``solution_str`` is not a string.
+    """
+    target, numbers = read_ground_truth(ground_truth)
+    if not isinstance(solution_str, str):
+        raise TypeError(f"solution_str must be the decoded response (str), got {type(solution_str).__name__}")
+    if layout == "public":
+        answer = last_answer(solution_str)
+        if answer is None:
+            return Verdict.NO_ANSWER
+    elif layout == "terse":
+        if len(solution_str) > MAX_ANSWER_CHARACTERS:
+            return Verdict.MALFORMED
+        answer = solution_str.lstrip(" \t\r\n").removeprefix("=")
+    else:
+        raise ValueError(f"layout={layout!r} is not one of {', '.join(DATA_SOURCES)}")
+    return _judge_answer(answer, target, numbers)
+
+
+def last_answer(text: str) -> str | None:
+    """Return what stands in the last ``<answer>…</answer>`` of a text, or None if there is none.
+
+    The last opening tag that is followed by a closing one counts, up to the first closing tag after it; an opening tag
+    that is never closed is not an answer and does not hide an earlier one. Only the last
+    :data:`MAX_SEARCHED_CHARACTERS` characters are searched.
+    """
+    start = max(0, len(text) - MAX_SEARCHED_CHARACTERS)
+    closing = text.rfind(_CLOSE, start)
+    if closing < 0:
+        return None
+    opening = text.rfind(_OPEN, start, closing)
+    if opening < 0:
+        return None
+    begin = opening + len(_OPEN)
+    return text[begin : text.find(_CLOSE, begin, closing + len(_CLOSE))]
+
+
+def read_ground_truth(ground_truth: Any) -> tuple[int, tuple[int, ...]]:
+    """Check a ground truth and return its target and its numbers in ascending order.
+
+    Args:
+        ground_truth: ``{"target": int, "numbers": list[int]}`` or that as a JSON string. Numbers may be a list, a
+            tuple, or anything with ``tolist()`` (a numpy array, a tensor).
+
+    Raises:
+        ValueError: If it is anything else, naming what is wrong.
+    """
+    given = ground_truth
+    if isinstance(given, (str, bytes)):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise _bad_ground_truth(ground_truth, f"it is a string but not JSON ({error})") from error
+    if not isinstance(given, (dict, Mapping)):
+        raise _bad_ground_truth(ground_truth, f"it is a {type(given).__name__}, not a mapping")
+    if "target" not in given or "numbers" not in given:
+        raise _bad_ground_truth(ground_truth, "the keys 'target' and 'numbers' are needed")
+    numbers = given["numbers"]
+    if not isinstance(numbers, (list, tuple)) and hasattr(numbers, "tolist"):
+        numbers = numbers.tolist()
+    if not isinstance(numbers, (list, tuple)):
+        raise _bad_ground_truth(ground_truth, f"'numbers' is a {type(numbers).__name__}, not a list")
+    if not 1 <= len(numbers) <= MAX_NUMBERS:
+        raise _bad_ground_truth(ground_truth, f"'numbers' holds {len(numbers)} numbers, not 1 to {MAX_NUMBERS}")
+    checked = [value if type(value) is int else _integer(value, ground_truth) for value in (given["target"], *numbers)]
+    if max(checked) >= _INTEGER_LIMIT or min(checked) <= -_INTEGER_LIMIT:
+        raise _bad_ground_truth(ground_truth, f"an integer has more than {MAX_DIGITS} digits")
+    target, *integers = checked
+    if min(integers) < 0:
+        raise _bad_ground_truth(ground_truth, "'numbers' holds a negative number, which no answer could write")
+    integers.sort()
+    return target, tuple(integers)
+
+
+def _integer(value: Any, ground_truth: Any) -> int:
+    # True and False are integers to Python, and a sign of mixed-up columns here.
+    if not isinstance(value, bool):
+        try:
+            return index(value)
+        except TypeError:
+            pass
+    raise _bad_ground_truth(ground_truth, f"{value!r} is not an integer")
+
+
+def _bad_ground_truth(ground_truth: Any, reason: str) -> ValueError:
+    shown = repr(ground_truth)
+    if len(shown) > 200:
+        shown = f"{shown[:200]}…"
+    return ValueError(
+        f'malformed Countdown ground truth {shown}: {reason}. Expected {{"target": int, "numbers": [int, …]}} in the '
+        "column reward_model.ground_truth, as written by `hpo-plugin prepare countdown`."
+    )
+
+
+def _layout_of(data_source: str, layout: str | None) -> str:
+    if layout is not None:
+        if layout not in DATA_SOURCES:
+            raise ValueError(
+                f"reward.custom_reward_function.reward_kwargs.layout={layout!r} is not one of {', '.join(DATA_SOURCES)}"
+            )
+        return layout
+    if data_source == PUBLIC_DATA_SOURCE:
+        return "public"
+    if data_source == TERSE_DATA_SOURCE:
+        return "terse"
+    raise ValueError(
+        f"data_source={data_source!r} is neither {PUBLIC_DATA_SOURCE!r} nor {TERSE_DATA_SOURCE!r}; name the layout of "
+        "this data with reward.custom_reward_function.reward_kwargs.layout=public|terse"
+    )
+
+
+def _judge_answer(answer: str, target: int, numbers: tuple[int, ...]) -> Verdict:
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return Verdict.MALFORMED
+    expression, equals, right_side = answer.partition("=")
+    right_value = target
+    if equals:
+        matched = _RIGHT_SIDE.fullmatch(right_side)
+        if matched is None:
+            return Verdict.MALFORMED
+        right_value = int(matched[1])
+    parsed = _parse(expression)
+    if parsed is None:
+        return Verdict.MALFORMED
+    numerator, denominator, literals = parsed
+    literals.sort()
+    if tuple(literals) != numbers:
+        return Verdict.WRONG_NUMBERS
+    if denominator == 0:
+        return Verdict.DIVISION_BY_ZERO
+    if numerator != target * denominator or right_value != target:
+        return Verdict.WRONG_VALUE
+    return Verdict.CORRECT
+
+
+def _parse(text: str) -> tuple[int, int, list[int]] | None:
+    """Parse and evaluate an expression with a stack of its own, so that no text can exhaust Python's.
+
+    Each level of parentheses holds a sum so far, the term being multiplied up, and the operations that are pending.
+    Values are pairs of integers (numerator, denominator), which is exact and several times faster than ``Fraction``;
+    they are not reduced, because the bound on the length of the text bounds their size.
+
+    Returns:
+        Numerator, denominator (0 if the expression divides by zero anywhere) and the integers in the text; or None if
+        the text is not an expression of the grammar.
+    """
+    if _ALPHABET.fullmatch(text) is None:
+        return None
+    literals: list[int] = []
+    enclosing: list[tuple[int, int, int, int, int, bool]] = []
+    divides_by_zero = False
+    operand_expected = True
+    sum_above, sum_below, sign, term_above, term_below, dividing = _EMPTY_LEVEL
+    for token in _TOKEN.findall(text):
+        if operand_expected:
+            if token == "(":
+                if len(enclosing) == MAX_DEPTH:
+                    return None
+                enclosing.append((sum_above, sum_below, sign, term_above, term_below, dividing))
+                sum_above, sum_below, sign, term_above, term_below, dividing = _EMPTY_LEVEL
+                continue
+            if token in "+-*/)" or len(token) > MAX_DIGITS or (token[0] == "0" and token != "0"):
+                return None
+            above, below = int(token), 1
+            literals.append(above)
+            operand_expected = False
+        elif token == "*" or token == "/":
+            dividing = token == "/"
+            operand_expected = True
+            continue
+        elif token == "+" or token == "-":
+            sum_above = sum_above * term_below + sign * term_above * sum_below
+            sum_below *= term_below
+            sign = 1 if token == "+" else -1
+            term_above, term_below, dividing = 1, 1, False
+            operand_expected = True
+            continue
+        elif token == ")" and enclosing:
+            above = sum_above * term_below + sign * term_above * sum_below
+            below = sum_below * term_below
+            sum_above, sum_below, sign, term_above, term_below, dividing = enclosing.pop()
+        else:
+            return None
+        # A number, or the value of a pair of parentheses, joins the term.
+        if not dividing:
+            term_above *= above
+            term_below *= below
+        elif above:
+            term_above *= below
+            term_below *= above
+        else:
+            # The rest is still parsed: whether a text is well-formed does not depend on its value.
+            divides_by_zero = True
+    if operand_expected or enclosing:
+        return None
+    numerator = sum_above * term_below + sign * term_above * sum_below
+    return numerator, 0 if divides_by_zero else sum_below * term_below, literals

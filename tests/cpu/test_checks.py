@@ -1,0 +1,75 @@
+"""What a config for the CPU backend must satisfy, and that it is said before anything starts."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from hpo_plugin.cpu.checks import check_config
+
+
+def config(**changes):
+    base = OmegaConf.create(
+        {
+            "actor_rollout_ref": {"actor": {"strategy": "fsdp2"}, "ref": {"strategy": "fsdp2"}},
+            "trainer": {"n_gpus_per_node": 1, "nnodes": 1},
+            "ray_kwargs": {"ray_init": {"num_gpus": 1, "num_cpus": 12}},
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(base, key.replace("__", "."), value)
+    return base
+
+
+@pytest.fixture
+def cpu_platform(monkeypatch):
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+
+
+@pytest.mark.usefixtures("cpu_platform")
+def test_the_default_config_passes():
+    check_config(config())
+
+
+@pytest.mark.parametrize("value", [None, "nvidia"])
+def test_another_platform_is_refused_with_what_to_do(monkeypatch, value):
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    if value:
+        monkeypatch.setenv("VERL_PLATFORM", value)
+    with pytest.raises(RuntimeError, match="put VERL_PLATFORM=cpu in the environment"):
+        check_config(config())
+
+
+@pytest.mark.usefixtures("cpu_platform")
+@pytest.mark.parametrize("role", ["actor", "ref"])
+@pytest.mark.parametrize("strategy", ["fsdp", "megatron"])
+def test_another_strategy_is_refused_by_its_config_key(role, strategy):
+    with pytest.raises(ValueError, match=rf"actor_rollout_ref\.{role}\.strategy={strategy}.*fsdp2 only"):
+        check_config(config(**{f"actor_rollout_ref__{role}__strategy": strategy}))
+
+
+@pytest.mark.usefixtures("cpu_platform")
+def test_more_ranks_than_logical_gpus_are_refused():
+    with pytest.raises(ValueError, match=r"2 ranks.*num_gpus=1 logical.*set ray_kwargs\.ray_init\.num_gpus=2"):
+        check_config(config(trainer__n_gpus_per_node=2))
+
+
+@pytest.mark.usefixtures("cpu_platform")
+def test_too_few_logical_cpus_are_refused():
+    changes = {"trainer__n_gpus_per_node": 4, "ray_kwargs__ray_init__num_gpus": 4}
+    with pytest.raises(ValueError, match=r"num_cpus=12.*4 ranks.*num_cpus=15"):
+        check_config(config(**changes))
+
+
+def test_importing_the_entry_point_without_the_platform_touches_neither_torch_nor_verl():
+    """It is loaded in every verl process, also where the CPU backend is not wanted."""
+    code = (
+        "import sys, hpo_plugin.cpu.plugin; "
+        "heavy = sorted({'torch', 'verl', 'ray', 'transformers'} & set(sys.modules)); "
+        "sys.exit(', '.join(heavy) or None)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "VERL_PLATFORM"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

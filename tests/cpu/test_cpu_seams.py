@@ -1,0 +1,168 @@
+"""Each place where the CPU backend meets verl; one of these fails when verl moves it (docs/cpu.md, "Seams")."""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("verl")
+
+
+def run_on_cpu_platform(code):
+    """Run code in a fresh process with ``VERL_PLATFORM=cpu``; verl's registries are per process."""
+    environment = os.environ | {"VERL_PLATFORM": "cpu"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_verl_is_the_version_the_backend_is_written_for():
+    import verl
+
+    assert verl.__version__ == "0.9.1"
+
+
+def test_platform_is_registered_before_verl_asks_for_it_and_selected_by_the_variable_only():
+    out = run_on_cpu_platform(
+        "import verl\n"
+        "from verl.plugin.platform import get_platform\n"
+        "p = get_platform()\n"
+        "print(type(p).__name__, p.device_name, p.ray_resource_name(), p.current_device(), p.is_platform_available())\n"
+    )
+    assert out.split() == ["PlatformCPU", "cpu", "GPU", "cpu", "False"]
+
+
+def test_platform_answers_every_abstract_question_of_verl():
+    from verl.plugin.platform import PlatformBase
+
+    from hpo_plugin.cpu.platform import PlatformCPU
+
+    assert PlatformBase.__abstractmethods__
+    assert not PlatformCPU.__abstractmethods__
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "is_available",
+        "empty_cache",
+        "synchronize",
+        "memory_allocated",
+        "memory_reserved",
+        "max_memory_allocated",
+        "max_memory_reserved",
+        "mem_get_info",
+        "get_rng_state",
+        "set_rng_state",
+        "manual_seed",
+        "get_device_name",
+    ],
+)
+def test_device_module_answers_what_verl_asks_of_an_accelerator(name):
+    from hpo_plugin.cpu.platform import PlatformCPU
+
+    module = PlatformCPU().device_module
+    function = getattr(module, name)
+    if name == "set_rng_state":
+        function(module.get_rng_state())
+    elif name == "manual_seed":
+        function(0)
+    else:
+        function()
+
+
+def test_external_lib_registers_engine_replica_and_adapter():
+    out = run_on_cpu_platform(
+        "import verl.workers.engine_workers\n"
+        "from verl.utils.import_utils import import_external_libs\n"
+        "import_external_libs('hpo_plugin.cpu.backend')\n"
+        "from verl.workers.engine import EngineRegistry\n"
+        "from verl.workers.rollout.base import get_rollout_class\n"
+        "from verl.workers.rollout.replica import get_rollout_replica_class\n"
+        "print(EngineRegistry.get_engine_cls('language_model', 'fsdp2').__name__)\n"
+        "print(get_rollout_class('hf_cpu').__name__, get_rollout_replica_class('hf_cpu').__name__)\n"
+    )
+    assert out.split() == ["CPUFSDPEngineWithLMHead", "HFServerAdapter", "HFReplica"]
+
+
+def test_a_moved_adapter_registry_is_refused_by_name(monkeypatch):
+    from verl.workers.rollout import base
+
+    from hpo_plugin.cpu.registration import register_rollout
+
+    monkeypatch.setattr(base, "_ROLLOUT_REGISTRY", {})
+    with pytest.raises(RuntimeError, match=r"_ROLLOUT_REGISTRY.*install verl==0\.9\.1"):
+        register_rollout()
+
+
+def test_verl_leaves_an_existing_process_group_alone():
+    """The gloo group is created first because verl would name the device ``cpu`` twice, which torch refuses."""
+    from verl.utils.distributed import initialize_global_process_group_ray
+
+    source = inspect.getsource(initialize_global_process_group_ray)
+    assert "if not torch.distributed.is_initialized()" in source
+    import torch.distributed as dist
+
+    with pytest.raises(ValueError, match="Duplicate device type cpu"):
+        dist.distributed_c10d.BackendConfig("cpu:gloo,cpu:gloo")
+
+
+def test_worker_group_marks_its_workers_with_the_variable_that_starts_gloo():
+    from verl.single_controller.ray import base
+
+    assert '"WG_BACKEND": "ray"' in inspect.getsource(base)
+
+
+def test_engine_overrides_the_method_that_pins_memory_for_forward_only_models():
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(FSDPEngine._build_fsdp_module)
+
+
+def test_custom_samplers_get_exactly_the_arguments_the_replay_buffer_takes():
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    from hpo_plugin.cpu.replay_buffer import CPUReplayBuffer
+
+    source = inspect.getsource(PPOTrainer._build_replay_buffer)
+    always = source[source.index("replay_buffer_kwargs = dict(") : source.index("# Preserve the existing constructor")]
+    taken = set(inspect.signature(CPUReplayBuffer.__init__).parameters) - {"self"}
+    assert taken == {line.split("=")[0].strip() for line in always.splitlines() if line.startswith(" " * 12)}
+
+
+def test_replay_buffer_overrides_a_method_verl_calls():
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    assert "self._select_prompt_uids(" in inspect.getsource(ReplayBuffer.sample)
+    assert list(inspect.signature(ReplayBuffer._select_prompt_uids).parameters) == [
+        "self",
+        "partition_id",
+        "sampleable_keys",
+        "batch_size",
+    ]
+
+
+def test_rollout_server_takes_the_arguments_of_verls_client():
+    from verl.workers.rollout.llm_server import LLMServerClient
+
+    from hpo_plugin.cpu.rollout import HFServer
+
+    source = inspect.getsource(LLMServerClient.generate)
+    call = source[source.index("await server.generate.remote(") :]
+    sent = {"request_id", "prompt_ids", "sampling_params", "image_data", "video_data"}
+    assert all(f"{name}=" in call for name in sent)
+    assert sent <= set(inspect.signature(HFServer.generate).parameters)
+
+
+def test_config_is_found_and_composes_with_verls_defaults(monkeypatch):
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module(config_module="verl.trainer.config", version_base=None):
+        config = compose("countdown_cpu")
+        assert config.actor_rollout_ref.rollout.name == "hf_cpu"
+        assert config.trainer.device == "cpu"
+        assert config.trainer.v1.sampler.sampler_kwargs.train_batch_size == config.data.train_batch_size
+        assert compose("countdown_cpu", ["cpu_rollout=vllm"]).actor_rollout_ref.rollout.name == "vllm"

