@@ -346,7 +346,9 @@ def check_reward(config: DictConfig) -> Finding:
         if function is None:
             function = get_default_compute_score(config.reward.reward_manager.name)
     except Exception as error:
-        return Finding("reward", f"{label} cannot be loaded: {type(error).__name__}: {error}", False, remedy)
+        # verl wraps what the module raised.
+        cause = error.__cause__ or error
+        return Finding("reward", f"{label} cannot be loaded: {type(cause).__name__}: {cause}", False, remedy)
     row = _first_row(config)
     if row is None:
         return Finding("reward", f"{label} loads (no local row to try it on)")

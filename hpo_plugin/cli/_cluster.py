@@ -16,6 +16,8 @@ from hpo_plugin.cli._report import Finding
 
 #: Seconds to reach the head of a cluster before giving up; Ray itself tries for a minute or more.
 CONNECT_TIMEOUT = 5.0
+#: What Ray says when its raylet did not come up within 15 seconds, on a busy or freshly booted machine.
+SLOW_START = "timed out during startup"
 
 
 class Cluster:
@@ -50,7 +52,7 @@ class Cluster:
         try:
             arguments = ray_arguments(config)
             refuse_unreachable(arguments.get("address") or os.environ.get("RAY_ADDRESS"))
-            ray.init(**arguments)
+            _init_ray(arguments)
         except Exception as error:
             # ConnectionError, ValueError, RuntimeError: whichever it is, verl would meet it too.
             failure = Finding(
@@ -136,6 +138,20 @@ class Cluster:
         if fits:
             return [Finding("accelerators", found)]
         return [Finding("accelerators", found, False, "correct trainer.nnodes and trainer.n_gpus_per_node")]
+
+
+def _init_ray(arguments: dict[str, Any]) -> None:
+    """``ray.init``, once more where the machine was too slow to start a node: the installation is not at fault."""
+    import ray
+
+    for last in (False, True):
+        try:
+            ray.init(**arguments)
+            return
+        except Exception as error:
+            if last or SLOW_START not in str(error):
+                raise
+            ray.shutdown()
 
 
 def ray_arguments(config: DictConfig | None) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def draw_curves(rows: Rows, *, width: int, color: bool = True) -> str:
         color: Whether to use terminal colors.
     """
     import plotext
+    from matplotlib.ticker import MaxNLocator
 
     views = step_views(rows)
     success = smooth([view.reward for view in views])
@@ -110,6 +111,7 @@ def draw_curves(rows: Rows, *, width: int, color: bool = True) -> str:
     steps = _asarray([view.step for view in views])
     tested = evaluations(rows)
     last = max(rows, default=1)
+    ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if tick <= last]
     figure = plotext.figure
     parts = []
     for title, height, shade, values in curves:
@@ -132,6 +134,7 @@ def draw_curves(rows: Rows, *, width: int, color: bool = True) -> str:
             figure.ruler("y").lim(0, 1)
             figure.label("step", "x")
         figure.ruler("x").lim(0, last)
+        figure.ruler("x").ticks(ticks)
         parts.append(figure.build().string(colorless=not color))
     figure.clear()
     return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines())

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hpo_plugin.cli._cluster import SLOW_START
 from hpo_plugin.cli._runs import CONFIG_NAME, Attempt, Request, Run, RunBusyError, choose_run
 from hpo_plugin.cli._trainer import StalledError, Trainer, end_leftovers
 from hpo_plugin.cli._verl_log import (
@@ -45,6 +46,9 @@ EVALUATIONS = 3
 #: What the trainer's environment needs. verl reads it in every process; Ray hands it on.
 ENVIRONMENT = {"VERL_PLATFORM": "cpu"}
 TAIL_LINES = 15
+#: Starts of the trainer before giving up where Ray is too slow to come up.
+STARTS = 3
+PICTURE_NAME = "curves.png"
 
 ARM_NAMES = {
     "ahpo": "A-HPO",
@@ -281,7 +285,18 @@ def _train(run: Run, request: Request, inputs: Inputs, *, stall: float, console:
     rows = run.rows()
     if all(step in rows for step in range(request.steps + 1)):
         return
-    resumed_from = run.resume_step() if rows else None
+    for left in reversed(range(STARTS)):
+        attempt, status = _train_once(run, request, inputs, stall=stall, console=console)
+        if status == 0 and request.steps in run.rows():
+            return
+        if not left or SLOW_START not in attempt.log.read_text(encoding="utf-8", errors="replace"):
+            raise _failure(attempt, _why(status))
+        _note(console, "", "Ray did not start within its 15 seconds, so the machine is busy; trying again")
+
+
+def _train_once(run: Run, request: Request, inputs: Inputs, *, stall: float, console: Console) -> tuple[Attempt, int]:
+    """One process of verl's trainer; returns what it left and its exit status."""
+    resumed_from = run.resume_step()
     attempt = run.new_attempt(resumed_from)
     # A user's own overrides come last, so that they win.
     overrides = [*bookkeeping_overrides(run, attempt, request), *training_overrides(request, inputs)]
@@ -314,8 +329,7 @@ def _train(run: Run, request: Request, inputs: Inputs, *, stall: float, console:
             status = trainer.follow(look, stall=stall)
         except StalledError as error:
             raise _failure(attempt, f"The trainer was ended: {error} (--stall).") from error
-    if status != 0 or request.steps not in run.rows():
-        raise _failure(attempt, _why(status))
+    return attempt, status
 
 
 def _why(status: int) -> str:
@@ -422,8 +436,9 @@ def _finish(run: Run, request: Request, inputs: Inputs, *, seconds: float, conso
     if missing:
         raise QuickstartError(f"{run.directory}: the metrics of step {missing[0]} are missing")
     name = ARM_NAMES.get(request.policy_loss, request.policy_loss)
-    picture = run.directory / "curves.png"
-    save_curves(rows, picture, title=f"{CONFIG_NAME}, {name}, seed {request.seed}", n_test=request.n_test)
+    save_curves(
+        rows, run.directory / PICTURE_NAME, title=f"{CONFIG_NAME}, {name}, seed {request.seed}", n_test=request.n_test
+    )
     _write_metrics(run.directory / "metrics.jsonl", rows)
     command = equivalent_command(request, inputs)
     result = summarize(rows, request.n_test)
@@ -432,7 +447,12 @@ def _finish(run: Run, request: Request, inputs: Inputs, *, seconds: float, conso
     console.print()
     console.print(draw_curves(rows, width=console.width, color=console.is_terminal), markup=False, soft_wrap=True)
     console.print()
-    console.print(_summary_table(result, run, request, picture, seconds))
+    console.print(_summary_table(result, request, seconds))
+    console.print()
+    # One line each, whatever the width, so that it can be copied.
+    console.print(f"In {run.directory}:", markup=False, soft_wrap=True)
+    for label, path in _written_files(run, result["steps"]):
+        console.print(f"  {label:<12}{path}", markup=False, soft_wrap=True)
     console.print()
     console.print("The same training by verl alone:", style="dim")
     console.print(command, markup=False, soft_wrap=True)
@@ -467,16 +487,15 @@ def summarize(rows: Rows, n_test: int) -> dict[str, Any]:
     }
 
 
-def _summary_table(result: dict[str, Any], run: Run, request: Request, picture: Path, seconds: float) -> Table:
+def _summary_table(result: dict[str, Any], request: Request, seconds: float) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     success = Text(f"{100 * result['success_before']:.1f} % → {100 * result['success_after']:.1f} %", style="bold")
-    success.append(
-        f"   of {request.n_test} problems, one sample each; standard error {100 * result['standard_error']:.1f} %",
-        style="not bold",
-    )
     table.add_row("held-out success", success)
+    table.add_row(
+        "", f"{request.n_test} problems, one sample each; standard error {100 * result['standard_error']:.1f} %"
+    )
     table.add_row(
         "steps",
         f"{result['steps']}, {_duration(result['training_seconds'])} of training; this call took {_duration(seconds)}",
@@ -484,13 +503,20 @@ def _summary_table(result: dict[str, Any], run: Run, request: Request, picture: 
     if result["alpha"]:
         low, high = result["alpha"]
         table.add_row("α", f"{low:.2f} … {high:.2f}" if low != high else f"{low:.2f}")
-    last = run.attempts()[-1]
-    table.add_row("curves", str(picture))
-    table.add_row("metrics", str(run.directory / "metrics.jsonl"))
-    table.add_row("log", str(last.log))
-    table.add_row("config", str(last.directory / "hydra" / ".hydra" / "config.yaml"))
-    table.add_row("checkpoint", str(run.checkpoints / f"global_step_{result['steps']}"))
     return table
+
+
+def _written_files(run: Run, steps: int) -> list[tuple[str, Path]]:
+    """What is where, within the run directory."""
+    last = run.attempts()[-1]
+    paths = {
+        "curves": run.directory / PICTURE_NAME,
+        "metrics": run.directory / "metrics.jsonl",
+        "log": last.log,
+        "config": last.directory / "hydra" / ".hydra" / "config.yaml",
+        "checkpoint": run.checkpoints / f"global_step_{steps}",
+    }
+    return [(name, path.relative_to(run.directory)) for name, path in paths.items()]
 
 
 def _write_metrics(path: Path, rows: Rows) -> None:

@@ -568,6 +568,19 @@ def _threads(count: int) -> Iterator[None]:
 # --- the folder ----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing one for a single small file, terminal or not."""
+    settings = transformers.utils.logging
+    was_enabled = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            settings.enable_progress_bar()
+
+
 def _publish(
     directory: Path,
     model: Qwen2ForCausalLM,
@@ -582,7 +595,8 @@ def _publish(
         model.generation_config = GenerationConfig(
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )
-        model.save_pretrained(temporary)
+        with _no_progress_bars():
+            model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         manifest = {
             "request": request,
