@@ -19,6 +19,7 @@ from hpo_plugin.tasks.countdown import (
     SourceUnavailableError,
     chat_prompt,
     compute_score,
+    generate_problems,
     generate_splits,
     prepare_countdown,
     prompt_text,
@@ -124,8 +125,16 @@ def test_splits_share_no_problem_and_repeat_none(tmp_path: Path) -> None:
     assert not set(train) & set(test)
 
 
-def test_the_test_split_does_not_change_with_the_size_of_the_training_split() -> None:
-    assert generate_splits(CONFIG, 10, 20)[1] == generate_splits(CONFIG, 200, 20)[1]
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_splits_are_equally_hard(seed: int) -> None:
+    """The stream gives the likely problems first: in a small range, those that most expressions solve."""
+    config = CountdownConfig(counts=(3,), max_number=12, seed=seed)
+    train, test = generate_splits(config, 2560, 512)
+    everything = generate_problems(config, 3072)
+    place = {problem: number / len(everything) for number, problem in enumerate(everything)}
+    assert {*train, *test} == set(place)
+    # The mean of 512 uniform numbers: 0.5, standard error 0.013.
+    assert sum(place[problem] for problem in test) / len(test) == pytest.approx(0.5, abs=0.04)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

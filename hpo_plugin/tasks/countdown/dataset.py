@@ -34,6 +34,8 @@ PUBLISHED_TRAIN_SIZE, PUBLISHED_TEST_SIZE = 327_680, 1_024
 SYNTHETIC_TRAIN_SIZE, SYNTHETIC_TEST_SIZE = 20_000, 1_024
 #: Problems with more numbers are written without checking that they can be solved: the check takes seconds each.
 MAX_CHECKED_COUNT = 5
+#: Beside the seed; the problems themselves are drawn with their count of numbers, which is never 0.
+_SPLIT_STREAM = 0
 
 #: What verl reads: ``prompt`` (RLHFDataset), ``data_source``, ``reward_model.ground_truth`` and ``extra_info``
 #: (reward managers), ``extra_info.index`` (RLHFDataset).
@@ -114,7 +116,9 @@ def generate_splits(
 ) -> tuple[list[CountdownProblem], list[CountdownProblem]]:
     """Generate a training and a test split that share no problem.
 
-    The test split comes first in the stream, so it does not change with ``train_size``.
+    The test split is a random part of all problems, drawn by the seed. It is not a beginning or an end of the stream:
+    easy problems, which many expressions solve, are found first, and in a small range the splits would differ in
+    difficulty.
 
     Args:
         config: What to generate.
@@ -130,7 +134,11 @@ def generate_splits(
     """
     report = None if progress is None else (lambda done, total: progress("generating problems", done, total))
     problems = generate_problems(config, test_size + train_size, report)
-    return problems[test_size:], problems[:test_size]
+    # Raw bits: numpy guarantees their stream, not that of its shuffles.
+    keys = np.random.PCG64(np.random.SeedSequence([config.seed, _SPLIT_STREAM])).random_raw(len(problems))
+    tested = set(np.argsort(keys, kind="stable")[:test_size].tolist())
+    train = [problem for number, problem in enumerate(problems) if number not in tested]
+    return train, [problem for number, problem in enumerate(problems) if number in tested]
 
 
 def prepare_countdown(
