@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-training test-all install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ quickstart: install  ## Train Countdown with A-HPO in verl on this machine, and 
 
 test: install-dev  ## Run the tests, without the training runs.
 	$(BIN)/python -m pytest $(ARGS)
+
+test-training: install-vllm  ## Train a few steps with verl's trainer and A-HPO, with each rollout; kill a quickstart, go on.
+	$(BIN)/python -m pytest -m "e2e and not slow" $(ARGS)
 
 test-all: install-vllm  ## Run all tests, with the training runs of both rollout backends.
 	$(BIN)/python -m pytest -m "" $(ARGS)

@@ -102,7 +102,7 @@ class StartModelConfig:
     steps: int = 1200
     batch_size: int = 32
     learning_rate: float = 3e-3
-    threads: int = 2
+    threads: int = 1
 
     def validate(self) -> None:
         """Check the config.

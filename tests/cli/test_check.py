@@ -17,9 +17,6 @@ from hpo_plugin.cli._cluster import Cluster, compare_node, ray_arguments, refuse
 from hpo_plugin.cli._report import Finding, Report
 from hpo_plugin.cli.app import app
 
-# Starts processes that import verl, each of them for many seconds on a busy machine.
-pytestmark = pytest.mark.slow
-
 HERE = {
     "host": "head",
     "python": "3.11.7",
@@ -156,7 +153,6 @@ def test_a_node_where_the_plugin_is_broken_fails_with_its_own_words():
     assert (finding.found, finding.remedy) == ("node-2: no wrapt", "install it")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_fresh_ray_worker_reports_what_is_broken_there(tmp_path):
     (tmp_path / "runtime.yaml").write_text(

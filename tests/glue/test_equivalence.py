@@ -129,9 +129,7 @@ def _run(world: int, folder: Path) -> dict[str, Any]:
     return pickle.loads((folder / "out.pkl").read_bytes())
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(1, id="one rank"), pytest.param(2, id="two ranks", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases, run once per number of ranks in processes of their own."""
     return _run(request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))

@@ -1,0 +1,71 @@
+"""The tables of docs/quickstart.md and docs/start-model.md: quickstarts of several algorithms and seeds.
+
+    python scripts/laptop_results.py --output runs/results
+
+Runs that are there are read, the others are made first, one after another (some nine minutes each on two cores).
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpo_plugin.cli._quickstart import ARM_NAMES
+
+
+def finished(output: Path, arm: str, seed: int) -> dict | None:
+    """The result of the first finished run with the default steps; None if there is none."""
+    for path in sorted(output.glob(f"countdown_cpu-{arm}-seed{seed}-*/result.json")):
+        return json.loads(path.read_text())
+    return None
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where the runs are, or go.")] = Path("runs/results"),
+    arms: Annotated[str, typer.Option(help="Values of algorithm.policy_loss, with commas.")] = "ahpo,grpo",
+    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
+) -> None:
+    """Print the table as Markdown."""
+    pairs = [(arm, int(seed)) for arm in arms.split(",") for seed in seeds.split(",")]
+    for arm, seed in pairs:
+        if finished(output, arm, seed) is None:
+            command = ["quickstart", f"--policy-loss={arm}", f"--seed={seed}", f"--output={output}"]
+            subprocess.run([sys.executable, "-m", "hpo_plugin.cli", *command], check=True, stdout=sys.stderr)
+    results = {pair: finished(output, *pair) for pair in pairs}
+    ratios = [result["success_after"] / result["success_before"] for result in results.values()]
+    steps = {result["steps"] for result in results.values()}
+    problems = {result["request"]["n_test"] for result in results.values()}
+    assert len(steps) == len(problems) == 1, "the runs differ in steps or in held-out problems"
+
+    print("| algorithm | seed | before | after | standard error | times |")
+    print("|---|---|---|---|---|---|")
+    for ((arm, seed), result), ratio in zip(results.items(), ratios, strict=True):
+        before, after, error = (100 * result[f"{key}"] for key in ("success_before", "success_after", "standard_error"))
+        print(f"| {ARM_NAMES[arm]} | {seed} | {before:.1f} % | {after:.1f} % | {error:.1f} % | {ratio:.1f} |")
+    for arm in dict.fromkeys(arm for arm, _ in pairs):
+        mean = sum(100 * results[pair]["success_after"] for pair in pairs if pair[0] == arm) / len(seeds.split(","))
+        print(f"| {ARM_NAMES[arm]} | mean | | {mean:.1f} % | | |")
+    print(f"\n{steps.pop()} steps, {problems.pop()} held-out problems, one sample each at temperature 1.\n")
+
+    print("| start model, seed | sampled | greedy | begin with `=` | well-formed | first, last loss | built in |")
+    print("|---|---|---|---|---|---|---|")
+    for path in sorted(output.glob("models/*/start_model.json")):
+        made = json.loads(path.read_text())
+        got, sampled = made["results"], made["results"]["sampled"]
+        shares = (sampled["correct"], got["greedy"]["correct"], sampled["calculated"], sampled["well_formed"])
+        cells = [f"{100 * share:.1f} %" for share in shares]
+        cells += [f"{got['first_loss']:.2f}, {got['last_loss']:.2f}", f"{got['seconds']:.0f} s"]
+        print(f"| {made['request']['seed']} | {' | '.join(cells)} |")
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("hpo-plugin", "verl", "torch", "transformers"))
+    print(f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}.")
+
+
+if __name__ == "__main__":
+    typer.run(main)
