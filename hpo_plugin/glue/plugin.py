@@ -18,6 +18,7 @@ is raised: an error is logged as one, kept in :data:`FAILURE`, and raised by wha
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import ModuleType
 
 FAILURE: str | None = None
@@ -42,25 +43,34 @@ def _on_engine_workers(module: ModuleType) -> None:
     seams.use_hysteresis_worker(module)
 
 
-def install() -> None:
-    """Set the hooks. Where a module is already imported, its hook runs at once."""
+HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    # First, because it is the one that stops a run whose registration failed.
+    "verl.utils.config": _on_config,
+    "verl.trainer.ppo.core_algos": _on_core_algos,
+    "verl.workers.engine_workers": _on_engine_workers,
+}
+
+
+def _set_hook(module: str, hook: Callable[[ModuleType], None]) -> None:
     import wrapt
 
-    wrapt.when_imported("verl.trainer.ppo.core_algos")(_on_core_algos)
-    wrapt.when_imported("verl.utils.config")(_on_config)
-    wrapt.when_imported("verl.workers.engine_workers")(_on_engine_workers)
+    wrapt.when_imported(module)(hook)
 
 
 def load() -> None:
-    """Install, or keep the reason why not in :data:`FAILURE`."""
+    """Set the hooks; keep the first reason why one could not be set in :data:`FAILURE`, and set the others.
+
+    Where a module is already imported, its hook runs at once: a name that another package holds is found here.
+    """
     global FAILURE
-    try:
-        install()
-    except Exception as error:
-        FAILURE = f"{type(error).__name__}: {error}"
-        logging.getLogger(__name__).exception(
-            "hpo_plugin could not be loaded into verl; hpo and ahpo are not available"
-        )
+    for module, hook in HOOKS.items():
+        try:
+            _set_hook(module, hook)
+        except Exception as error:
+            FAILURE = FAILURE or f"{type(error).__name__}: {error}"
+            logging.getLogger(__name__).exception(
+                "hpo_plugin could not be loaded into verl; hpo and ahpo are not available"
+            )
 
 
 load()

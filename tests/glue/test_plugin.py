@@ -1,6 +1,6 @@
 """How verl loads the plugin: what it costs, when it registers, and that it never fails in silence.
 
-``import verl`` takes many seconds, so two interpreters answer all questions that need a fresh one.
+``import verl`` takes many seconds, so three interpreters answer all questions that need a fresh one.
 """
 
 from __future__ import annotations
@@ -52,6 +52,31 @@ print(json.dumps(facts))
 """
 
 
+TAKEN = """
+import json, sys
+from omegaconf import OmegaConf
+from hpo_plugin.glue import seams
+sys.modules.pop("hpo_plugin.glue.plugin", None)
+import os
+os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
+from verl.trainer.ppo import core_algos
+import verl.utils.config
+@core_algos.register_policy_loss("ahpo")
+def foreign(): ...
+import hpo_plugin.glue.plugin
+config = OmegaConf.create({
+    "algorithm": {"adv_estimator": "grpo"},
+    "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "ahpo"}, "loss_agg_mode": "token-mean"}},
+})
+try:
+    verl.utils.config.validate_config(config, False, False)
+    said = None
+except Exception as error:
+    said = [type(error).__name__, str(error)]
+print(json.dumps({"said": said, "foreign": core_algos.POLICY_LOSS_REGISTRY["ahpo"] is foreign}))
+"""
+
+
 def fresh(script: str) -> tuple[dict[str, Any], str]:
     """What a fresh interpreter prints as its last line, and its stderr."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VERL_USE_EXTERNAL")}
@@ -95,12 +120,23 @@ def test_a_plugin_that_cannot_load_is_logged_and_whatever_needs_it_raises_the_re
     assert facts["vanilla"] is None
 
 
+@pytest.mark.timeout(400)
+def test_a_name_that_was_taken_before_stops_the_driver_with_the_reason():
+    """The registration hook fails at once; the hook of the config check is set all the same, and says why."""
+    facts, stderr = fresh(TAKEN)
+    assert "hpo_plugin could not be loaded into verl" in stderr
+    assert facts["foreign"]
+    kind, message = facts["said"]
+    assert kind == "RegistrationError"
+    assert "is already registered by __main__.foreign" in message
+
+
 def test_a_failed_installation_keeps_its_reason(monkeypatch, caplog):
-    def explode() -> None:
+    def explode(module: str, hook: Any) -> None:
         raise ImportError("no wrapt here")
 
     monkeypatch.setattr(plugin, "FAILURE", None)
-    monkeypatch.setattr(plugin, "install", explode)
+    monkeypatch.setattr(plugin, "_set_hook", explode)
     with caplog.at_level(logging.ERROR):
         plugin.load()
     assert plugin.FAILURE == "ImportError: no wrapt here"
