@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from importlib.util import find_spec
 from numbers import Real
@@ -172,10 +172,9 @@ def compose(
     if verl is None or not verl.submodule_search_locations:
         return None, Finding("config", "verl is not installed", False, "install verl first")
     directory = Path(verl.submodule_search_locations[0]) / "trainer" / "config"
-    extra = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
     try:
-        with initialize_config_dir(str(directory), version_base=None):
-            config = hydra_compose(config_name, overrides=[*extra, *overrides])
+        with _searched_too(config_dir), initialize_config_dir(str(directory), version_base=None):
+            config = hydra_compose(config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         return None, Finding(
             "config",
@@ -185,6 +184,31 @@ def compose(
         )
     shown = f" with {len(overrides)} overrides" if overrides else ""
     return config, Finding("config", f"{config_name}{shown}")
+
+
+@contextmanager
+def _searched_too(config_dir: Path | None) -> Iterator[None]:
+    """What Hydra's ``--config-dir`` does. Hydra does not look for a primary config in ``hydra.searchpath``."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    if config_dir is None:
+        yield
+        return
+    directories = [config_dir.resolve()]
+
+    class ConfigDir(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for directory in directories:
+                search_path.append("command-line", f"file://{directory}")
+
+    Plugins.instance().register(ConfigDir)
+    try:
+        yield
+    finally:
+        # Hydra has no way to take a plugin back.
+        directories.clear()
 
 
 def check_config(config: DictConfig) -> list[Finding]:

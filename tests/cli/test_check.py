@@ -178,6 +178,14 @@ def compose(*overrides):
     return config
 
 
+def test_a_config_of_ones_own_is_found_in_its_directory_and_only_there(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [hpo_trainer, _self_]\nalgorithm: {policy_loss: gspo}\n")
+    config, finding = _checks.compose("mine", [], tmp_path)
+    assert config is not None, finding
+    assert config.algorithm.policy_loss == "gspo"
+    assert not _checks.compose("mine", [])[1].ok
+
+
 def test_the_arm_of_our_trainer_config_is_shown_with_what_distinguishes_it():
     finding = _checks.check_arm(compose())
     assert finding.ok
