@@ -21,6 +21,9 @@ from hpo_plugin.tasks.countdown.dataset import prepare_countdown
 from hpo_plugin.tasks.countdown.problems import CountdownConfig
 
 STEPS = 2
+#: Of a token under a model of random weights, which is close to uniform over its 258 tokens. verl logs differences of
+#: probabilities: times this, one of 1e-5 in log-probs.
+PROBABILITY = 1 / 258
 LIMIT_S = 900
 
 
@@ -34,7 +37,7 @@ def has_vllm():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A model of random weights, its tokenizer, and 64 + 8 problems."""
+    """A model of random weights, its tokenizer, 64 + 8 problems, and a reward for random text."""
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
@@ -54,6 +57,10 @@ def inputs(tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     problems = CountdownConfig(counts=(3,), max_number=12)
     prepare_countdown(folder / "data", config=problems, layout="terse", train_size=64, test_size=8)
+    # Of random text some is right, so that there is something to learn: a reward of zeros would move nothing.
+    (folder / "reward.py").write_text(
+        "def compute_score(solution_str, **other):\n    return float(sum(map(ord, solution_str)) % 4 == 0)\n"
+    )
     return folder
 
 
@@ -68,8 +75,12 @@ def train(inputs, folder, *overrides):
         f"actor_rollout_ref.model.path={inputs / 'model'}",
         f"data.train_files={inputs / 'data' / 'train.parquet'}",
         f"data.val_files={inputs / 'data' / 'test.parquet'}",
+        f"reward.custom_reward_function.path={inputs / 'reward.py'}",
+        "algorithm.policy_loss=ahpo",
         "data.train_batch_size=4",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        # Large, so that a rollout with the weights of the step before would be seen.
+        "actor_rollout_ref.actor.optim.lr=1e-2",
         "actor_rollout_ref.rollout.n=4",
         f"trainer.total_training_steps={STEPS}",
         "trainer.test_freq=-1",
@@ -98,9 +109,13 @@ def train(inputs, folder, *overrides):
 
 
 def check_steps(steps):
-    """Every step moved the model by finite amounts, and rollout and trainer meant the same distribution."""
+    """Every step moved the model under A-HPO, and rollout and trainer meant the same distribution before it."""
     for step in steps.values():
-        assert step["training/rollout_probs_diff_max"] <= 1e-5
+        assert step["actor/grad_norm"] > 0
+        assert 0 < step["actor/hpo/share_positive"] < step["actor/hpo/share_negative"]
+        expected = step["actor/hpo/share_positive"] / step["actor/hpo/share_negative"]
+        assert step["actor/hpo/alpha"] == pytest.approx(max(0.1, expected))
+        assert step["training/rollout_probs_diff_max"] <= 1e-5 * PROBABILITY
         assert abs(step["rollout_corr/log_ppl_diff"]) <= 1e-5
         assert math.isfinite(step["actor/grad_norm"])
         assert math.isfinite(step["actor/pg_loss"])
