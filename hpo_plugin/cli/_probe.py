@@ -64,7 +64,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _plugin_problems() -> list[tuple[str, str]]:
-    """Why verl did not load the entry point; verl swallows the exception, so it is raised again here."""
+    """Why verl did not load the entry point, which it does not say itself."""
     import importlib
     import os
     import sys
