@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -270,15 +271,23 @@ def bookkeeping_overrides(run: Run, attempt: Attempt, request: Request) -> list[
 
 
 def trainer_command(overrides: list[str]) -> list[str]:
-    """The command for a shell, without its environment."""
-    return ["python", "-m", "verl.trainer.main_ppo", f"--config-name={CONFIG_NAME}", *overrides]
+    """The command for a shell in this directory, without its environment."""
+    return [_python(), "-m", "verl.trainer.main_ppo", f"--config-name={CONFIG_NAME}", *overrides]
+
+
+def _python() -> str:
+    """How the shell names this interpreter: ``python`` only where its environment is active."""
+    found, own = shutil.which("python"), Path(sys.executable)
+    if found is not None and Path(found).parent == own.parent:
+        return "python"
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
 
 
 def equivalent_command(request: Request, inputs: Inputs) -> str:
     """A command to paste: the same training, logged on the screen, with no checkpoint."""
     environment = [f"{key}={value}" for key, value in ENVIRONMENT.items()]
     head, tail = trainer_command([])[:4], training_overrides(request, inputs)
-    return " \\\n  ".join([" ".join([*environment, *head]), *map(shlex.quote, tail)])
+    return " \\\n  ".join([" ".join([*environment, *map(shlex.quote, head)]), *map(shlex.quote, tail)])
 
 
 def _train(run: Run, request: Request, inputs: Inputs, *, stall: float, console: Console) -> None:

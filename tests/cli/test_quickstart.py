@@ -80,9 +80,25 @@ def test_the_printed_command_is_one_shell_command_with_the_platform_in_its_envir
     request = Request("ahpo", seed=3, steps=60, rollout="hf", n_test=512, overrides=("data.x='a b'",))
     # A shell joins lines that end in a backslash; shlex does not.
     words = shlex.split(equivalent_command(request, INPUTS).replace("\\\n", ""))
-    assert words[:5] == ["VERL_PLATFORM=cpu", "python", "-m", "verl.trainer.main_ppo", "--config-name=countdown_cpu"]
+    assert words[0] == "VERL_PLATFORM=cpu"
+    assert words[2:5] == ["-m", "verl.trainer.main_ppo", "--config-name=countdown_cpu"]
     assert words[5:] == training_overrides(request, INPUTS)
     assert words[-1] == "data.x='a b'"
+
+
+def test_the_printed_command_names_an_interpreter_that_the_users_shell_finds(tmp_path, monkeypatch):
+    own = tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(own))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert _quickstart.trainer_command([])[0] == ".venv/bin/python"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert _quickstart.trainer_command([])[0] == str(own)
+    monkeypatch.setenv("PATH", str(own.parent))
+    assert _quickstart.trainer_command([])[0] == "python"
 
 
 def test_the_overrides_compose_with_the_public_config_and_select_the_arm():
@@ -210,7 +226,8 @@ def test_the_final_table_shows_success_time_alpha_and_where_everything_is(run):
     assert "α" in text
     for name in ("curves.png", "metrics.jsonl", "trainer.log", "config.yaml", "global_step_60"):
         assert name in text
-    assert "VERL_PLATFORM=cpu python -m verl.trainer.main_ppo --config-name=countdown_cpu" in text
+    assert "VERL_PLATFORM=cpu " in text
+    assert "-m verl.trainer.main_ppo --config-name=countdown_cpu" in text
     assert run.finished
     assert (run.directory / "curves.png").exists()
     assert len((run.directory / "metrics.jsonl").read_text().splitlines()) == 61

@@ -64,19 +64,18 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def train(inputs, folder, *overrides):
-    """Run ``countdown_cpu`` for a few steps of 4 prompts x 4 responses and return the metrics of each step."""
+def train(inputs, folder, *overrides, config_name="countdown_cpu"):
+    """Run a config for a few steps of 4 prompts x 4 responses and return the metrics of each step."""
     log = folder / "metrics.jsonl"
     command = [
         sys.executable,
         "-m",
         "verl.trainer.main_ppo",
-        "--config-name=countdown_cpu",
+        f"--config-name={config_name}",
         f"actor_rollout_ref.model.path={inputs / 'model'}",
         f"data.train_files={inputs / 'data' / 'train.parquet'}",
         f"data.val_files={inputs / 'data' / 'test.parquet'}",
         f"reward.custom_reward_function.path={inputs / 'reward.py'}",
-        "algorithm.policy_loss=ahpo",
         "data.train_batch_size=4",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         # Large, so that a rollout with the weights of the step before would be seen.
@@ -152,3 +151,27 @@ def test_a_reference_model_is_built_without_pinned_memory(inputs, tmp_path):
     check_steps(steps)
     # At the first step actor and reference are the same model.
     assert abs(steps[1]["actor/kl_loss"]) < 1e-2
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + 100)
+@pytest.mark.parametrize(
+    "selected",
+    [
+        ["algorithm.adv_estimator=ahpo"],
+        ["algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"],
+    ],
+    ids=["estimator", "loss"],
+)
+def test_verls_stock_config_trains_with_plain_overrides(inputs, tmp_path, selected):
+    """Nothing of our algorithm configs; only what a CPU needs is added."""
+    small = [
+        "+backend=cpu",
+        "+cpu_rollout=hf",
+        "data.max_prompt_length=64",
+        "data.max_response_length=32",
+        "trainer.val_before_train=False",
+        "trainer.save_freq=-1",
+    ]
+    check_steps(train(inputs, tmp_path, *small, *selected, config_name="ppo_trainer"))
