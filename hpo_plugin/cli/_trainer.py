@@ -186,12 +186,20 @@ def _die_with_parent() -> Callable[[], None] | None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Treat the signals that end a program like Ctrl-C, so that the trainer is ended too."""
+    """Treat the signals that end a program like Ctrl-C, so that the trainer is ended too.
+
+    The first one counts. Others are ignored: ``timeout``, shells and impatient people send more than one, and the
+    second would break off the ending of the trainer, which takes seconds. A signal that was ignored stays so (nohup).
+    """
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
 
     def interrupt(number: int, _frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The trainer's processes: followed, reported when stalled, and ended, all of them."""
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -105,6 +106,58 @@ def test_killing_the_caller_kills_the_trainer_and_the_next_call_ends_what_is_lef
     assert end_leftovers(tmp_path / "processes.json") == 1
     assert not alive(child)
     assert not (tmp_path / "processes.json").exists()
+
+
+#: As FAMILY, with members that do not end when asked.
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FAMILY
+
+
+def interruptible_caller(here, first=""):
+    return textwrap.dedent(
+        f"""
+        import signal, sys, time
+        from pathlib import Path
+        from hpo_plugin.cli import _trainer
+        {first}
+        _trainer.GRACE = 1.0
+        here = Path({str(here)!r})
+        try:
+            with _trainer.interruptible():
+                with _trainer.Trainer(
+                    [sys.executable, "-c", {STUBBORN!r}, str(here / "ids")], {{}}, here / "log", here / "processes.json"
+                ):
+                    time.sleep(600)
+        except KeyboardInterrupt:
+            sys.exit(7)
+        """
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_does_not_break_off_the_ending(tmp_path, number):
+    """As `timeout` sends them: one to the program, one to its group."""
+    process = subprocess.Popen([sys.executable, "-c", interruptible_caller(tmp_path)])
+    pids = ids(tmp_path / "ids")
+    process.send_signal(number)
+    time.sleep(0.3)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 7
+    assert not any(map(alive, pids))
+    assert not (tmp_path / "processes.json").exists()
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """So that nohup works."""
+    code = interruptible_caller(tmp_path, "signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    process = subprocess.Popen([sys.executable, "-c", code])
+    pids = ids(tmp_path / "ids")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    assert all(map(alive, pids))
+    process.terminate()
+    assert process.wait(timeout=30) == 7
+    assert not any(map(alive, pids))
 
 
 def test_a_process_that_got_the_same_number_later_is_not_ended(tmp_path):
