@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from hpo_plugin.cli._cluster import SLOW_START
+from hpo_plugin.cli._progress import stage_bars
 from hpo_plugin.cli._runs import CONFIG_NAME, Attempt, Request, Run, RunBusyError, choose_run
 from hpo_plugin.cli._trainer import StalledError, Trainer, end_leftovers
 from hpo_plugin.cli._verl_log import (
@@ -144,7 +145,7 @@ def prepare_inputs(request: Request, output: Path, console: Console) -> Inputs:
 
     config = CountdownConfig(counts=(3,), max_number=MAX_NUMBER, seed=request.seed)
     key = f"countdown-seed{request.seed}-test{request.n_test}"
-    with _bar(console) as (progress, _):
+    with stage_bars(console, transient=True) as progress:
         data = prepare_countdown(
             output / "data" / key,
             config=config,
@@ -159,7 +160,7 @@ def prepare_inputs(request: Request, output: Path, console: Console) -> Inputs:
         "data",
         f"3 numbers up to {MAX_NUMBER}: {TRAIN_SIZE:,} problems to train on, {request.n_test} held out ({state})",
     )
-    with _bar(console) as (progress, _):
+    with stage_bars(console, transient=True) as progress:
         train, test = generate_splits(config, TRAIN_SIZE, request.n_test)
         report = _start_model(output / "models" / key, train, test, request.seed, progress)
     made = "already there" if report.reused else f"built in {report.seconds:.0f} s"
@@ -177,28 +178,6 @@ def _start_model(
     from hpo_plugin.cpu.start_model import build_start_model
 
     return build_start_model(directory, train, test, seed=seed, progress=progress)
-
-
-@contextlib.contextmanager
-def _bar(console: Console) -> Iterator[tuple[Callable[[str, int, int], None], Progress]]:
-    """A progress bar that vanishes when done; nothing where there is no terminal."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        yield show, bar
 
 
 def _check(run: Run, request: Request, inputs: Inputs, console: Console) -> None:

@@ -52,8 +52,8 @@ def countdown(
     The same options give the same bytes. Existing identical data is left alone; other data is not overwritten.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from hpo_plugin.cli._progress import stage_bars
     from hpo_plugin.tasks.countdown import CountdownConfig, prepare_countdown
 
     errors = Console(stderr=True)
@@ -77,20 +77,7 @@ def countdown(
     else:
         selection["only_counts"] = tuple(numbers or ())
     try:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=errors,
-        ) as bar:
-            tasks: dict[str, Any] = {}
-
-            def show(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bar.add_task(stage, total=total)
-                bar.update(tasks[stage], completed=done)
-
+        with stage_bars(errors, transient=False) as show:
             made = prepare_countdown(
                 output,
                 layout=layout,
