@@ -136,7 +136,9 @@ def interruptible_caller(here, first=""):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_does_not_break_off_the_ending(tmp_path, number):
     """As `timeout` sends them: one to the program, one to its group."""
-    process = subprocess.Popen([sys.executable, "-c", interruptible_caller(tmp_path)])
+    # A shell starts what runs in the background with SIGINT ignored, these tests too.
+    heeded = f"signal.signal({int(number)}, signal.default_int_handler)"
+    process = subprocess.Popen([sys.executable, "-c", interruptible_caller(tmp_path, heeded)])
     pids = ids(tmp_path / "ids")
     process.send_signal(number)
     time.sleep(0.3)
