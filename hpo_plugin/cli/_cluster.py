@@ -57,7 +57,7 @@ class Cluster:
             # ConnectionError, ValueError, RuntimeError: whichever it is, verl would meet it too.
             failure = Finding(
                 "ray",
-                f"cannot be reached or started: {' '.join(str(error).split())}",
+                f"cannot be reached or started: {_reason(error)}",
                 False,
                 "start it (`ray start --head`), or correct RAY_ADDRESS and ray_kwargs.ray_init of the config",
             )
@@ -138,6 +138,13 @@ class Cluster:
         if fits:
             return [Finding("accelerators", found)]
         return [Finding("accelerators", found, False, "correct trainer.nnodes and trainer.n_gpus_per_node")]
+
+
+def _reason(error: Exception) -> str:
+    """In one line; with the last line of the cause, where Ray has the end of a traceback (a refused token, say)."""
+    said = " ".join(str(error).split())
+    cause = str(error.__cause__ or "").strip().splitlines()
+    return f"{said}: {cause[-1].strip()[:300]}" if cause else said
 
 
 def _init_ray(arguments: dict[str, Any]) -> None:

@@ -121,6 +121,39 @@ def test_a_head_that_does_not_answer_is_reported_within_seconds(monkeypatch):
     assert "RAY_ADDRESS" in finding.remedy
 
 
+def ray_init_that_fails(monkeypatch, *errors):
+    import ray
+
+    left = list(errors)
+
+    def init(**arguments):
+        if left:
+            raise left.pop(0)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_what_refused_the_connection_is_said(monkeypatch):
+    error = ConnectionError("Failed to connect")
+    error.__cause__ = RuntimeError(
+        "Traceback (most recent call last):\n  File ...\nAuthenticationError: token is missing"
+    )
+    ray_init_that_fails(monkeypatch, error)
+    with Cluster.join(None) as cluster:
+        (finding,) = cluster.check_nodes(HERE, timeout=5)
+    assert finding.found.endswith("Failed to connect: AuthenticationError: token is missing")
+
+
+@pytest.mark.parametrize(("failures", "ok"), [(1, True), (2, False)])
+def test_a_machine_too_slow_to_start_ray_gets_a_second_try(monkeypatch, failures, ok):
+    slow = Exception("The current node timed out during startup.")
+    ray_init_that_fails(monkeypatch, *[slow] * failures)
+    with Cluster.join(None) as cluster:
+        assert (cluster._failure is None) is ok
+
+
 @pytest.mark.parametrize("address", [None, "auto", "local", ""])
 def test_addresses_without_a_port_are_left_to_ray(address):
     refuse_unreachable(address)
