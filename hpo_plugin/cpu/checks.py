@@ -1,6 +1,7 @@
 """What a run on the CPU backend needs from its config and environment, checked before any process is started."""
 
 import os
+from importlib.util import find_spec
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,6 +39,19 @@ def require_fsdp2(strategy: str, key: str = "actor_rollout_ref.actor.strategy") 
         raise ValueError(f"{key}={strategy}: the CPU backend trains with fsdp2 only; set {key}=fsdp2")
 
 
+def require_vllm() -> None:
+    """Refuse to go on unless some vLLM can be imported.
+
+    Raises:
+        ModuleNotFoundError: With the command that installs the CPU build.
+    """
+    if find_spec("vllm") is None:
+        raise ModuleNotFoundError(
+            "actor_rollout_ref.rollout.name=vllm, but vLLM is not installed: `make install-vllm` (see docs/cpu.md), or "
+            "take the default rollout, cpu_rollout=hf"
+        )
+
+
 def check_config(config: DictConfig) -> None:
     """Check a whole verl config for the CPU backend.
 
@@ -46,9 +60,12 @@ def check_config(config: DictConfig) -> None:
 
     Raises:
         RuntimeError: ``VERL_PLATFORM`` is not ``cpu``.
+        ModuleNotFoundError: The rollout is vLLM's, which is not installed.
         ValueError: A strategy other than fsdp2, or more ranks than Ray's logical GPUs.
     """
     require_cpu_platform()
+    if OmegaConf.select(config, "actor_rollout_ref.rollout.name") == "vllm":
+        require_vllm()
     for key in STRATEGY_KEYS:
         strategy = OmegaConf.select(config, key)
         if strategy is not None:

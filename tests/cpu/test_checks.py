@@ -7,6 +7,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
+from hpo_plugin.cpu import checks
 from hpo_plugin.cpu.checks import check_config
 
 
@@ -40,6 +41,18 @@ def test_another_platform_is_refused_with_what_to_do(monkeypatch, value):
         monkeypatch.setenv("VERL_PLATFORM", value)
     with pytest.raises(RuntimeError, match="put VERL_PLATFORM=cpu in the environment"):
         check_config(config())
+
+
+@pytest.mark.usefixtures("cpu_platform")
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_vllm_rollout_needs_vllm(monkeypatch, installed):
+    monkeypatch.setattr(checks, "find_spec", lambda name: object() if installed else None)
+    check_config(config(actor_rollout_ref__rollout__name="hf_cpu"))
+    if installed:
+        check_config(config(actor_rollout_ref__rollout__name="vllm"))
+    else:
+        with pytest.raises(ModuleNotFoundError, match=r"rollout\.name=vllm.*`make install-vllm`.*cpu_rollout=hf"):
+            check_config(config(actor_rollout_ref__rollout__name="vllm"))
 
 
 @pytest.mark.usefixtures("cpu_platform")
