@@ -65,7 +65,7 @@ def inputs(tmp_path_factory):
 
 
 def train(inputs, folder, *overrides, config_name="countdown_cpu"):
-    """Run a config for a few steps of 4 prompts x 4 responses and return the metrics of each step."""
+    """Run a config for a few steps of 8 prompts x 8 responses and return the metrics of each step."""
     log = folder / "metrics.jsonl"
     command = [
         sys.executable,
@@ -76,11 +76,12 @@ def train(inputs, folder, *overrides, config_name="countdown_cpu"):
         f"data.train_files={inputs / 'data' / 'train.parquet'}",
         f"data.val_files={inputs / 'data' / 'test.parquet'}",
         f"reward.custom_reward_function.path={inputs / 'reward.py'}",
-        "data.train_batch_size=4",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "data.train_batch_size=8",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
         # Large, so that a rollout with the weights of the step before would be seen.
         "actor_rollout_ref.actor.optim.lr=1e-2",
-        "actor_rollout_ref.rollout.n=4",
+        # Enough that there is always a group with both right and wrong: vLLM's samples differ from run to run.
+        "actor_rollout_ref.rollout.n=8",
         f"trainer.total_training_steps={STEPS}",
         "trainer.test_freq=-1",
         "trainer.logger=[file]",
@@ -111,9 +112,10 @@ def check_steps(steps):
     """Every step moved the model under A-HPO, and rollout and trainer meant the same distribution before it."""
     for step in steps.values():
         assert step["actor/grad_norm"] > 0
-        assert 0 < step["actor/hpo/share_positive"] < step["actor/hpo/share_negative"]
-        expected = step["actor/hpo/share_positive"] / step["actor/hpo/share_negative"]
-        assert step["actor/hpo/alpha"] == pytest.approx(max(0.1, expected))
+        positive, negative = step["actor/hpo/share_positive"], step["actor/hpo/share_negative"]
+        assert positive > 0
+        assert negative > 0
+        assert step["actor/hpo/alpha"] == pytest.approx(min(1.0, max(0.1, positive / negative)))
         assert step["training/rollout_probs_diff_max"] <= 1e-5 * PROBABILITY
         assert abs(step["rollout_corr/log_ppl_diff"]) <= 1e-5
         assert math.isfinite(step["actor/grad_norm"])
