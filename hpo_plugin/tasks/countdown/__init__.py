@@ -10,10 +10,10 @@ from hpo_plugin.tasks.countdown.prompts import chat_prompt, prompt_text
 from hpo_plugin.tasks.countdown.reward import DATA_SOURCES, Verdict, compute_score, judge
 
 if TYPE_CHECKING:
+    from hpo_plugin.tasks._sources import SourceUnavailableError
     from hpo_plugin.tasks.countdown.dataset import (
         PUBLIC_DATASET,
         CountdownData,
-        SourceUnavailableError,
         generate_splits,
         prepare_countdown,
         to_row,

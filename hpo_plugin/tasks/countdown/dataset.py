@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import hpo_plugin
-from hpo_plugin.tasks._files import Publication, check_output, publish, sha256_of_file
+from hpo_plugin.tasks._files import Publication, check_output, publish
+from hpo_plugin.tasks._sources import (
+    FILE_SUFFIXES,
+    Progress,
+    SourceUnavailableError,
+    describe_file,
+    read_file,
+    read_hub,
+)
 from hpo_plugin.tasks.countdown.problems import (
     CountdownConfig,
     CountdownProblem,
@@ -56,13 +62,6 @@ SCHEMA = pa.schema(
         ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64())])),
     ]
 )
-
-#: Called with (what is being done, how much is done, how much there is).
-Progress = Callable[[str, int, int], None]
-
-
-class SourceUnavailableError(OSError):
-    """The source of a data set cannot be reached or read."""
 
 
 @dataclass(frozen=True)
@@ -224,22 +223,19 @@ def prepare_countdown(
 
 # --- the public data -----------------------------------------------------------------------------------------------
 
-_FILE_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WRITTEN_LIST = re.compile(r"[\[(]?\s*([0-9]+(?:(?:\s*,\s*|\s+)[0-9]+)*)\s*[\])]?", re.ASCII)
 _EXAMPLES = 5
 
 
 def _describe_source(source: str) -> dict[str, Any]:
-    """What identifies a source in a manifest. A file is known by its content; its path is this machine's own."""
+    """What identifies a source in a manifest."""
     path = Path(source)
     if path.is_file():
-        if path.suffix not in _FILE_SUFFIXES:
-            raise ValueError(f"source={source!r}: the file must end in {', '.join(_FILE_SUFFIXES)}")
-        return {"source": path.name, "source_sha256": sha256_of_file(path)}
-    if path.suffix in _FILE_SUFFIXES or not _HUB_ID.fullmatch(source):
+        return describe_file(path)
+    if path.suffix in FILE_SUFFIXES or not _HUB_ID.fullmatch(source):
         raise SourceUnavailableError(
-            f"source={source!r} is neither an existing file ({', '.join(_FILE_SUFFIXES)}) nor the id of a data set on "
+            f"source={source!r} is neither an existing file ({', '.join(FILE_SUFFIXES)}) nor the id of a data set on "
             f"the Hugging Face hub such as {PUBLIC_DATASET}"
         )
     return {"source": source}
@@ -248,44 +244,7 @@ def _describe_source(source: str) -> dict[str, Any]:
 def _read_source(source: str) -> list[Any]:
     """Return the rows of a source in its order; a row that cannot be read at all is None."""
     path = Path(source)
-    if not path.is_file():
-        return _read_hub(source)
-    try:
-        if path.suffix == ".parquet":
-            rows: list[Any] = pq.read_table(path).to_pylist()
-            return rows
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
-        if text.lstrip().startswith("["):
-            parsed: list[Any] = json.loads(text)
-            return parsed
-    except (ValueError, pa.ArrowException) as error:
-        raise SourceUnavailableError(f"source={source!r} cannot be read as {path.suffix}: {error}") from error
-    return [_json_or_none(line) for line in text.splitlines() if line.strip()]
-
-
-def _json_or_none(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _read_hub(source: str) -> list[Any]:
-    # Imported here: it takes a second, and only this source needs it.
-    import datasets
-
-    try:
-        rows: list[Any] = datasets.load_dataset(source, split="train").to_list()
-    except Exception as error:
-        # The libraries underneath raise a dozen unrelated types; all of them mean that there is no data.
-        raise SourceUnavailableError(
-            f"the data set {source!r} could not be loaded from the Hugging Face hub ({type(error).__name__}: {error}). "
-            "Check the id and the network (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE apply), or download its parquet "
-            "file elsewhere and give that file as the source."
-        ) from error
-    return rows
+    return read_file(path) if path.is_file() else read_hub(source, split="train")
 
 
 def _problem_of(row: Any) -> CountdownProblem:

@@ -1,0 +1,477 @@
+"""TeleLogs data files for verl: the gated data set with the user's own access, local files, or synthetic cases.
+
+The data set's card forbids sharing its rows, so this package ships none. What is written from it stays with the user.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import hpo_plugin
+from hpo_plugin.tasks._files import Publication, check_output, publish
+from hpo_plugin.tasks._sources import (
+    FILE_SUFFIXES,
+    Progress,
+    SourceUnavailableError,
+    describe_file,
+    read_file,
+    read_hub,
+)
+from hpo_plugin.tasks.telelogs.leakage import Leakage, compare_splits, scenario_key
+from hpo_plugin.tasks.telelogs.prompts import LABEL_PATTERN, parse_prompt, render_prompt
+from hpo_plugin.tasks.telelogs.reasoning import chain_of_thought
+from hpo_plugin.tasks.telelogs.reward import DATA_SOURCE, read_answer
+from hpo_plugin.tasks.telelogs.rules import diagnose
+from hpo_plugin.tasks.telelogs.synthetic import SPLITS, SyntheticRows, generate
+from hpo_plugin.tasks.telelogs.tables import Case, Cause
+from hpo_plugin.tasks.telelogs.variants import REDUCTIONS, relabel
+
+#: The gated data set on the Hugging Face hub, and its configuration.
+PUBLIC_DATASET: Final = "netop/TeleLogs"
+PUBLIC_CONFIG: Final = "troubleshooting"
+#: Sizes of the published splits, and of a synthetic data set when none are given.
+PUBLISHED_SIZES: Final = {"train": 2_400, "test": 864}
+#: Share of the base scenarios that become the test split of a file without splits.
+TEST_SHARE: Final = 0.2
+
+#: What verl reads for RL: ``prompt`` (RLHFDataset), ``data_source``, ``reward_model.ground_truth`` and ``extra_info``.
+SCHEMA: Final = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+        (
+            "extra_info",
+            pa.struct(
+                [
+                    ("split", pa.string()),
+                    ("index", pa.int64()),
+                    ("id", pa.string()),
+                    ("cause", pa.string()),
+                    ("scenario", pa.string()),
+                ]
+            ),
+        ),
+    ]
+)
+#: What verl reads for SFT: ``messages`` (MultiTurnSFTDataset).
+SFT_SCHEMA: Final = pa.schema(
+    [("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))), ("cause", pa.string())]
+)
+
+_SPLIT_NAMES: Final = {"train": "train", "training": "train", "test": "test", "validation": "test", "val": "test"}
+_EXAMPLES = 5
+
+
+class NoAccessError(SourceUnavailableError):
+    """The gated data set is there, and this user has no access to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question of a source, read.
+
+    Attributes:
+        case: The case.
+        label: The answer, one of the case's labels.
+        scenario: :func:`~hpo_plugin.tasks.telelogs.leakage.scenario_key` of the unreduced case.
+        identity: The source's own ``ID``; None if it has none.
+    """
+
+    case: Case
+    label: str
+    scenario: str
+    identity: str | None = None
+
+
+@dataclass(frozen=True)
+class TeleLogsData:
+    """What :func:`prepare_telelogs` made.
+
+    Attributes:
+        files: Name -> path: ``train``, ``test``, and where asked for ``test_relabeled``, ``sft_train``, ``sft_test``.
+        manifest: The content of the manifest, without its file hashes.
+        leakage: What the splits share.
+        publication: Which files were written and which were there already.
+    """
+
+    files: Mapping[str, Path]
+    manifest: Mapping[str, Any]
+    leakage: Leakage
+    publication: Publication
+
+
+def to_row(row: Row, split: str, index: int) -> dict[str, Any]:
+    """Return a question as one row of verl's data format.
+
+    Args:
+        row: The question.
+        split: ``train`` or ``test``.
+        index: Its position in the split.
+    """
+    cause = row.case.cause_of(row.label)
+    return {
+        "data_source": DATA_SOURCE,
+        "prompt": [{"role": "user", "content": render_prompt(row.case)}],
+        "ability": "telecom",
+        "reward_model": {"style": "rule", "ground_truth": row.label},
+        "extra_info": {
+            "split": split,
+            "index": index,
+            "id": row.identity,
+            "cause": None if cause is None else cause.value,
+            "scenario": row.scenario,
+        },
+    }
+
+
+def to_demonstration(row: Row) -> dict[str, Any] | None:
+    """Return a question with the oracle's chain of thought as one row of verl's SFT format.
+
+    Args:
+        row: The question.
+
+    Returns:
+        The row, or None where the oracle does not agree with the label and so cannot explain it.
+    """
+    diagnosis = diagnose(row.case)
+    if diagnosis.label != row.label or diagnosis.cause is None:
+        return None
+    messages = [
+        {"role": "user", "content": render_prompt(row.case)},
+        {"role": "assistant", "content": chain_of_thought(row.case, diagnosis)},
+    ]
+    return {"messages": messages, "cause": diagnosis.cause.value}
+
+
+def prepare_telelogs(
+    output: str | Path,
+    *,
+    source: str = "synthetic",
+    test_source: str | None = None,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    balance: str | None = None,
+    reduction: str | None = None,
+    seed: int = 0,
+    relabeled: bool = False,
+    sft: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TeleLogsData:
+    """Write ``train.parquet``, ``test.parquet`` and ``manifest.json``; leave identical existing data alone.
+
+    Args:
+        output: The directory; created if needed.
+        source: ``synthetic``; ``hub``, the gated data set with the user's own token; or the path of a parquet, JSON
+            (lines, array, columns or splits) or CSV file with the columns ``question`` and ``answer``, in any case,
+            and perhaps ``ID`` and ``split``.
+        test_source: A file with the test split, where ``source`` is a file with the training split.
+        train_size: Rows of a synthetic training split; default 2,400.
+        test_size: Rows of a synthetic test split; default 864.
+        balance: Classes of the synthetic training split: ``train`` (default, the published shares) or ``uniform``. The
+            test split is uniform.
+        reduction: Of synthetic cases: ``full`` (default) or ``laptop``.
+        seed: Of synthetic cases, of relabeling, and of splitting a file that has no splits.
+        relabeled: Also write ``test_relabeled.parquet``: the test split under random labels, options and table order.
+        sft: Also write ``sft_train.parquet`` and ``sft_test.parquet``: the oracle's chains of thought, for rows whose
+            label it agrees with.
+        force: Replace other data in the directory.
+        progress: Told what is being done.
+
+    Returns:
+        Paths, manifest, leakage, and what was written.
+
+    Raises:
+        ValueError: If an argument is invalid or has no effect with this source, or no row of a split is usable.
+        FileExistsError: If the directory holds other data and ``force`` is not set.
+        NoAccessError: If the hub refuses the data set to this user.
+        SourceUnavailableError: If the source cannot be reached or read.
+        OSError: If the directory cannot be written.
+    """
+    directory = Path(output)
+    parameters: dict[str, Any] = {"seed": seed, "relabeled": relabeled, "sft": sft}
+    counts: dict[str, Any]
+    if source == "synthetic":
+        if test_source is not None:
+            raise ValueError(f"test_source={test_source!r} has no effect with source='synthetic'")
+        sizes = {"train": train_size or PUBLISHED_SIZES["train"], "test": test_size or PUBLISHED_SIZES["test"]}
+        balance, reduction = balance or "train", reduction or "full"
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
+        parameters |= {"source": source, "sizes": sizes, "balance": balance, "reduction": reduction}
+        check_output(directory, parameters, force=force)
+        splits, counts = _generate(sizes, balance, reduction, seed, progress)
+        refused: list[dict[str, Any]] = []
+    else:
+        for name, value in (
+            ("train_size", train_size),
+            ("test_size", test_size),
+            ("balance", balance),
+            ("reduction", reduction),
+        ):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} describes synthetic cases and has no effect with source={source!r}")
+        parameters |= _describe_source(source, test_source)
+        check_output(directory, parameters, force=force)
+        splits, counts, refused = _convert(source, test_source, seed, progress)
+    leakage = compare_splits([row.scenario for row in splits["train"]], [row.scenario for row in splits["test"]])
+    tables = {split: _rl_table(rows, split) for split, rows in splits.items()}
+    if relabeled:
+        tables["test_relabeled"] = _rl_table(_relabeled(splits["test"], seed), "test")
+    if sft:
+        for split, rows in splits.items():
+            demonstrations = [made for row in rows if (made := to_demonstration(row)) is not None]
+            tables[f"sft_{split}"] = pa.Table.from_pylist(demonstrations, schema=SFT_SCHEMA)
+            counts[f"sft_{split}_without_demonstration"] = len(rows) - len(demonstrations)
+    files = {f"{name}.parquet": _parquet(table) for name, table in tables.items()}
+    if refused:
+        files["refused.jsonl"] = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused).encode()
+    manifest = {
+        "task": "telelogs",
+        "parameters": parameters,
+        "counts": {**counts, "rows": {name: len(table) for name, table in tables.items()}},
+        "oracle": {split: _agreement(rows) for split, rows in splits.items()},
+        "leakage": asdict(leakage),
+        "versions": {"hpo_plugin": hpo_plugin.__version__, "numpy": np.__version__, "pyarrow": pa.__version__},
+    }
+    publication = publish(directory, files, manifest, force=force)
+    return TeleLogsData({name: directory / f"{name}.parquet" for name in tables}, manifest, leakage, publication)
+
+
+def _rl_table(rows: Sequence[Row], split: str) -> pa.Table:
+    return pa.Table.from_pylist([to_row(row, split, index) for index, row in enumerate(rows)], schema=SCHEMA)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=4_096)
+    return bytes(sink.getvalue())
+
+
+def _relabeled(rows: Sequence[Row], seed: int) -> list[Row]:
+    changed = []
+    for number, row in enumerate(rows):
+        cause = row.case.cause_of(row.label)
+        assert cause is not None
+        case = relabel(row.case, cause, random.Random(f"{seed}/relabel/{number}"))
+        label = case.label_of(cause)
+        assert label is not None
+        changed.append(Row(case, label, row.scenario, row.identity))
+    return changed
+
+
+def _agreement(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
+    """Root cause of the label -> root cause the oracle finds -> rows."""
+    found: dict[str, Counter[str]] = {cause.value: Counter() for cause in Cause}
+    for row in rows:
+        cause, diagnosed = row.case.cause_of(row.label), diagnose(row.case).cause
+        assert cause is not None
+        found[cause.value]["none" if diagnosed is None else diagnosed.value] += 1
+    return {cause: dict(sorted(counter.items())) for cause, counter in found.items() if counter}
+
+
+# --- synthetic -----------------------------------------------------------------------------------------------------
+
+
+def _generate(
+    sizes: Mapping[str, int], balance: str, reduction: str, seed: int, progress: Progress | None
+) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    splits: dict[str, list[Row]] = {}
+    counts: dict[str, Any] = {}
+    for split in SPLITS:
+        made = generate(
+            sizes[split],
+            split=split,
+            balance=balance if split == "train" else "uniform",
+            seed=seed,
+            reduction=REDUCTIONS[reduction],
+            progress=None if progress is None else _row_progress(progress, f"generating {split} rows"),
+        )
+        splits[split] = [Row(row.case, row.label, row.scenario) for row in made.rows]
+        counts |= {f"{split}_{name}": value for name, value in _draws(made).items()}
+    return splits, counts
+
+
+def _row_progress(progress: Progress, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(stage, done, total)
+
+
+def _draws(made: SyntheticRows) -> dict[str, Any]:
+    return {
+        "scenarios": made.scenarios,
+        "scenario_candidates_drawn": made.candidates_drawn,
+        "scenarios_given_up": made.scenarios_given_up,
+        "rows_redrawn": {
+            f"{cause.value} found as {'none' if found is None else found.value}": count
+            for (cause, found), count in sorted(made.redrawn.items(), key=str)
+        },
+    }
+
+
+# --- real data -----------------------------------------------------------------------------------------------------
+
+
+def _describe_source(source: str, test_source: str | None) -> dict[str, Any]:
+    if source == "hub":
+        if test_source is not None:
+            raise ValueError(f"test_source={test_source!r} has no effect with source='hub', which has a test split")
+        return {"source": PUBLIC_DATASET, "config": PUBLIC_CONFIG}
+    described: dict[str, Any] = {}
+    for name, given in (("", source), ("test_", test_source)):
+        if given is None:
+            continue
+        if not Path(given).is_file():
+            raise SourceUnavailableError(
+                f"{name}source={given!r} is not an existing file ({', '.join(FILE_SUFFIXES)}), nor hub, nor synthetic"
+            )
+        described |= {f"{name}{key}": value for key, value in describe_file(Path(given)).items()}
+    return described
+
+
+def _read_hub_split(split: str) -> list[Any]:
+    try:
+        return read_hub(
+            PUBLIC_DATASET,
+            config=PUBLIC_CONFIG,
+            split=split,
+            advice=(
+                "It is gated: request access on its page on the hub, then log in (`hf auth login`, or set HF_TOKEN) "
+                "with the account that was granted it. Check the network"
+            ),
+        )
+    except SourceUnavailableError as error:
+        refusals = ("gated", "401", "403", "not authorized", "unauthorized", "restricted")
+        if any(
+            word in str(error.__cause__).lower() or word in type(error.__cause__).__name__.lower() for word in refusals
+        ):
+            raise NoAccessError(
+                f"no access to the gated data set {PUBLIC_DATASET} ({type(error.__cause__).__name__}). Request access "
+                "on its page on the hub; approval is manual. Then log in with that account (`hf auth login`, or set "
+                "HF_TOKEN) and run this again. Without access: --source synthetic."
+            ) from error
+        raise
+
+
+def _read_source(source: str, test_source: str | None) -> list[tuple[str | None, Any]]:
+    """Return (split or None, raw row) in the order of the source."""
+    if source == "hub":
+        return [(split, row) for split in SPLITS for row in _read_hub_split(split)]
+    if test_source is not None:
+        pairs = zip(SPLITS, (source, test_source), strict=True)
+        return [(split, row) for split, path in pairs for row in read_file(Path(path))]
+    rows: list[tuple[str | None, Any]] = []
+    for row in read_file(Path(source)):
+        named = _columns(row).get("split") if isinstance(row, Mapping) else None
+        rows.append((None if named is None else str(named).lower(), row))
+    return rows
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row by the lower-case names of its columns."""
+    return {str(name).strip().lower(): value for name, value in row.items()}
+
+
+def read_row(row: Any) -> Row:
+    """Read one row of a source.
+
+    Args:
+        row: A mapping with ``question`` and ``answer``, in any case, and perhaps ``ID``.
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: If it cannot be used, saying why.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError("not a row with columns")
+    columns = _columns(row)
+    missing = [name for name in ("question", "answer") if columns.get(name) is None]
+    if missing:
+        raise ValueError(f"no column {missing[0]!r} among {', '.join(map(str, row)) or 'none'}")
+    question, answer = str(columns["question"]), str(columns["answer"]).strip()
+    case = parse_prompt(question)
+    if render_prompt(case) != question:
+        raise ValueError("the prompt parses and does not render to the same text")
+    label = answer if re.fullmatch(LABEL_PATTERN, answer) else read_answer(answer)
+    labels = [option.label for option in case.options]
+    if label is not None and label.isdigit() and label not in labels:
+        # A bare number means the label that ends in it.
+        label = next((known for known in labels if known[1:] == label), label)
+    if label not in labels:
+        raise ValueError(f"the answer {answer[:40]!r} is not one of the options {', '.join(labels)}")
+    identity = columns.get("id")
+    return Row(case, label, scenario_key(case), None if identity is None else str(identity))
+
+
+def _convert(
+    source: str, test_source: str | None, seed: int, progress: Progress | None
+) -> tuple[dict[str, list[Row]], dict[str, Any], list[dict[str, Any]]]:
+    if progress is not None:
+        progress("reading the source", 0, 1)
+    raw = _read_source(source, test_source)
+    if progress is not None:
+        progress("reading the source", 1, 1)
+    read: list[tuple[str | None, Row]] = []
+    refused: list[dict[str, Any]] = []
+    for position, (split, entry) in enumerate(raw):
+        try:
+            if split is not None and split not in _SPLIT_NAMES:
+                raise ValueError(f"split={split!r} is not one of {', '.join(_SPLIT_NAMES)}")
+            read.append((None if split is None else _SPLIT_NAMES[split], read_row(entry)))
+        except ValueError as error:
+            refused.append({"row": position, "split": split, "reason": str(error)[:500]})
+        if progress is not None and (position + 1) % 100 == 0:
+            progress("parsing prompts", position + 1, len(raw))
+    named = [split is not None for split, _ in read]
+    if any(named) and not all(named):
+        raise ValueError(f"source={source!r}: {named.count(False)} rows name no split, and the others do")
+    splits = _split_by_scenario([row for _, row in read], seed) if not any(named) else _split_as_named(read)
+    reasons = Counter(_kind(entry["reason"]) for entry in refused)
+    for split, rows in splits.items():
+        if not rows:
+            first = f"; the first refused row: {refused[0]['reason']}" if refused else ""
+            raise ValueError(
+                f"source={source!r}: no usable row for the {split} split ({len(raw)} rows, {len(refused)} "
+                f"refused{first})"
+            )
+    counts = {
+        "rows_in_source": len(raw),
+        "rows_refused": len(refused),
+        "refused_for": dict(reasons.most_common()),
+        "refused_examples": [f"row {entry['row']}: {entry['reason']}"[:300] for entry in refused[:_EXAMPLES]],
+        "splits": "as published" if any(named) else f"by base scenario, {TEST_SHARE:.0%} of them for testing",
+    }
+    return splits, counts, refused
+
+
+def _kind(reason: str) -> str:
+    """A reason without its line number and quotations, to count by."""
+    return re.sub(r": ['\"].*", "", re.sub(r"^line \d+: ", "", reason))[:100]
+
+
+def _split_as_named(rows: Sequence[tuple[str | None, Row]]) -> dict[str, list[Row]]:
+    return {split: [row for named, row in rows if named == split] for split in SPLITS}
+
+
+def _split_by_scenario(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
+    scenarios = list(dict.fromkeys(row.scenario for row in rows))
+    random.Random(f"{seed}/split").shuffle(scenarios)
+    tested = set(scenarios[: max(1, round(TEST_SHARE * len(scenarios)))])
+    return {
+        "train": [row for row in rows if row.scenario not in tested],
+        "test": [row for row in rows if row.scenario in tested],
+    }
