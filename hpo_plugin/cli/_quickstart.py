@@ -1,16 +1,13 @@
-"""The steps of ``hpo-plugin quickstart``, in order. All training is verl's, under the public config countdown_cpu."""
+"""The steps of ``hpo-plugin quickstart``, in order. All training is verl's, under a public config."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shlex
-import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +17,35 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo_plugin.cli._cluster import SLOW_START
-from hpo_plugin.cli._progress import stage_bars
-from hpo_plugin.cli._runs import CONFIG_NAME, Attempt, Request, Run, RunBusyError, choose_run
+from hpo_plugin.cli._laptop import (
+    ENVIRONMENT,
+    LAPTOP_TASKS,
+    LOG_ENVIRONMENT,
+    Inputs,
+    QuickstartError,
+    failure,
+    note,
+    python_for_shell,
+    why,
+)
+from hpo_plugin.cli._runs import Attempt, Request, Run, RunBusyError, choose_run
 from hpo_plugin.cli._trainer import StalledError, Trainer, end_leftovers
 from hpo_plugin.cli._verl_log import (
     MetricsFile,
     Rows,
     StepView,
     evaluations,
-    failure_cause,
     held_out_success,
-    plain_lines,
     step_views,
 )
 
 if TYPE_CHECKING:
-    from hpo_plugin.cpu.start_model import StartModelReport
+    pass
 
-#: Three numbers up to 12: within reach of a model of 200,000 parameters.
-MAX_NUMBER = 12
-#: Training problems: 80 batches of 32; there are 3,289 such problems in all.
-TRAIN_SIZE = 2_560
 #: Steps between checkpoints: an interruption costs at most so many.
 SAVE_EVERY = 10
 #: Evaluations, besides the one before training.
 EVALUATIONS = 3
-#: What the trainer's environment needs. verl reads it in every process; Ray hands it on.
-ENVIRONMENT = {"VERL_PLATFORM": "cpu"}
-TAIL_LINES = 15
 #: Starts of the trainer before giving up where Ray is too slow to come up.
 STARTS = 3
 PICTURE_NAME = "curves.png"
@@ -62,25 +60,6 @@ ARM_NAMES = {
     "dr_grpo": "Dr. GRPO",
     "cispo": "CISPO",
 }
-
-
-class QuickstartError(RuntimeError):
-    """What went wrong, and what to do, for a person to read."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What training needs.
-
-    Attributes:
-        train_file: ``data.train_files``.
-        test_file: ``data.val_files``.
-        model: ``actor_rollout_ref.model.path``.
-    """
-
-    train_file: Path
-    test_file: Path
-    model: Path
 
 
 def run_quickstart(request: Request, output: Path, *, new: bool, stall: float, console: Console) -> Run:
@@ -104,15 +83,16 @@ def run_quickstart(request: Request, output: Path, *, new: bool, stall: float, c
     # Before verl is imported in this process.
     os.environ.update(ENVIRONMENT)
     name = ARM_NAMES.get(request.policy_loss, request.policy_loss)
-    console.print(f"[bold]{name} on Countdown[/], with verl's trainer on this machine's CPU cores")
+    task = LAPTOP_TASKS[request.task]
+    console.print(f"[bold]{name} on {task.title}[/], with verl's trainer on this machine's CPU cores")
     try:
         run, resumed = choose_run(output, request, new=new)
         with run.locked():
-            _note(console, "run", f"{run.directory}{' (goes on)' if resumed else ''}")
+            note(console, "run", f"{run.directory}{' (goes on)' if resumed else ''}")
             left = end_leftovers(run.directory / "processes.json")
             if left:
-                _note(console, "", f"ended {left} processes that an earlier call had left running")
-            inputs = prepare_inputs(request, output, console)
+                note(console, "", f"ended {left} processes that an earlier call had left running")
+            inputs = task.prepare(run, request, output, console)
             _check(run, request, inputs, console)
             _train(run, request, inputs, stall=stall, console=console)
             _finish(run, request, inputs, seconds=time.monotonic() - begin, console=console)
@@ -121,63 +101,7 @@ def run_quickstart(request: Request, output: Path, *, new: bool, stall: float, c
     return run
 
 
-def _note(console: Console, label: str, text: str) -> None:
-    line = Text(f"{label:<9}", style="dim")
-    console.print(line.append(text, style="default"))
-
-
 # --- before training -----------------------------------------------------------------------------------------------
-
-
-def prepare_inputs(request: Request, output: Path, console: Console) -> Inputs:
-    """Make the data and the start model, or find them from an earlier call.
-
-    Args:
-        request: Its seed and ``n_test`` decide them.
-        output: They go to ``data/`` and ``models/`` in it.
-        console: Where to show progress.
-
-    Raises:
-        ValueError: The request cannot be met.
-        OSError: The directory cannot be written, or holds something else.
-    """
-    from hpo_plugin.tasks.countdown import CountdownConfig, generate_splits, prepare_countdown
-
-    config = CountdownConfig(counts=(3,), max_number=MAX_NUMBER, seed=request.seed)
-    key = f"countdown-seed{request.seed}-test{request.n_test}"
-    with stage_bars(console, transient=True) as progress:
-        data = prepare_countdown(
-            output / "data" / key,
-            config=config,
-            layout="terse",
-            train_size=TRAIN_SIZE,
-            test_size=request.n_test,
-            progress=progress,
-        )
-    state = "written" if data.publication.written else "already there"
-    _note(
-        console,
-        "data",
-        f"3 numbers up to {MAX_NUMBER}: {TRAIN_SIZE:,} problems to train on, {request.n_test} held out ({state})",
-    )
-    with stage_bars(console, transient=True) as progress:
-        train, test = generate_splits(config, TRAIN_SIZE, request.n_test)
-        report = _start_model(output / "models" / key, train, test, request.seed, progress)
-    made = "already there" if report.reused else f"built in {report.seconds:.0f} s"
-    _note(
-        console,
-        "model",
-        f"{report.parameters:,} parameters, {100 * report.sampled.correct:.1f} % of its samples are correct ({made})",
-    )
-    return Inputs(data.train_file, data.test_file, report.directory)
-
-
-def _start_model(
-    directory: Path, train: Any, test: Any, seed: int, progress: Callable[[str, int, int], None]
-) -> StartModelReport:
-    from hpo_plugin.cpu.start_model import build_start_model
-
-    return build_start_model(directory, train, test, seed=seed, progress=progress)
 
 
 def _check(run: Run, request: Request, inputs: Inputs, console: Console) -> None:
@@ -188,11 +112,11 @@ def _check(run: Run, request: Request, inputs: Inputs, console: Console) -> None
             stack.enter_context(console.status("checking the installation and the config"))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         stack.enter_context(_stderr_to(run.directory / "check.log"))
-        report = run_checks(CONFIG_NAME, training_overrides(request, inputs))
+        report = run_checks(request.config_name, training_overrides(request, inputs))
     if not report.ok:
         report.show(console)
         raise QuickstartError("The checks failed. What to do stands beside each of them.")
-    _note(console, "check", f"{report.summary}; `hpo-plugin check` shows them")
+    note(console, "check", f"{report.summary}; `hpo-plugin check` shows them")
 
 
 @contextlib.contextmanager
@@ -249,23 +173,15 @@ def bookkeeping_overrides(run: Run, attempt: Attempt, request: Request) -> list[
     ]
 
 
-def trainer_command(overrides: list[str]) -> list[str]:
+def trainer_command(config_name: str, overrides: list[str]) -> list[str]:
     """The command for a shell in this directory, without its environment."""
-    return [_python(), "-m", "verl.trainer.main_ppo", f"--config-name={CONFIG_NAME}", *overrides]
-
-
-def _python() -> str:
-    """How the shell names this interpreter: ``python`` only where its environment is active."""
-    found, own = shutil.which("python"), Path(sys.executable)
-    if found is not None and Path(found).parent == own.parent:
-        return "python"
-    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+    return [python_for_shell(), "-m", "verl.trainer.main_ppo", f"--config-name={config_name}", *overrides]
 
 
 def equivalent_command(request: Request, inputs: Inputs) -> str:
     """A command to paste: the same training, logged on the screen, with no checkpoint."""
     environment = [f"{key}={value}" for key, value in ENVIRONMENT.items()]
-    head, tail = trainer_command([])[:4], training_overrides(request, inputs)
+    head, tail = trainer_command(request.config_name, []), training_overrides(request, inputs)
     return " \\\n  ".join([" ".join([*environment, *map(shlex.quote, head)]), *map(shlex.quote, tail)])
 
 
@@ -278,8 +194,8 @@ def _train(run: Run, request: Request, inputs: Inputs, *, stall: float, console:
         if status == 0 and request.steps in run.rows():
             return
         if not left or SLOW_START not in attempt.log.read_text(encoding="utf-8", errors="replace"):
-            raise _failure(attempt, _why(status))
-        _note(console, "", "Ray did not start within its 15 seconds, so the machine is busy; trying again")
+            raise _failure(attempt, why(status))
+        note(console, "", "Ray did not start within its 15 seconds, so the machine is busy; trying again")
 
 
 def _train_once(run: Run, request: Request, inputs: Inputs, *, stall: float, console: Console) -> tuple[Attempt, int]:
@@ -288,19 +204,13 @@ def _train_once(run: Run, request: Request, inputs: Inputs, *, stall: float, con
     attempt = run.new_attempt(resumed_from)
     # A user's own overrides come last, so that they win.
     overrides = [*bookkeeping_overrides(run, attempt, request), *training_overrides(request, inputs)]
-    environment = {
-        **ENVIRONMENT,
-        "VERL_FILE_LOGGER_PATH": str(attempt.metrics.resolve()),
-        # The whole traceback, and lines as they are printed.
-        "HYDRA_FULL_ERROR": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = trainer_command(overrides)
+    environment = {**ENVIRONMENT, **LOG_ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(attempt.metrics.resolve())}
+    command = trainer_command(request.config_name, overrides)
     shown = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in environment.items()), shlex.join(command)])
     (attempt.directory / "command.sh").write_text(f"cd {shlex.quote(str(Path.cwd()))}\n{shown}\n", encoding="utf-8")
-    _note(console, "log", str(attempt.log))
+    note(console, "log", str(attempt.log))
     if resumed_from is not None:
-        _note(console, "", f"goes on after step {resumed_from}, from its checkpoint")
+        note(console, "", f"goes on after step {resumed_from}, from its checkpoint")
     console.print()
     with (
         _Screen(console, request, done=resumed_from or 0) as screen,
@@ -320,22 +230,8 @@ def _train_once(run: Run, request: Request, inputs: Inputs, *, stall: float, con
     return attempt, status
 
 
-def _why(status: int) -> str:
-    if status < 0:
-        killed = " (often: out of memory)" if -status == signal.SIGKILL else ""
-        return f"The trainer was ended by {signal.Signals(-status).name}{killed}."
-    return f"The trainer failed (exit status {status})."
-
-
 def _failure(attempt: Attempt, what: str) -> QuickstartError:
-    lines = [line for line in plain_lines(attempt.log.read_text(encoding="utf-8", errors="replace")) if line]
-    cause = failure_cause(lines)
-    parts = [what]
-    if cause:
-        parts.append(f"Cause: {cause}")
-    parts += [f"The end of {attempt.log}:", *(f"  {line[:300]}" for line in lines[-TAIL_LINES:])]
-    parts.append("The same command goes on from the last checkpoint.")
-    return QuickstartError("\n".join(parts))
+    return failure(attempt.log, what, "The same command goes on from the last checkpoint.")
 
 
 class _Screen:
@@ -425,7 +321,10 @@ def _finish(run: Run, request: Request, inputs: Inputs, *, seconds: float, conso
         raise QuickstartError(f"{run.directory}: the metrics of step {missing[0]} are missing")
     name = ARM_NAMES.get(request.policy_loss, request.policy_loss)
     save_curves(
-        rows, run.directory / PICTURE_NAME, title=f"{CONFIG_NAME}, {name}, seed {request.seed}", n_test=request.n_test
+        rows,
+        run.directory / PICTURE_NAME,
+        title=f"{request.config_name}, {name}, seed {request.seed}",
+        n_test=request.n_test,
     )
     _write_metrics(run.directory / "metrics.jsonl", rows)
     command = equivalent_command(request, inputs)

@@ -15,8 +15,6 @@ import hpo_plugin
 from hpo_plugin.cli._verl_log import Rows, merge_attempts, read_rows
 from hpo_plugin.tasks._files import atomic_write
 
-CONFIG_NAME = "countdown_cpu"
-
 
 class RunBusyError(RuntimeError):
     """Another process is at work in this run directory."""
@@ -33,6 +31,7 @@ class Request:
         rollout: ``hf`` or ``vllm``.
         n_test: Held-out problems.
         overrides: Further Hydra overrides.
+        task: ``countdown`` or ``telelogs``.
     """
 
     policy_loss: str
@@ -41,6 +40,12 @@ class Request:
     rollout: str
     n_test: int
     overrides: tuple[str, ...] = ()
+    task: str = "countdown"
+
+    @property
+    def config_name(self) -> str:
+        """The public config of the run."""
+        return f"{self.task}_cpu"
 
     def as_json(self) -> dict[str, Any]:
         """JSON values, with the version that made them."""
@@ -50,7 +55,7 @@ class Request:
     def stem(self) -> str:
         """Name of the run directory, without its number."""
         rollout = "" if self.rollout == "hf" else f"-{self.rollout}"
-        return f"{CONFIG_NAME}-{self.policy_loss}{rollout}-seed{self.seed}"
+        return f"{self.config_name}-{self.policy_loss}{rollout}-seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 import typer
 
-from hpo_plugin.cli import check, prepare, quickstart
+from hpo_plugin.cli import check, explain, prepare, quickstart, score
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="HPO and A-HPO for verl.")
 app.add_typer(prepare.app, name="prepare")
+app.add_typer(explain.app, name="explain")
+app.add_typer(score.app, name="score")
 app.command()(check.check)
 app.command()(quickstart.quickstart)

@@ -1,4 +1,4 @@
-"""``hpo-plugin quickstart``: verl's own trainer, with A-HPO, learns Countdown on this machine."""
+"""``hpo-plugin quickstart``: verl's own trainer, with A-HPO, learns a task on this machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Task(str, Enum):
+    """What is learned."""
+
+    COUNTDOWN = "countdown"
+    TELELOGS = "telelogs"
 
 
 class Rollout(str, Enum):
@@ -19,13 +26,21 @@ class Rollout(str, Enum):
 def quickstart(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Further overrides of the config countdown_cpu, in Hydra's syntax.", show_default=False),
+        typer.Argument(
+            help="Further overrides of the config countdown_cpu or telelogs_cpu, in Hydra's syntax.", show_default=False
+        ),
     ] = None,
+    task: Annotated[
+        Task,
+        typer.Option(help="countdown, or telelogs in a reduced form, with a stage of supervised fine-tuning first."),
+    ] = Task.COUNTDOWN,
     policy_loss: Annotated[
         str, typer.Option(help="ahpo, hpo, grpo, gspo, sapo, dapo, dr_grpo or cispo: algorithm.policy_loss.")
     ] = "ahpo",
     seed: Annotated[int, typer.Option(min=0, help="Of data, start model and sampling.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps. Default 60 for countdown, 40 for telelogs.")
+    ] = None,
     rollout: Annotated[
         Rollout, typer.Option(help="hf: transformers' own generate. vllm: verl's vLLM rollout (extra cpu-vllm).")
     ] = Rollout.HF,
@@ -36,7 +51,7 @@ def quickstart(
     ] = False,
     stall: Annotated[float, typer.Option(min=1, help="Seconds without progress after which to give up.")] = 600.0,
 ) -> None:
-    """Train a small model on Countdown with verl's own trainer, on this machine's CPU cores.
+    """Train a small model on Countdown or TeleLogs with verl's own trainer, on this machine's CPU cores.
 
     Makes the data and a start model, checks the installation, trains, evaluates on held-out problems before and after,
     and draws the curves. The same call again goes on with a run that was interrupted, or else starts another one.
@@ -45,17 +60,19 @@ def quickstart(
 
     from rich.console import Console
 
-    from hpo_plugin.cli._quickstart import QuickstartError, run_quickstart
+    from hpo_plugin.cli._laptop import LAPTOP_TASKS, QuickstartError
+    from hpo_plugin.cli._quickstart import run_quickstart
     from hpo_plugin.cli._runs import Request
     from hpo_plugin.cli._trainer import interruptible
 
     request = Request(
         policy_loss=policy_loss,
         seed=seed,
-        steps=steps,
+        steps=LAPTOP_TASKS[task.value].steps if steps is None else steps,
         rollout=rollout.value,
         n_test=n_test,
         overrides=tuple(overrides or ()),
+        task=task.value,
     )
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     try:

@@ -8,7 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 # Logical CPUs for verl's actors that train nothing: they hold one each while they start.
 RAY_CPU_SLACK = 3
 
-STRATEGY_KEYS = ("actor_rollout_ref.actor.strategy", "actor_rollout_ref.ref.strategy")
+# The third one is the SFT trainer's.
+STRATEGY_KEYS = ("actor_rollout_ref.actor.strategy", "actor_rollout_ref.ref.strategy", "engine.strategy")
 
 
 def require_cpu_platform() -> None:

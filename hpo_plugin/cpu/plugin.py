@@ -6,7 +6,9 @@ trainer, the workers and the rollout servers alike. If this module fails to load
 """
 
 import os
+from types import ModuleType
 
+import wrapt
 from omegaconf import DictConfig, OmegaConf
 
 
@@ -27,3 +29,9 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     from hpo_plugin.cpu.vllm_cpu import install_vllm_alias
 
     install_vllm_alias()
+
+    @wrapt.when_imported("verl.utils.distributed")
+    def _use_gloo(module: ModuleType) -> None:
+        from hpo_plugin.cpu.process_group import use_gloo_in_torchrun
+
+        use_gloo_in_torchrun(module)

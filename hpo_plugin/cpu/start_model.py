@@ -252,6 +252,29 @@ def build_start_model(
     return StartModelReport(**{**vars(published), "reused": False})
 
 
+def save_untrained_model(directory: str | Path, *, seed: int = 0, config: StartModelConfig | None = None) -> int:
+    """Write a model with random weights, and its tokenizer: what verl's SFT trainer starts from on a laptop.
+
+    Args:
+        directory: The model folder; created if needed.
+        seed: Of the weights; a non-negative integer.
+        config: Its sizes; what concerns training has no effect.
+
+    Returns:
+        Number of values.
+
+    Raises:
+        ValueError: If the config is invalid.
+        OSError: If it cannot be written.
+    """
+    config = StartModelConfig() if config is None else config
+    config.validate()
+    tokenizer = build_tokenizer(config.max_positions)
+    model = _initial_model(tokenizer, seed, config)
+    _save(Path(directory), model, tokenizer)
+    return int(model.num_parameters())
+
+
 def evaluate_success(
     model: str | Path | Qwen2ForCausalLM,
     problems: Sequence[CountdownProblem],
@@ -581,6 +604,14 @@ def _no_progress_bars() -> Iterator[None]:
             settings.enable_progress_bar()
 
 
+def _save(directory: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Nothing but the two ids: a checkpoint's sampling defaults would reach vLLM's.
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with _no_progress_bars():
+        model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def _publish(
     directory: Path,
     model: Qwen2ForCausalLM,
@@ -591,13 +622,7 @@ def _publish(
     """Write everything into a folder beside the wanted one, then rename it: a rename is all or nothing."""
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
-        # Nothing but the two ids: a checkpoint's sampling defaults would reach vLLM's.
-        model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        with _no_progress_bars():
-            model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        _save(temporary, model, tokenizer)
         manifest = {
             "request": request,
             "results": results,

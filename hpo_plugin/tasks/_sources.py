@@ -49,8 +49,8 @@ def read_file(path: Path) -> list[Any]:
     """
     try:
         if path.suffix == ".parquet":
-            rows: list[Any] = pq.read_table(path).to_pylist()
-            return rows
+            table: list[Any] = pq.read_table(path).to_pylist()
+            return table
         # Byte order marks are what spreadsheets leave in front of a first column's name.
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
@@ -59,23 +59,26 @@ def read_file(path: Path) -> list[Any]:
             parsed: list[Any] = json.loads(text)
             return parsed
         lines = [line for line in text.split("\n") if line.strip()]
-        if lines and _json_or_none(lines[0]) is None:
-            # An object over several lines.
-            return _rows_of_object(json.loads(text))
-        if len(lines) == 1 and path.suffix == ".json":
-            whole = json.loads(lines[0])
-            if isinstance(whole, dict) and any(isinstance(value, list) for value in whole.values()):
+        rows = [_json_or_none(line) for line in lines]
+        # None where the lines are objects of their own.
+        whole = _json_or_none(text)
+        if isinstance(whole, dict):
+            holds_lists = any(isinstance(value, list) for value in whole.values())
+            if len(lines) > 1 or (path.suffix == ".json" and holds_lists):
                 return _rows_of_object(whole)
+        elif lines and not any(isinstance(row, dict) for row in rows):
+            # Says where it is not JSON.
+            json.loads(text)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise SourceUnavailableError(f"source={str(path)!r} cannot be read as {path.suffix}: {error}") from error
-    return [_json_or_none(line) for line in lines]
+    return rows
 
 
 def _rows_of_object(whole: Any) -> list[Any]:
     values = list(whole.values()) if isinstance(whole, dict) else []
     if values and all(isinstance(value, list) for value in values):
         if all(isinstance(row, Mapping) for value in values for row in value):
-            return [{SPLIT_COLUMN: split, **row} for split, rows in whole.items() for row in rows]
+            return [{**row, SPLIT_COLUMN: split} for split, rows in whole.items() for row in rows]
         if len({len(value) for value in values}) == 1:
             return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
     raise ValueError("it is neither lines, nor an array of rows, nor an object of columns, nor an object of splits")

@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hpo_plugin.cli import _quickstart
-from hpo_plugin.cli._quickstart import Inputs, QuickstartError, equivalent_command, summarize, training_overrides
+from hpo_plugin.cli._laptop import Inputs, QuickstartError
+from hpo_plugin.cli._quickstart import equivalent_command, summarize, training_overrides
 from hpo_plugin.cli._runs import Request, Run, choose_run
 from hpo_plugin.cli._verl_log import MetricsFile
 from hpo_plugin.cli.app import app
@@ -93,12 +94,12 @@ def test_the_printed_command_names_an_interpreter_that_the_users_shell_finds(tmp
     monkeypatch.setattr(sys, "executable", str(own))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert _quickstart.trainer_command([])[0] == ".venv/bin/python"
+    assert _quickstart.trainer_command("countdown_cpu", [])[0] == ".venv/bin/python"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert _quickstart.trainer_command([])[0] == str(own)
+    assert _quickstart.trainer_command("countdown_cpu", [])[0] == str(own)
     monkeypatch.setenv("PATH", str(own.parent))
-    assert _quickstart.trainer_command([])[0] == "python"
+    assert _quickstart.trainer_command("countdown_cpu", [])[0] == "python"
 
 
 def test_the_overrides_compose_with_the_public_config_and_select_the_arm():

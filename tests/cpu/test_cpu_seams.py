@@ -166,3 +166,57 @@ def test_config_is_found_and_composes_with_verls_defaults(monkeypatch):
         assert config.trainer.device == "cpu"
         assert config.trainer.v1.sampler.sampler_kwargs.train_batch_size == config.data.train_batch_size
         assert compose("countdown_cpu", ["cpu_rollout=vllm"]).actor_rollout_ref.rollout.name == "vllm"
+
+
+def test_the_sft_trainers_process_group_would_name_the_device_twice_and_is_made_over_gloo_instead():
+    from verl.trainer import sft_trainer
+    from verl.utils import distributed
+
+    # What makes the seam necessary, and what makes it work: the name is looked up when the trainer starts.
+    own = inspect.getsource(distributed.initialize_global_process_group)
+    assert own.index("init_process_group(") < own.index("is_initialized()")
+    source = inspect.getsource(sft_trainer.run_sft)
+    assert "from verl.utils.distributed import initialize_global_process_group\n" in source
+    out = run_on_cpu_platform(
+        "import os\n"
+        "os.environ |= dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')\n"
+        "import torch.distributed as dist\n"
+        "from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group\n"
+        "print(*initialize_global_process_group(), dist.get_backend())\n"
+        "destroy_global_process_group()\n"
+        "print(dist.is_initialized())\n"
+    )
+    assert out.split() == ["0", "0", "1", "gloo", "False"]
+
+
+def test_a_moved_function_of_the_sft_trainer_is_refused_by_name():
+    import types
+
+    from hpo_plugin.cpu.process_group import use_gloo_in_torchrun
+
+    with pytest.raises(RuntimeError, match=r"elsewhere\.initialize_global_process_group.*install verl==0\.9\.1"):
+        use_gloo_in_torchrun(types.ModuleType("elsewhere"))
+
+
+def test_without_the_cpu_platform_the_sft_trainers_process_group_is_verls_own():
+    environment = {key: value for key, value in os.environ.items() if key != "VERL_PLATFORM"}
+    code = "from verl.utils import distributed as d; print(d.initialize_global_process_group.__module__)"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == "verl.utils.distributed"
+
+
+def test_the_sft_config_is_found_by_verls_sft_trainer_and_checks_platform_and_strategy(monkeypatch):
+    from hydra import compose, initialize_config_module
+    from omegaconf.errors import InterpolationResolutionError
+
+    with initialize_config_module(config_module="verl.trainer.config", version_base=None):
+        config = compose("telelogs_sft_cpu", ["model.path=x", "data.train_files=y"])
+        wrong = compose("telelogs_sft_cpu", ["model.path=x", "data.train_files=y", "engine.strategy=fsdp"])
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    with pytest.raises(InterpolationResolutionError, match="VERL_PLATFORM is None"):
+        _ = config.trainer.device
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    assert config.trainer.device == "cpu"
+    assert config.model.external_lib == "hpo_plugin.cpu.backend"
+    with pytest.raises(InterpolationResolutionError, match=r"set engine\.strategy=fsdp2"):
+        _ = wrong.trainer.device

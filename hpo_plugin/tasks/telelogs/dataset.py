@@ -40,6 +40,8 @@ from hpo_plugin.tasks.telelogs.variants import REDUCTIONS, relabel
 #: The gated data set on the Hugging Face hub, and its configuration.
 PUBLIC_DATASET: Final = "netop/TeleLogs"
 PUBLIC_CONFIG: Final = "troubleshooting"
+#: ``data_source`` of ``test_relabeled.parquet``.
+RELABELED_DATA_SOURCE: Final = f"{DATA_SOURCE}_relabeled"
 #: Sizes of the published splits, and of a synthetic data set when none are given.
 PUBLISHED_SIZES: Final = {"train": 2_400, "test": 864}
 #: Share of the base scenarios that become the test split of a file without splits.
@@ -73,6 +75,12 @@ SFT_SCHEMA: Final = pa.schema(
 
 _SPLIT_NAMES: Final = {"train": "train", "training": "train", "test": "test", "validation": "test", "val": "test"}
 _EXAMPLES = 5
+#: In what the hub's libraries raise. The data set exists, so one that "doesn't exist or cannot be accessed" is refused;
+#: numbers stand alone, for addresses and request numbers in hexadecimal digits hold any.
+_REFUSAL: Final = re.compile(
+    r"\bgated|\b40[13]\b|\bunauthorized|\bnot (?:in the )?authorized|access to .* is restricted|cannot be accessed",
+    re.IGNORECASE,
+)
 
 
 class NoAccessError(SourceUnavailableError):
@@ -113,17 +121,18 @@ class TeleLogsData:
     publication: Publication
 
 
-def to_row(row: Row, split: str, index: int) -> dict[str, Any]:
+def to_row(row: Row, split: str, index: int, data_source: str = DATA_SOURCE) -> dict[str, Any]:
     """Return a question as one row of verl's data format.
 
     Args:
         row: The question.
         split: ``train`` or ``test``.
         index: Its position in the split.
+        data_source: verl keeps the metrics of each apart.
     """
     cause = row.case.cause_of(row.label)
     return {
-        "data_source": DATA_SOURCE,
+        "data_source": data_source,
         "prompt": [{"role": "user", "content": render_prompt(row.case)}],
         "ability": "telecom",
         "reward_model": {"style": "rule", "ground_truth": row.label},
@@ -207,8 +216,11 @@ def prepare_telelogs(
     if source == "synthetic":
         if test_source is not None:
             raise ValueError(f"test_source={test_source!r} has no effect with source='synthetic'")
-        sizes = {"train": train_size or PUBLISHED_SIZES["train"], "test": test_size or PUBLISHED_SIZES["test"]}
-        balance, reduction = balance or "train", reduction or "full"
+        sizes = {
+            split: PUBLISHED_SIZES[split] if size is None else size
+            for split, size in zip(SPLITS, (train_size, test_size), strict=True)
+        }
+        balance, reduction = "train" if balance is None else balance, "full" if reduction is None else reduction
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
         parameters |= {"source": source, "sizes": sizes, "balance": balance, "reduction": reduction}
@@ -230,7 +242,7 @@ def prepare_telelogs(
     leakage = compare_splits([row.scenario for row in splits["train"]], [row.scenario for row in splits["test"]])
     tables = {split: _rl_table(rows, split) for split, rows in splits.items()}
     if relabeled:
-        tables["test_relabeled"] = _rl_table(_relabeled(splits["test"], seed), "test")
+        tables["test_relabeled"] = _rl_table(_relabeled(splits["test"], seed), "test", RELABELED_DATA_SOURCE)
     if sft:
         for split, rows in splits.items():
             demonstrations = [made for row in rows if (made := to_demonstration(row)) is not None]
@@ -251,8 +263,9 @@ def prepare_telelogs(
     return TeleLogsData({name: directory / f"{name}.parquet" for name in tables}, manifest, leakage, publication)
 
 
-def _rl_table(rows: Sequence[Row], split: str) -> pa.Table:
-    return pa.Table.from_pylist([to_row(row, split, index) for index, row in enumerate(rows)], schema=SCHEMA)
+def _rl_table(rows: Sequence[Row], split: str, data_source: str = DATA_SOURCE) -> pa.Table:
+    made = [to_row(row, split, index, data_source) for index, row in enumerate(rows)]
+    return pa.Table.from_pylist(made, schema=SCHEMA)
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -353,16 +366,23 @@ def _read_hub_split(split: str) -> list[Any]:
             ),
         )
     except SourceUnavailableError as error:
-        refusals = ("gated", "401", "403", "not authorized", "unauthorized", "restricted")
-        if any(
-            word in str(error.__cause__).lower() or word in type(error.__cause__).__name__.lower() for word in refusals
-        ):
+        if _is_refusal(error.__cause__):
             raise NoAccessError(
                 f"no access to the gated data set {PUBLIC_DATASET} ({type(error.__cause__).__name__}). Request access "
                 "on its page on the hub; approval is manual. Then log in with that account (`hf auth login`, or set "
                 "HF_TOKEN) and run this again. Without access: --source synthetic."
             ) from error
         raise
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Say whether what the hub's libraries raised means that the hub answered, and that the answer was no."""
+    told = []
+    while error is not None:
+        told.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    # A proxy that answers 403 is a matter of the network.
+    return any(_REFUSAL.search(text) for text in told) and not any("proxy" in text.lower() for text in told)
 
 
 def _read_source(source: str, test_source: str | None) -> list[tuple[str | None, Any]]:
@@ -375,7 +395,7 @@ def _read_source(source: str, test_source: str | None) -> list[tuple[str | None,
     rows: list[tuple[str | None, Any]] = []
     for row in read_file(Path(source)):
         named = _columns(row).get("split") if isinstance(row, Mapping) else None
-        rows.append((None if named is None else str(named).lower(), row))
+        rows.append((None if named is None else str(named).strip().lower(), row))
     return rows
 
 
@@ -399,9 +419,11 @@ def read_row(row: Any) -> Row:
     if not isinstance(row, Mapping):
         raise ValueError("not a row with columns")
     columns = _columns(row)
-    missing = [name for name in ("question", "answer") if columns.get(name) is None]
-    if missing:
-        raise ValueError(f"no column {missing[0]!r} among {', '.join(map(str, row)) or 'none'}")
+    for name in ("question", "answer"):
+        if name not in columns:
+            raise ValueError(f"no column {name!r} among {', '.join(map(str, row)) or 'none'}")
+        if columns[name] is None:
+            raise ValueError(f"nothing in the column {name!r}")
     question, answer = str(columns["question"]), str(columns["answer"]).strip()
     case = parse_prompt(question)
     if render_prompt(case) != question:
@@ -409,10 +431,11 @@ def read_row(row: Any) -> Row:
     label = answer if re.fullmatch(LABEL_PATTERN, answer) else read_answer(answer)
     labels = [option.label for option in case.options]
     if label is not None and label.isdigit() and label not in labels:
-        # A bare number means the label that ends in it.
-        label = next((known for known in labels if known[1:] == label), label)
+        # A bare number means the label that ends in it, if there is one such label.
+        meant = [known for known in labels if known[1:] == label]
+        label = meant[0] if len(meant) == 1 else label
     if label not in labels:
-        raise ValueError(f"the answer {answer[:40]!r} is not one of the options {', '.join(labels)}")
+        raise ValueError(f"the answer is not one of the options {', '.join(labels)}: {answer[:40]!r}")
     identity = columns.get("id")
     return Row(case, label, scenario_key(case), None if identity is None else str(identity))
 
@@ -430,11 +453,11 @@ def _convert(
     for position, (split, entry) in enumerate(raw):
         try:
             if split is not None and split not in _SPLIT_NAMES:
-                raise ValueError(f"split={split!r} is not one of {', '.join(_SPLIT_NAMES)}")
+                raise ValueError(f"the split is not one of {', '.join(_SPLIT_NAMES)}: {split!r}")
             read.append((None if split is None else _SPLIT_NAMES[split], read_row(entry)))
         except ValueError as error:
             refused.append({"row": position, "split": split, "reason": str(error)[:500]})
-        if progress is not None and (position + 1) % 100 == 0:
+        if progress is not None and ((position + 1) % 100 == 0 or position + 1 == len(raw)):
             progress("parsing prompts", position + 1, len(raw))
     named = [split is not None for split, _ in read]
     if any(named) and not all(named):

@@ -37,7 +37,8 @@ MISSING: Final = "-"
 #: A label: ``C3``, ``3``, ``M4``.
 LABEL_PATTERN: Final = "[A-Z]?[1-9][0-9]?"
 
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?", re.ASCII)
+# Bounded, so that no number is too long for the arithmetic of the rules.
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,20})?", re.ASCII)
 _CAUSE_BY_TEXT = {cause.text: cause for cause in Cause}
 
 
@@ -55,6 +56,11 @@ class PromptError(ValueError):
         super().__init__(f"line {line}: {reason}{shown}")
         self.line = line
         self.reason = reason
+        self._found = found
+
+    def __reduce__(self) -> tuple[type[PromptError], tuple[int, str, str | None]]:
+        """Pickle by the arguments: errors travel between processes."""
+        return PromptError, (self.line, self.reason, self._found)
 
 
 @dataclass(frozen=True)
@@ -224,8 +230,9 @@ def render_prompt(case: Case) -> str:
     else:
         blocks.append(" ".join([_terse_option(option) for option in case.options]))
     blocks += ["\n".join(block) for block in wording.after]
-    drive_test = [layout.drive_test_heading or wording.drive_test_headings[0], _drive_test_table(case, wording)]
-    cells = [layout.cells_heading or wording.cells_headings[0], _cells_table(case, wording)]
+    drive_test_lines, cells_lines = table_lines(case)
+    drive_test = [layout.drive_test_heading or wording.drive_test_headings[0], "\n".join(drive_test_lines)]
+    cells = [layout.cells_heading or wording.cells_headings[0], "\n".join(cells_lines)]
     blocks += [*cells, *drive_test] if layout.cells_first else [*drive_test, *cells]
     blocks += ["\n".join(block) for block in wording.closing]
     gaps = wording.gaps if layout.gaps is None else layout.gaps
@@ -246,19 +253,24 @@ def _terse_option(option: Option) -> str:
     return option.label if option.label == option.cause.value else f"{option.label}={option.cause.value}"
 
 
-def _drive_test_table(case: Case, wording: Wording) -> str:
-    columns = case.layout.drive_test_columns
-    read = _drive_test_reader(columns)
-    lines = [_header(columns, wording.drive_test_names)]
-    lines += ["|".join([_written(value) for value in read(row)]) for row in case.drive_test]
-    return "\n".join(lines)
+def table_lines(case: Case) -> tuple[list[str], list[str]]:
+    """Return the lines of both tables, column names first: the drive test, and the engineering parameters.
 
+    Args:
+        case: The case; its layout decides the columns.
 
-def _cells_table(case: Case, wording: Wording) -> str:
-    columns = case.layout.cell_columns
-    lines = [_header(columns, wording.cell_names)]
-    lines += ["|".join([_written(getattr(cell, column)) for column in columns]) for cell in case.cells]
-    return "\n".join(lines)
+    Raises:
+        ValueError: If the layout names a wording or a column that does not exist.
+    """
+    layout = case.layout
+    wording = _wording(layout.wording)
+    drive_test = [_header(layout.drive_test_columns, wording.drive_test_names)]
+    read = _drive_test_reader(layout.drive_test_columns)
+    drive_test += ["|".join([_written(value) for value in read(row)]) for row in case.drive_test]
+    cells = [_header(layout.cell_columns, wording.cell_names)]
+    columns = layout.cell_columns
+    cells += ["|".join([_written(getattr(cell, column)) for column in columns]) for cell in case.cells]
+    return drive_test, cells
 
 
 def _header(columns: tuple[str, ...], names: dict[str, str]) -> str:
@@ -329,7 +341,7 @@ class _Lines:
     def take(self, expected: str) -> str:
         line = self.peek()
         if line is None:
-            ended = self._next >= len(self._lines)
+            ended = not any(self._lines[self._next :])
             raise PromptError(
                 min(self.number, len(self._lines)),
                 f"expected {expected}, {'the text ends' if ended else 'found an empty line'}",
@@ -383,10 +395,10 @@ def parse_prompt(text: str) -> Case:
     drive_test_columns: tuple[str, ...] = ()
     cell_columns: tuple[str, ...] = ()
     for is_cells in (cells_first, not cells_first):
+        known = wording.cells_headings if is_cells else wording.drive_test_headings
         if is_cells is not cells_first:
             lines.skip_empty()
-            heading = lines.take("the heading of a table")
-        known = wording.cells_headings if is_cells else wording.drive_test_headings
+            heading = lines.take(repr(known[0]))
         if heading not in known:
             raise lines.fail(f"expected {known[0]!r}", heading)
         headings[is_cells] = heading
@@ -428,7 +440,7 @@ def _take_fixed(lines: _Lines, template: str, wording: Wording) -> tuple[int | N
     """Take a line of fixed text; return the count and the box in it, if it has them."""
     expected = template.replace("{count}", "8").replace("{box}", next(iter(wording.boxes), ""))
     line = lines.take(repr(expected))
-    if line == template:
+    if line == expected == template:
         return None, None
     pattern = re.escape(template).replace(r"\{count\}", "(?P<count>[1-9])")
     pattern = pattern.replace(r"\{box\}", f"(?P<box>{'|'.join(map(re.escape, wording.boxes))})")
@@ -452,7 +464,8 @@ def _take_options(lines: _Lines, wording: Wording) -> tuple[Option, ...]:
         line = lines.take("the labels of the options")
         for word in line.split(" "):
             label, _, cause = word.partition("=")
-            if (cause or label) not in Cause.__members__:
+            # "C3=C3" is written "C3".
+            if (cause or label) not in Cause.__members__ or label == cause:
                 raise lines.fail("expected labels such as C3, or M4=C3", line)
             _add_option(options, Option(label, Cause(cause or label)), lines, line)
     return tuple(options)

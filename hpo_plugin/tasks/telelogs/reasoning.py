@@ -6,9 +6,13 @@ The text climbs the ladder rung by rung, says what each rule saw, and ends with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
+from hpo_plugin.tasks.telelogs.prompts import MISSING
 from hpo_plugin.tasks.telelogs.rules import (
+    OVERLAP,
+    PCI_MODULUS,
+    THROUGHPUT,
     Diagnosis,
     Finding,
     Situation,
@@ -26,7 +30,7 @@ class NoDiagnosisError(ValueError):
 def chain_of_thought(case: Case, diagnosis: Diagnosis) -> str:
     r"""Return the reasoning that leads to a diagnosis, ending with ``\boxed{label}``.
 
-    In the terse wording it is one line: what decided, and the answer.
+    In the terse wording it is one line: what each rule looked at, no or yes, and the answer.
 
     Args:
         case: The case.
@@ -38,12 +42,16 @@ def chain_of_thought(case: Case, diagnosis: Diagnosis) -> str:
     if diagnosis.label is None or diagnosis.cause is None or diagnosis.evidence is None:
         raise NoDiagnosisError("no rule holds for any of the options, so there is no reasoning to write")
     boxed = rf"\boxed{{{diagnosis.label}}}"
-    if case.layout.wording == "terse":
-        return f"{_brief(case, diagnosis.evidence)} {boxed}"
     situation = Situation(case)
-    affected = _numbers(number for number, _ in situation.affected)
-    lines = [f"Throughput is below 600 Mbps in {affected}." if situation.affected else "No row is below 600 Mbps."]
     offered = {option.cause: option.label for option in case.options}
+    if case.layout.wording == "terse":
+        return f"{_terse(situation, diagnosis, offered)} {boxed}".lstrip()
+    affected = _numbers(number for number, _ in situation.affected)
+    lines = [
+        f"Throughput is below {THROUGHPUT} Mbps in {affected}."
+        if situation.affected
+        else f"No row shows less than {THROUGHPUT} Mbps."
+    ]
     for finding in diagnosis.findings:
         label = offered.get(finding.cause)
         if label is None or finding is diagnosis.findings[-1]:
@@ -66,22 +74,59 @@ def _numbers(numbers: Iterable[int]) -> str:
     return f"row {listed[0]}" if len(listed) == 1 else f"rows {', '.join(listed)}"
 
 
+def _shown(value: Value) -> str:
+    """A number in the digits of the prompt."""
+    return MISSING if value is None else f"{value:f}"
+
+
 def _column(rows: Iterable[DriveTestRow], value: Callable[[DriveTestRow], Value]) -> str:
-    return ", ".join("-" if value(row) is None else str(value(row)) for row in rows)
+    return ", ".join(_shown(value(row)) for row in rows)
 
 
-def _brief(case: Case, evidence: Finding) -> str:
-    """What decided, in one word and the values it saw."""
-    rows = [case.drive_test[number] for number in evidence.rows]
-    if evidence.cause is Cause.C7:
-        return f"v {_column(rows[:1], lambda row: row.speed)}"
-    if evidence.cause is Cause.C8:
-        return f"RB {_column(rows[:1], lambda row: row.rbs)}"
-    if evidence.cause is Cause.C5:
-        return f"PCI {_column(case.drive_test, lambda row: row.pci)}"
-    if evidence.cause in (Cause.C4, Cause.C6):
-        return f"n1 {_column(rows[:1], lambda row: row.neighbors[0].pci)}"
-    return "none" if evidence.cause is Cause.C3 else evidence.rule
+def _terse(situation: Situation, diagnosis: Diagnosis, offered: Container[Cause]) -> str:
+    """The rungs in a few characters each: what was looked at, and no or yes."""
+    rungs = []
+    for finding in diagnosis.findings:
+        if finding.cause in offered and finding.values:
+            seen = _TERSE_QUOTES[finding.rule](situation, finding)
+            rungs.append(f"{seen} {'yes' if finding is diagnosis.evidence else 'no'}")
+    return ", ".join(rungs)
+
+
+def _terse_neighbor(situation: Situation, finding: Finding) -> str:
+    """The strongest neighbor, or the first that the rule counts."""
+    if not situation.affected:
+        return "n1 -"
+    row = situation.affected[0][1]
+    place = 0
+    if finding.holds:
+        counted = situation.overlaps() if finding.cause is Cause.C4 else situation.same_residues()
+        _, row, neighbor = next(counted)
+        place = row.neighbors.index(neighbor)
+    return f"n{place + 1} {_shown(row.neighbors[place].pci) if row.neighbors else MISSING}"
+
+
+def _terse_handovers(situation: Situation, finding: Finding) -> str:
+    """The serving PCIs, each with whether it is the one before it or another, and the number of changes."""
+    written: list[str] = []
+    before: Value = None
+    for row in situation.case.drive_test:
+        mark = "" if before is None or row.pci is None else "=" if row.pci == before else ">"
+        written.append(_shown(row.pci) + mark)
+        before = before if row.pci is None else row.pci
+    return f"PCI {' '.join(written)} {finding.values['changes']}"
+
+
+_TERSE_QUOTES: dict[str, Callable[[Situation, Finding], str]] = {
+    "coverage distance": lambda situation, finding: f"{finding.values['meters']:.1f} m",
+    "handovers": _terse_handovers,
+    "speed": lambda situation, finding: f"v {finding.values['speed']:g}",
+    "resource blocks": lambda situation, finding: f"RB {_shown(situation.case.drive_test[finding.rows[0]].rbs)}",
+    "weak coverage under a steep beam": lambda situation, finding: f"beam {finding.values['deficit']:.2f}",
+    "PCI mod 30": _terse_neighbor,
+    "overlapping coverage": _terse_neighbor,
+    "steep beam": lambda situation, finding: f"beam {finding.values['deficit']:.2f}",
+}
 
 
 def _quote(situation: Situation, finding: Finding) -> str:
@@ -97,8 +142,8 @@ def _quote_positions(situation: Situation) -> str:
         cell = situation.case.cells[index]
         if None not in (row.longitude, row.latitude, cell.longitude, cell.latitude):
             parts.append(
-                f"row {number + 1} at {row.longitude}, {row.latitude} is served by PCI {row.pci} at {cell.longitude}, "
-                f"{cell.latitude}"
+                f"row {number + 1} at {_shown(row.longitude)}, {_shown(row.latitude)} is served by PCI "
+                f"{_shown(row.pci)} at {_shown(cell.longitude)}, {_shown(cell.latitude)}"
             )
     return _capitalized("; ".join(parts))
 
@@ -126,7 +171,7 @@ def _quote_beams(situation: Situation) -> str:
         edge = tilt - width / 2
         parts.append(
             f"row {number + 1}: tilt {tilt:g}° minus half of the beamwidth {width:g}° is {edge:g}°, elevation "
-            f"{edge - deficit:.1f}°, RSRP {row.rsrp if row.rsrp is not None else '-'}"
+            f"{edge - deficit:.2f}°, RSRP {_shown(row.rsrp)}"
         )
     return _capitalized("; ".join(parts))
 
@@ -136,22 +181,27 @@ def _quote_pcis(situation: Situation) -> str:
     for number, row in situation.affected:
         if row.pci is None:
             continue
-        neighbors = ", ".join(str(neighbor.pci % 30) for neighbor in row.neighbors if neighbor.pci is not None)
-        parts.append(f"row {number + 1}: {row.pci % 30} with {neighbors or 'none'}")
-    return f"PCIs modulo 30 of serving cell and neighbors, {'; '.join(parts)}" if parts else ""
+        neighbors = ", ".join(
+            _shown(neighbor.pci % PCI_MODULUS) for neighbor in row.neighbors if neighbor.pci is not None
+        )
+        parts.append(f"row {number + 1}: {_shown(row.pci % PCI_MODULUS)} with {neighbors or 'none'}")
+    return f"PCIs modulo {PCI_MODULUS} of serving cell and neighbors, {'; '.join(parts)}" if parts else ""
 
 
 def _quote_overlap(situation: Situation) -> str:
-    stations = {cell.pci: cell.gnodeb_id for cell in situation.case.cells if cell.pci is not None}
+    stations = situation.stations()
     parts = []
     for number, row, index in situation.serving:
+        # The two strongest, and every other that may count.
         near = [
-            f"{neighbor.brsrp} from {stations.get(neighbor.pci) or 'unknown'}"
-            for neighbor in row.neighbors[:2]
-            if neighbor.pci is not None and neighbor.brsrp is not None
+            f"{_shown(neighbor.brsrp)} from {' or '.join(sorted(stations.get(neighbor.pci, ('unknown',))))}"
+            for place, neighbor in enumerate(row.neighbors)
+            if neighbor.pci is not None
+            and neighbor.brsrp is not None
+            and (place < 2 or (row.rsrp is not None and neighbor.brsrp >= row.rsrp - OVERLAP))
         ]
-        own = situation.case.cells[index].gnodeb_id
-        parts.append(f"row {number + 1}: serving {row.rsrp} from {own}, neighbors {', '.join(near) or 'none'}")
+        own = situation.case.cells[index].gnodeb_id or MISSING
+        parts.append(f"row {number + 1}: serving {_shown(row.rsrp)} from {own}, neighbors {', '.join(near) or 'none'}")
     return _capitalized("; ".join(parts))
 
 

@@ -9,19 +9,20 @@ The order, from the first rung to the last: C2 coverage distance, C5 handovers, 
 coverage under a steep beam, C6 PCI mod 30, C4 overlapping coverage, C1 steep beam alone, C3 if nothing else holds.
 
 A row is *affected* when its throughput is below :data:`THROUGHPUT`. A value that is missing, or a column that the
-prompt does not have, never makes a rule hold.
+prompt does not have, is left out: it never counts toward a rule.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
 from typing import Final
 
-from hpo_plugin.tasks.telelogs.tables import Case, Cause, Cell, DriveTestRow
+from hpo_plugin.tasks.telelogs.tables import Case, Cause, Cell, DriveTestRow, Neighbor
 
 #: Mbps. A row with less is affected.
 THROUGHPUT: Final = 600
@@ -50,6 +51,8 @@ DEFAULT_TILT: Final = 6
 #: Meters.
 EARTH_RADIUS: Final = 6_371_000.0
 
+_SCENARIO = re.compile("SCENARIO_([1-9][0-9]{0,3})")
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -59,8 +62,8 @@ class Finding:
         cause: The root cause the rule speaks for.
         rule: Name of the rule.
         holds: Whether it holds.
-        rows: Numbers of the rows of the drive test that say so, from 0.
-        cells: Indices into the case's cells that say so.
+        rows: Numbers of the rows of the drive test that say so, from 0; where the rule does not hold, those it judged.
+        cells: Indices into the case's cells, likewise.
         values: What was measured, by name; in the units of the thresholds.
         threshold: The threshold it was compared with; None for the last rung.
         template: A sentence about the values, for :meth:`sentence`.
@@ -78,7 +81,7 @@ class Finding:
     def sentence(self) -> str:
         """Return the finding as a sentence with its numbers."""
         if not self.values:
-            return "the values that this rule needs are missing" if self.threshold is not None else self.template
+            return "there is no row that this rule can judge" if self.threshold is not None else self.template
         return self.template.format(**self.values, threshold=self.threshold)
 
 
@@ -110,7 +113,8 @@ def distance(row: DriveTestRow, cell: Cell) -> float | None:
     half_latitude = (latitude_2 - latitude_1) / 2
     half_longitude = math.radians(cell.longitude - row.longitude) / 2
     chord = math.sin(half_latitude) ** 2 + math.cos(latitude_1) * math.cos(latitude_2) * math.sin(half_longitude) ** 2
-    return 2 * EARTH_RADIUS * math.asin(math.sqrt(chord))
+    # Rounding can leave the square of a sine outside of [0, 1].
+    return 2 * EARTH_RADIUS * math.asin(math.sqrt(min(max(chord, 0.0), 1.0)))
 
 
 def downtilt(cell: Cell) -> float | None:
@@ -125,12 +129,14 @@ def vertical_beamwidth(cell: Cell) -> float | None:
     """Return the vertical beamwidth in degrees that the prompt's table gives for the cell's beam scenario, or None."""
     if cell.beam_scenario is None:
         return None
-    name, _, number = cell.beam_scenario.upper().partition("_")
-    if name == "DEFAULT" and not number:
+    name = cell.beam_scenario.upper()
+    if name == "DEFAULT":
         return 6.0
-    if name != "SCENARIO" or not (number.isascii() and number.isdigit()):
+    matched = _SCENARIO.fullmatch(name)
+    if matched is None:
         return None
-    return 6.0 if int(number) <= 5 else 12.0 if int(number) <= 11 else 25.0
+    number = int(matched[1])
+    return 6.0 if number <= 5 else 12.0 if number <= 11 else 25.0
 
 
 def lobe_deficit(row: DriveTestRow, cell: Cell) -> float | None:
@@ -181,7 +187,9 @@ class Situation:
         # Two cells may have one PCI; the nearer one serves.
         if len(indices) == 1:
             return indices[0]
-        return min(indices, key=lambda index: distance(row, self.case.cells[index]) or math.inf)
+        distances = [distance(row, self.case.cells[index]) for index in indices]
+        known = [(meters, index) for meters, index in zip(distances, indices, strict=True) if meters is not None]
+        return min(known)[1] if known else indices[0]
 
     def deficits(self) -> Iterator[tuple[int, DriveTestRow, int, float]]:
         """Yield the entries of ``serving`` with their :func:`lobe_deficit`, where it is known."""
@@ -189,6 +197,40 @@ class Situation:
             deficit = lobe_deficit(row, self.case.cells[index])
             if deficit is not None:
                 yield number, row, index, deficit
+
+    def stations(self) -> dict[Decimal, set[str]]:
+        """Return the base stations that have a cell with a PCI, by PCI."""
+        stations: dict[Decimal, set[str]] = {}
+        for cell in self.case.cells:
+            if cell.pci is not None and cell.gnodeb_id is not None:
+                stations.setdefault(cell.pci, set()).add(cell.gnodeb_id)
+        return stations
+
+    def same_residues(self) -> Iterator[tuple[int, DriveTestRow, Neighbor]]:
+        """Yield (number of the row, row, neighbor) where both PCIs are equal modulo :data:`PCI_MODULUS`."""
+        for number, row in self.affected:
+            if row.pci is None:
+                continue
+            residue = row.pci % PCI_MODULUS
+            for neighbor in row.neighbors:
+                if neighbor.pci is not None and neighbor.pci % PCI_MODULUS == residue:
+                    yield number, row, neighbor
+
+    def overlaps(self) -> Iterator[tuple[int, DriveTestRow, Neighbor]]:
+        """Yield (number of the row, row, neighbor) where the neighbor overlaps and stands elsewhere."""
+        stations = self.stations()
+        for number, row, index in self.serving:
+            own = self.case.cells[index].gnodeb_id
+            if own is None or row.rsrp is None:
+                continue
+            limit = row.rsrp - OVERLAP
+            for neighbor in row.neighbors:
+                if neighbor.pci is None or neighbor.brsrp is None or neighbor.brsrp < limit:
+                    continue
+                there = stations.get(neighbor.pci)
+                # A neighbor that the table does not list cannot be told to stand elsewhere.
+                if there and own not in there:
+                    yield number, row, neighbor
 
 
 def coverage_distance(situation: Situation) -> Finding:
@@ -208,7 +250,7 @@ def coverage_distance(situation: Situation) -> Finding:
         tuple(dict.fromkeys(index for _, _, index in shown)),
         {"meters": max(reached)[0]} if reached else {},
         COVERAGE_DISTANCE,
-        "the serving cell is {meters:.0f} m away; limit {threshold} m",
+        "the serving cell is {meters:.1f} m away; limit {threshold} m",
     )
 
 
@@ -253,7 +295,7 @@ def resource_blocks(situation: Situation) -> Finding:
         tuple(number for number, _ in counts),
         values={"mean": mean} if counts else {},
         threshold=RESOURCE_BLOCKS,
-        template="the affected rows have {mean:.1f} resource blocks on average; limit {threshold}",
+        template="the affected rows have {mean:.2f} resource blocks on average; limit {threshold}",
     )
 
 
@@ -275,20 +317,14 @@ def weak_coverage(situation: Situation) -> Finding:
         tuple(dict.fromkeys(entry[2] for entry in shown)),
         {} if worst is None else {"deficit": worst[0], "rsrp": float(worst[3])},
         WEAK_RSRP,
-        "tilt minus half of the beamwidth minus elevation is {deficit:.1f}° where RSRP is {rsrp:g} dBm; limit 0° at "
+        "tilt minus half of the beamwidth minus elevation is {deficit:.2f}° where RSRP is {rsrp:g} dBm; limit 0° at "
         "{threshold} dBm or less",
     )
 
 
 def pci_mod_30(situation: Situation) -> Finding:
     """C6: in more than :data:`PCI_PAIRS` pairs of an affected row and a neighbor, both PCIs are equal modulo 30."""
-    pairs = [
-        (number, neighbor.pci)
-        for number, row in situation.affected
-        if row.pci is not None
-        for neighbor in row.neighbors
-        if neighbor.pci is not None and neighbor.pci % PCI_MODULUS == row.pci % PCI_MODULUS
-    ]
+    pairs = [(number, neighbor.pci) for number, _, neighbor in situation.same_residues()]
     pcis = {pci for _, pci in pairs}
     return Finding(
         Cause.C6,
@@ -296,7 +332,7 @@ def pci_mod_30(situation: Situation) -> Finding:
         len(pairs) > PCI_PAIRS,
         tuple(dict.fromkeys(number for number, _ in pairs)),
         tuple(index for index, cell in enumerate(situation.case.cells) if cell.pci in pcis) if pcis else (),
-        {"pairs": len(pairs)} if situation.affected else {},
+        {"pairs": len(pairs)} if any(row.pci is not None for _, row in situation.affected) else {},
         PCI_PAIRS,
         "pairs of an affected row and a neighbor with the serving cell's PCI modulo 30: {pairs}; limit {threshold}",
     )
@@ -304,25 +340,11 @@ def pci_mod_30(situation: Situation) -> Finding:
 
 def overlapping_coverage(situation: Situation) -> Finding:
     """C4: more than :data:`OVERLAP_PAIRS` non-colocated neighbors of affected rows are within :data:`OVERLAP` dB."""
-    stations: dict[Decimal, set[str]] = {}
-    for cell in situation.case.cells:
-        if cell.pci is not None and cell.gnodeb_id is not None:
-            stations.setdefault(cell.pci, set()).add(cell.gnodeb_id)
-    pairs = []
-    seen = False
-    for number, row, index in situation.serving:
-        own = situation.case.cells[index].gnodeb_id
-        if own is None or row.rsrp is None:
-            continue
-        seen = True
-        limit = row.rsrp - OVERLAP
-        for neighbor in row.neighbors:
-            if neighbor.pci is None or neighbor.brsrp is None or neighbor.brsrp < limit:
-                continue
-            there = stations.get(neighbor.pci)
-            # A neighbor that the table does not list cannot be told to stand elsewhere.
-            if there and own not in there:
-                pairs.append((number, neighbor.pci))
+    pairs = [(number, neighbor.pci) for number, _, neighbor in situation.overlaps()]
+    seen = any(
+        row.rsrp is not None and situation.case.cells[index].gnodeb_id is not None
+        for _, row, index in situation.serving
+    )
     pcis = {pci for _, pci in pairs}
     return Finding(
         Cause.C4,
@@ -350,7 +372,7 @@ def steep_beam(situation: Situation) -> Finding:
         tuple(dict.fromkeys(entry[2] for entry in shown)),
         {"deficit": max(seen)[0]} if seen else {},
         LOBE_DEFICIT,
-        "tilt minus half of the beamwidth minus elevation is {deficit:.1f}° at most; limit {threshold}°",
+        "tilt minus half of the beamwidth minus elevation is {deficit:.2f}° at most; limit {threshold}°",
     )
 
 
@@ -361,7 +383,7 @@ def better_neighbor(situation: Situation) -> Finding:
         "a neighbor would serve better",
         True,
         tuple(number for number, _ in situation.affected),
-        template="no other rule holds",
+        template="no rule of another option holds",
     )
 
 

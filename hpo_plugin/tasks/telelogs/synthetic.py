@@ -29,6 +29,10 @@ BALANCES: Final[Mapping[str, Mapping[Cause, int]]] = MappingProxyType(
 )
 #: Times a cause is drawn for a scenario before the scenario is given up.
 ATTEMPTS: Final = 4
+#: Scenarios given up one after another before the generator does: what is asked for shows in none then.
+SCENARIO_ATTEMPTS: Final = 1_000
+#: Seeds are below it: a split's stream of base scenarios is numbered by 32 bits, which hold seed and split.
+SEED_LIMIT: Final = 2**31
 #: Streams of base scenarios, one for each split.
 SPLITS: Final = ("train", "test")
 
@@ -97,7 +101,7 @@ def class_counts(size: int, balance: str, causes: Sequence[Cause] = tuple(Cause)
     for cause in by_remainder[: size - sum(counts.values())]:
         counts[cause] += 1
     if min(counts.values()) < 1:
-        raise ValueError(f"size={size} leaves a root cause without a row; at least {2 * len(weights)} are needed")
+        raise ValueError(f"size={size} leaves a root cause without a row; at least {len(weights)} are needed")
     return counts
 
 
@@ -116,7 +120,7 @@ def generate(
         size: Rows.
         split: ``train`` or ``test``; they share no base scenario.
         balance: ``train`` (the published train split's class shares) or ``uniform``.
-        seed: A non-negative integer.
+        seed: 0 to 2**31 - 1.
         reduction: What each row keeps; everything by default.
         progress: Told how many rows there are.
 
@@ -124,12 +128,12 @@ def generate(
         The rows, each agreed on by the oracle, and what was drawn again.
 
     Raises:
-        ValueError: If an argument is invalid.
+        ValueError: If an argument is invalid, or the reduction leaves out what tells one of its causes.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")
+    if not 0 <= seed < SEED_LIMIT:
+        raise ValueError(f"seed={seed} must be 0 to {SEED_LIMIT - 1}")
     reduction = REDUCTIONS["full"] if reduction is None else reduction
     reduction.validate()
     counts = class_counts(size, balance, reduction.causes)
@@ -145,11 +149,17 @@ def generate(
     given_up = 0
     rows: list[SyntheticRow] = []
     for causes in causes_of:
-        while True:
+        for _ in range(SCENARIO_ATTEMPTS):
             made = _counterfactuals(next(stream), causes, options, reduction, f"{seed}/{split}", redrawn)
             if made is not None:
                 break
             given_up += 1
+        else:
+            (cause, found), _ = redrawn.most_common(1)[0]
+            raise ValueError(
+                f"no scenario of {SCENARIO_ATTEMPTS} shows {cause.value}, which the rules find to be "
+                f"{'nothing' if found is None else found.value}: the reduction must keep what tells it"
+            )
         rows += made
         if progress is not None:
             progress(len(rows), size)

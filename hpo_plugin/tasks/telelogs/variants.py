@@ -12,12 +12,24 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Final
 
 from hpo_plugin.tasks.telelogs.prompts import WORDINGS
 from hpo_plugin.tasks.telelogs.rules import Situation
-from hpo_plugin.tasks.telelogs.tables import CELL_COLUMNS, DRIVE_TEST_COLUMNS, Case, Cause, Cell, Option
+from hpo_plugin.tasks.telelogs.tables import (
+    CELL_COLUMNS,
+    DRIVE_TEST_COLUMNS,
+    MAX_NEIGHBORS,
+    Case,
+    Cause,
+    Cell,
+    DriveTestRow,
+    Neighbor,
+    Option,
+    Value,
+)
 
 #: Fewest options of a relabeled case.
 MIN_OPTIONS: Final = 5
@@ -56,6 +68,7 @@ class Reduction:
         drive_test_columns: Columns of the drive test, by field.
         cell_columns: Columns of the engineering parameters, by field.
         wording: ``full`` or ``terse``.
+        decimals: Decimals that the numbers of the drive test are rounded to; None leaves them.
     """
 
     causes: tuple[Cause, ...] = tuple(Cause)
@@ -64,6 +77,7 @@ class Reduction:
     drive_test_columns: tuple[str, ...] = DRIVE_TEST_COLUMNS
     cell_columns: tuple[str, ...] = CELL_COLUMNS
     wording: str = "full"
+    decimals: int | None = None
 
     def validate(self) -> None:
         """Check it.
@@ -86,21 +100,24 @@ class Reduction:
             unknown = [column for column in columns if column not in known]
             if unknown:
                 raise ValueError(f"{name}: {unknown[0]!r} is not one of {', '.join(known)}")
+        if self.decimals is not None and self.decimals < 0:
+            raise ValueError(f"decimals={self.decimals} must not be negative")
         if self.wording not in WORDINGS:
             raise ValueError(f"wording={self.wording!r} is not one of {', '.join(WORDINGS)}")
 
 
-#: ``full`` keeps everything. ``laptop`` keeps what tells five causes apart, in some 200 characters.
+#: ``full`` keeps everything. ``laptop`` keeps what tells five causes apart, in some 130 characters.
 REDUCTIONS: Final[Mapping[str, Reduction]] = MappingProxyType(
     {
         "full": Reduction(),
         "laptop": Reduction(
-            causes=(Cause.C3, Cause.C4, Cause.C5, Cause.C7, Cause.C8),
+            causes=(Cause.C3, Cause.C5, Cause.C6, Cause.C7, Cause.C8),
             rows=4,
-            cells=3,
-            drive_test_columns=("speed", "pci", "rsrp", "throughput", "neighbor_1_pci", "neighbor_1_brsrp", "rbs"),
+            cells=2,
+            drive_test_columns=("speed", "pci", "throughput", "neighbor_1_pci", "rbs"),
             cell_columns=("gnodeb_id", "pci"),
             wording="terse",
+            decimals=0,
         ),
     }
 )
@@ -111,7 +128,7 @@ def reduce_case(case: Case, reduction: Reduction) -> Case:
 
     Args:
         case: The case.
-        reduction: What to keep. The rows kept are contiguous, with the first affected one a third of the way in.
+        reduction: What to keep. The rows kept are contiguous, with the four of the dip in the middle if possible.
 
     Returns:
         The reduced case. Whether its rules still find the same cause is for the caller to check.
@@ -126,13 +143,27 @@ def reduce_case(case: Case, reduction: Reduction) -> Case:
     wanted = [pci for pci in dict.fromkeys(ranked) if pci is not None][: reduction.cells]
     dropped_columns = [name for name in CELL_COLUMNS if name not in reduction.cell_columns]
     cells = tuple(_without(cell, dropped_columns) for cell in case.cells if cell.pci in wanted)
-    kept = {name for name in reduction.drive_test_columns}
-    neighbors = [place for place in range(1, 6) if {f"neighbor_{place}_pci", f"neighbor_{place}_brsrp"} & kept]
+    kept = set(reduction.drive_test_columns)
+    # For each neighbor up to the last one shown: whether its PCI is, and its BRSRP.
+    shown = [
+        (f"neighbor_{place}_pci" in kept, f"neighbor_{place}_brsrp" in kept) for place in range(1, MAX_NEIGHBORS + 1)
+    ]
+    while shown and not any(shown[-1]):
+        shown.pop()
     dropped_fields = [name for name in DRIVE_TEST_COLUMNS if not name.startswith("neighbor_") and name not in kept]
     shown_rows = tuple(
-        replace(row, neighbors=row.neighbors[: max(neighbors, default=0)], **dict.fromkeys(dropped_fields))
+        replace(
+            row,
+            neighbors=tuple(
+                Neighbor(neighbor.pci if pci else None, neighbor.brsrp if brsrp else None)
+                for neighbor, (pci, brsrp) in zip(row.neighbors, shown, strict=False)
+            ),
+            **dict.fromkeys(dropped_fields),
+        )
         for row in rows
     )
+    if reduction.decimals is not None:
+        shown_rows = tuple(_rounded(row, Decimal(1).scaleb(-reduction.decimals)) for row in shown_rows)
     return Case(
         drive_test=shown_rows,
         cells=cells,
@@ -148,3 +179,21 @@ def reduce_case(case: Case, reduction: Reduction) -> Case:
 
 def _without(cell: Cell, columns: list[str]) -> Cell:
     return replace(cell, **dict.fromkeys(columns)) if columns else cell
+
+
+def _rounded(row: DriveTestRow, unit: Decimal) -> DriveTestRow:
+    neighbors = tuple(Neighbor(neighbor.pci, _round(neighbor.brsrp, unit)) for neighbor in row.neighbors)
+    return replace(
+        row,
+        neighbors=neighbors,
+        speed=_round(row.speed, unit),
+        rsrp=_round(row.rsrp, unit),
+        sinr=_round(row.sinr, unit),
+        throughput=_round(row.throughput, unit),
+        rbs=_round(row.rbs, unit),
+    )
+
+
+def _round(value: Value, unit: Decimal) -> Value:
+    # Plus zero, which has no sign.
+    return None if value is None else value.quantize(unit) + 0

@@ -1,0 +1,321 @@
+"""The tasks of the quickstart: what each needs before training, its data and a model to start from."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from hpo_plugin.cli._checks import compose
+from hpo_plugin.cli._progress import stage_bars
+from hpo_plugin.cli._runs import Request, Run
+from hpo_plugin.cli._trainer import StalledError, Trainer
+from hpo_plugin.cli._verl_log import MetricsFile, failure_cause, plain_lines
+from hpo_plugin.tasks._files import atomic_write, sha256_of_file
+
+#: What a trainer's environment needs. verl reads it in every process; Ray hands it on.
+ENVIRONMENT = {"VERL_PLATFORM": "cpu"}
+#: For its log: the whole traceback, and lines as they are printed.
+LOG_ENVIRONMENT = {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
+TAIL_LINES = 15
+
+#: Countdown: three numbers up to 12, within reach of a model of 200,000 parameters.
+MAX_NUMBER = 12
+#: Training problems: 80 batches of 32; there are 3,289 such problems in all.
+COUNTDOWN_TRAIN_SIZE = 2_560
+
+#: TeleLogs: cases to train on, in both stages.
+TELELOGS_TRAIN_SIZE = 4_000
+#: Passes of the SFT stage over them: 125 steps each. After three, about two in five samples are right.
+SFT_EPOCHS = 3
+#: Tokens of a prompt and a response together; a reduced case has some 300.
+TELELOGS_MAX_POSITIONS = 512
+SFT_CONFIG_NAME = "telelogs_sft_cpu"
+SFT_MANIFEST_NAME = "sft.json"
+#: What torchrun would set for one process; without it there is one log, with the cause of a failure at its end.
+ONE_RANK = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    # Any free port.
+    "MASTER_PORT": "0",
+    # Sums split over threads round differently: one thread makes a seed's model the same on machines of any size.
+    "OMP_NUM_THREADS": "1",
+}
+#: Seconds without a step after which the SFT stage is given up.
+SFT_STALL = 600.0
+
+
+class QuickstartError(RuntimeError):
+    """What went wrong, and what to do, for a person to read."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What training needs.
+
+    Attributes:
+        train_file: ``data.train_files``.
+        test_file: ``data.val_files``.
+        model: ``actor_rollout_ref.model.path``.
+    """
+
+    train_file: Path
+    test_file: Path
+    model: Path
+
+
+@dataclass(frozen=True)
+class LaptopTask:
+    """A task of the quickstart.
+
+    Attributes:
+        title: For people to read.
+        steps: Training steps, where the user names none.
+        prepare: Makes the inputs of a request in a run, below an output directory, or finds them from an earlier call.
+    """
+
+    title: str
+    steps: int
+    prepare: Callable[[Run, Request, Path, Console], Inputs]
+
+
+def note(console: Console, label: str, text: str) -> None:
+    """Print one line of the quickstart's preamble."""
+    line = Text(f"{label:<9}", style="dim")
+    console.print(line.append(text, style="default"))
+
+
+def python_for_shell() -> str:
+    """How the shell names this interpreter: ``python`` only where its environment is active."""
+    found, own = shutil.which("python"), Path(sys.executable)
+    if found is not None and Path(found).parent == own.parent:
+        return "python"
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+
+
+def why(status: int) -> str:
+    """Say how a trainer ended that should not have."""
+    if status < 0:
+        killed = " (often: out of memory)" if -status == signal.SIGKILL else ""
+        return f"The trainer was ended by {signal.Signals(-status).name}{killed}."
+    return f"The trainer failed (exit status {status})."
+
+
+def failure(log: Path, what: str, advice: str) -> QuickstartError:
+    """Return the error for a trainer that failed, with the cause and the end of its log."""
+    lines = [line for line in plain_lines(log.read_text(encoding="utf-8", errors="replace")) if line]
+    cause = failure_cause(lines)
+    parts = [what]
+    if cause:
+        parts.append(f"Cause: {cause}")
+    parts += [f"The end of {log}:", *(f"  {line[:300]}" for line in lines[-TAIL_LINES:])]
+    parts.append(advice)
+    return QuickstartError("\n".join(parts))
+
+
+def _state(written: bool) -> str:
+    return "written" if written else "already there"
+
+
+# --- Countdown -----------------------------------------------------------------------------------------------------
+
+
+def prepare_countdown_run(run: Run, request: Request, output: Path, console: Console) -> Inputs:
+    """Make the data and the start model, or find them from an earlier call.
+
+    Args:
+        run: Not used: nothing here is a process of its own.
+        request: Its seed and ``n_test`` decide them.
+        output: They go to ``data/`` and ``models/`` in it.
+        console: Where to show progress.
+
+    Raises:
+        ValueError: The request cannot be met.
+        OSError: The directory cannot be written, or holds something else.
+    """
+    from hpo_plugin.cpu.start_model import build_start_model
+    from hpo_plugin.tasks.countdown import CountdownConfig, generate_splits, prepare_countdown
+
+    config = CountdownConfig(counts=(3,), max_number=MAX_NUMBER, seed=request.seed)
+    key = f"countdown-seed{request.seed}-test{request.n_test}"
+    with stage_bars(console, transient=True) as progress:
+        data = prepare_countdown(
+            output / "data" / key,
+            config=config,
+            layout="terse",
+            train_size=COUNTDOWN_TRAIN_SIZE,
+            test_size=request.n_test,
+            progress=progress,
+        )
+    note(
+        console,
+        "data",
+        f"3 numbers up to {MAX_NUMBER}: {COUNTDOWN_TRAIN_SIZE:,} problems to train on, {request.n_test} held out "
+        f"({_state(bool(data.publication.written))})",
+    )
+    with stage_bars(console, transient=True) as progress:
+        train, test = generate_splits(config, COUNTDOWN_TRAIN_SIZE, request.n_test)
+        report = build_start_model(output / "models" / key, train, test, seed=request.seed, progress=progress)
+    made = "already there" if report.reused else f"built in {report.seconds:.0f} s"
+    note(
+        console,
+        "model",
+        f"{report.parameters:,} parameters, {100 * report.sampled.correct:.1f} % of its samples are correct ({made})",
+    )
+    return Inputs(data.train_file, data.test_file, report.directory)
+
+
+# --- TeleLogs ------------------------------------------------------------------------------------------------------
+
+
+def prepare_telelogs_run(run: Run, request: Request, output: Path, console: Console) -> Inputs:
+    """Make the data, and with verl's SFT trainer the start model, or find them from an earlier call.
+
+    Args:
+        run: Takes the SFT trainer's log.
+        request: Its seed and ``n_test`` decide them.
+        output: They go to ``data/`` and ``models/`` in it.
+        console: Where to show progress.
+
+    Raises:
+        QuickstartError: The SFT trainer failed.
+        ValueError: The request cannot be met.
+        OSError: The directory cannot be written, or holds something else.
+    """
+    from hpo_plugin.tasks.telelogs import prepare_telelogs
+
+    key = f"telelogs-seed{request.seed}-test{request.n_test}"
+    with stage_bars(console, transient=True) as progress:
+        data = prepare_telelogs(
+            output / "data" / key,
+            reduction="laptop",
+            train_size=TELELOGS_TRAIN_SIZE,
+            test_size=request.n_test,
+            seed=request.seed,
+            sft=True,
+            progress=progress,
+        )
+    note(
+        console,
+        "data",
+        f"5 root causes, reduced cases: {TELELOGS_TRAIN_SIZE:,} to train on, {request.n_test} held out "
+        f"({_state(bool(data.publication.written))})",
+    )
+    model = output / "models" / key
+    _fine_tune(model, data.files, request.seed, run, console)
+    return Inputs(data.files["train"], data.files["test"], model)
+
+
+def _fine_tune(model: Path, files: Mapping[str, Path], seed: int, run: Run, console: Console) -> None:
+    """Train a start model with verl's SFT trainer on the oracle's chains of thought, unless it is there."""
+    from hpo_plugin.cpu.start_model import StartModelConfig, save_untrained_model
+
+    wanted: dict[str, Any] = {
+        "seed": seed,
+        "epochs": SFT_EPOCHS,
+        "max_positions": TELELOGS_MAX_POSITIONS,
+        "data": {name: sha256_of_file(files[name]) for name in ("sft_train", "sft_test")},
+    }
+    if model.exists():
+        note(console, "model", _describe(model, wanted, "already there"))
+        return
+    model.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the model, so that it appears by a rename, complete or not at all.
+    work = Path(tempfile.mkdtemp(dir=model.parent, prefix=f".{model.name}.")).resolve()
+    try:
+        config = StartModelConfig(max_positions=TELELOGS_MAX_POSITIONS)
+        parameters = save_untrained_model(work / "untrained", seed=seed, config=config)
+        loss, steps = _run_sft(work, files, run, console)
+        trained = work / "checkpoints" / f"global_step_{steps}" / "huggingface"
+        results = {"parameters": parameters, "steps": steps, "held_out_loss": loss}
+        manifest = {"request": wanted, "results": results}
+        atomic_write(trained / SFT_MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode())
+        trained.rename(model)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    note(console, "model", _describe(model, wanted, "trained now"))
+
+
+def _describe(model: Path, wanted: Mapping[str, Any], state: str) -> str:
+    try:
+        manifest = json.loads((model / SFT_MANIFEST_NAME).read_bytes())
+        there, results = manifest["request"], manifest["results"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(f"{model} is there and is not a start model ({error}); remove it") from error
+    if there != wanted:
+        raise FileExistsError(f"{model} holds another start model ({there}, {wanted} asked for); remove it")
+    return (
+        f"{results['parameters']:,} parameters, {results['steps']} steps of verl's SFT trainer on chains of thought, "
+        f"held-out loss {results['held_out_loss']:.2f} nats a token ({state})"
+    )
+
+
+def _run_sft(work: Path, files: Mapping[str, Path], run: Run, console: Console) -> tuple[float, int]:
+    """Run verl's SFT trainer; return the last held-out loss and the number of steps."""
+    import pyarrow.parquet as pq
+
+    overrides = [
+        f"model.path={work / 'untrained'}",
+        f"data.train_files={files['sft_train'].resolve()}",
+        f"data.val_files={files['sft_test'].resolve()}",
+        f"trainer.total_epochs={SFT_EPOCHS}",
+        f"trainer.default_local_dir={work / 'checkpoints'}",
+        "trainer.resume_mode=disable",
+        f"hydra.run.dir={work / 'hydra'}",
+    ]
+    command = ["-m", "verl.trainer.sft_trainer", f"--config-name={SFT_CONFIG_NAME}", *overrides]
+    log, metrics = run.directory / "sft.log", MetricsFile(run.directory / "sft_metrics.jsonl")
+    environment = {**ENVIRONMENT, **ONE_RANK, **LOG_ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(metrics.path.resolve())}
+    for left in (log, metrics.path):
+        left.unlink(missing_ok=True)
+    shown = " ".join([f"{name}={value}" for name, value in {**ENVIRONMENT, **ONE_RANK}.items()] + [python_for_shell()])
+    (run.directory / "sft_command.sh").write_text(f"{shown} {shlex.join(command)}\n", encoding="utf-8")
+    note(console, "", f"verl's SFT trainer runs first; log: {log}")
+    config, finding = compose(SFT_CONFIG_NAME, [])
+    if config is None:
+        raise QuickstartError(finding.found)
+    total = SFT_EPOCHS * (pq.read_metadata(files["sft_train"]).num_rows // config.data.train_batch_size)
+    losses: dict[int, float] = {}
+    advice = "The same command trains it again."
+    with (
+        stage_bars(console, transient=True) as show,
+        Trainer([sys.executable, *command], environment, log=log, record=run.directory / "processes.json") as trainer,
+    ):
+
+        def look() -> bool:
+            rows = metrics.new_rows()
+            for step, values in rows:
+                if "val/loss" in values:
+                    losses[step] = values["val/loss"]
+                show("supervised fine-tuning", step, total)
+            return bool(rows)
+
+        try:
+            status = trainer.follow(look, stall=SFT_STALL)
+        except StalledError as error:
+            raise failure(log, f"The SFT trainer was ended: {error}.", advice) from error
+    if status != 0:
+        raise failure(log, f"SFT: {why(status)}", advice)
+    if not losses:
+        raise failure(log, "The SFT trainer ended without an evaluation.", advice)
+    last = max(losses)
+    return losses[last], last
+
+
+#: Name -> task, as ``--task`` takes it.
+LAPTOP_TASKS: Mapping[str, LaptopTask] = {
+    "countdown": LaptopTask("Countdown", 60, prepare_countdown_run),
+    "telelogs": LaptopTask("TeleLogs", 40, prepare_telelogs_run),
+}
