@@ -74,7 +74,7 @@ def _read(file: str, row: int) -> tuple[str, str | None]:
     if file == "-":
         return sys.stdin.read(), None
     path = Path(file)
-    if path.suffix not in FILE_SUFFIXES:
+    if path.suffix.lower() not in FILE_SUFFIXES:
         # Line breaks of every kind become "\n", as they do on standard input.
         return path.read_text(encoding="utf-8-sig"), None
     rows = read_file(path)

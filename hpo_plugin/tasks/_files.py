@@ -115,7 +115,7 @@ def publish(
         directory: Where; exists (see :func:`check_output`).
         files: Name -> content.
         manifest: JSON values; ``files`` (name -> bytes and sha256) is added to it.
-        force: Replace files of the same names that differ.
+        force: Replace files of the same names that differ, and remove others that the existing manifest names.
 
     Returns:
         What was written and what was there.
@@ -140,11 +140,23 @@ def publish(
     manifest_path = directory / MANIFEST_NAME
     if not pending and manifest_path.exists() and manifest_path.read_bytes() == manifest_bytes:
         return Publication(directory, (), (*unchanged, MANIFEST_NAME))
+    stale = _described_files(manifest_path) - files.keys() if force else set()
     manifest_path.unlink(missing_ok=True)
+    for name in stale:
+        (directory / name).unlink(missing_ok=True)
     for name in pending:
         atomic_write(directory / name, files[name])
     atomic_write(manifest_path, manifest_bytes)
     return Publication(directory, (*pending, MANIFEST_NAME), tuple(unchanged))
+
+
+def _described_files(manifest_path: Path) -> set[str]:
+    """The files that a manifest names, if it is one of ours; never one outside of its directory."""
+    try:
+        names = json.loads(manifest_path.read_bytes())["files"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in names if name == Path(name).name}
 
 
 def _umask() -> int:

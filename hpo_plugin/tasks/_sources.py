@@ -32,7 +32,7 @@ def describe_file(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If its name ends in something that cannot be read.
     """
-    if path.suffix not in FILE_SUFFIXES:
+    if path.suffix.lower() not in FILE_SUFFIXES:
         raise ValueError(f"source={str(path)!r}: the file must end in {', '.join(FILE_SUFFIXES)}")
     return {"source": path.name, "source_sha256": sha256_of_file(path)}
 
@@ -47,13 +47,14 @@ def read_file(path: Path) -> list[Any]:
     Raises:
         SourceUnavailableError: If it cannot be read.
     """
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             table: list[Any] = pq.read_table(path).to_pylist()
             return table
         # Byte order marks are what spreadsheets leave in front of a first column's name.
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
+        if suffix == ".csv":
             return list(csv.DictReader(io.StringIO(text, newline="")))
         if text.lstrip().startswith("["):
             parsed: list[Any] = json.loads(text)
@@ -64,13 +65,13 @@ def read_file(path: Path) -> list[Any]:
         whole = _json_or_none(text)
         if isinstance(whole, dict):
             holds_lists = any(isinstance(value, list) for value in whole.values())
-            if len(lines) > 1 or (path.suffix == ".json" and holds_lists):
+            if len(lines) > 1 or (suffix == ".json" and holds_lists):
                 return _rows_of_object(whole)
         elif lines and not any(isinstance(row, dict) for row in rows):
             # Says where it is not JSON.
             json.loads(text)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise SourceUnavailableError(f"source={str(path)!r} cannot be read as {path.suffix}: {error}") from error
+        raise SourceUnavailableError(f"source={str(path)!r} cannot be read as {suffix}: {error}") from error
     return rows
 
 

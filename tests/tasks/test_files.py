@@ -121,3 +121,20 @@ def test_an_unusable_directory_is_refused_before_any_work(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         check_output(tmp_path / "file" / "data", {})
+
+
+def test_force_removes_the_files_of_the_data_that_it_replaces_and_no_others(tmp_path: Path) -> None:
+    publish(tmp_path, {"a": b"1", "old": b"2"}, {"parameters": {"x": 1}})
+    (tmp_path / "mine").write_bytes(b"3")
+    publish(tmp_path, {"a": b"4"}, {"parameters": {"x": 2}}, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "manifest.json", "mine"]
+
+
+def test_force_removes_nothing_outside_of_the_directory(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"1")
+    (tmp_path / "data").mkdir()
+    manifest = {"parameters": {}, "files": {"../outside": {}, str(outside): {}}}
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    publish(tmp_path / "data", {"a": b"1"}, {"parameters": {"x": 1}}, force=True)
+    assert outside.exists()

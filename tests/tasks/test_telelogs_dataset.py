@@ -934,3 +934,16 @@ def test_verls_sft_dataset_learns_the_answer_only(synthetic_data: TeleLogsData) 
         assert tokenizer.decode(ids[~mask]) == question
         # One stretch, at the end.
         assert mask.tolist() == sorted(mask.tolist())
+
+
+def test_a_row_of_the_other_split_is_refused_where_each_split_has_its_file(
+    tmp_path: Path, source_rows: list[dict[str, Any]]
+) -> None:
+    rows = [{**row, "split": "train"} for row in source_rows]
+    rows[2]["split"] = "test"
+    train, test = write_csv(tmp_path / "train.CSV", rows), write_csv(tmp_path / "test.csv", source_rows)
+    made = prepare_telelogs(tmp_path / "out", source=str(train), test_source=str(test))
+    assert made.manifest["counts"]["rows_refused"] == 1
+    (entry,) = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
+    assert entry["row"] == 2
+    assert "names another split" in entry["reason"]

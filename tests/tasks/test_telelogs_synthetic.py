@@ -407,6 +407,11 @@ def test_c2_serves_from_another_site_that_is_moved_east(bases: list[BaseScenario
             assert meters is not None
             shifts.append(meters)
             bearings.append((east > 0, north > 0))
+        # Colocated cells stay so, but for the one that is moved away.
+        stayed = {
+            (cell.gnodeb_id, cell.longitude, cell.latitude) for cell in tables[1] if cell.pci != tables[1][base.far].pci
+        }
+        assert len(stayed) == len({cell.gnodeb_id for cell in tables[1] if cell.pci != tables[1][base.far].pci})
     # Positions have six digits: 0.1 m.
     assert min(shifts) > 12.8
     assert max(shifts) < 43.2

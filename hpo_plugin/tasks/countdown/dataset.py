@@ -233,7 +233,7 @@ def _describe_source(source: str) -> dict[str, Any]:
     path = Path(source)
     if path.is_file():
         return describe_file(path)
-    if path.suffix in FILE_SUFFIXES or not _HUB_ID.fullmatch(source):
+    if path.suffix.lower() in FILE_SUFFIXES or not _HUB_ID.fullmatch(source):
         raise SourceUnavailableError(
             f"source={source!r} is neither an existing file ({', '.join(FILE_SUFFIXES)}) nor the id of a data set on "
             f"the Hugging Face hub such as {PUBLIC_DATASET}"

@@ -66,17 +66,23 @@ def steep_beam(base: BaseScenario, rng: random.Random) -> Tables:
 
 
 def overshooting(base: BaseScenario, rng: random.Random) -> Tables:
-    """C2: in W the second neighbor serves, and stands 0.03 degrees further east; other cells shift by 13 to 43 m."""
+    """C2: in W the second neighbor serves, and stands 0.03 degrees further east; other cells shift by 13 to 43 m.
+
+    The cells of a site shift together: else only C2 would have colocated cells at different positions.
+    """
     rows = _edit_dip(base, _swap_with_second)
     cells = list(base.cells)
+    shifts: dict[str | None, tuple[Decimal, Decimal]] = {}
     for index, cell in enumerate(cells):
         if index == base.far:
             cells[index] = _moved(cell, Decimal("0.03"), Decimal(0))
             continue
-        bearing, meters = rng.uniform(0, 2 * math.pi), rng.uniform(13, 43)
-        degrees = math.degrees(meters / EARTH_RADIUS)
-        east = degrees * math.sin(bearing) / math.cos(math.radians(cell.latitude or 0))
-        cells[index] = _moved(cell, Decimal(f"{east:.6f}"), Decimal(f"{degrees * math.cos(bearing):.6f}"))
+        if cell.gnodeb_id not in shifts:
+            bearing, meters = rng.uniform(0, 2 * math.pi), rng.uniform(13, 43)
+            north = math.degrees(meters / EARTH_RADIUS) * math.cos(bearing)
+            east = math.degrees(meters / EARTH_RADIUS) * math.sin(bearing) / math.cos(math.radians(cell.latitude or 0))
+            shifts[cell.gnodeb_id] = Decimal(f"{east:.6f}"), Decimal(f"{north:.6f}")
+        cells[index] = _moved(cell, *shifts[cell.gnodeb_id])
     return rows, tuple(cells)
 
 

@@ -392,11 +392,13 @@ def _read_source(source: str, test_source: str | None) -> list[tuple[str | None,
     if test_source is not None:
         pairs = zip(SPLITS, (source, test_source), strict=True)
         return [(split, row) for split, path in pairs for row in read_file(Path(path))]
-    rows: list[tuple[str | None, Any]] = []
-    for row in read_file(Path(source)):
-        named = _columns(row).get("split") if isinstance(row, Mapping) else None
-        rows.append((None if named is None else str(named).strip().lower(), row))
-    return rows
+    return [(_named_split(row), row) for row in read_file(Path(source))]
+
+
+def _named_split(row: Any) -> str | None:
+    """The split that a row names, in lower case; None if it names none."""
+    named = _columns(row).get("split") if isinstance(row, Mapping) else None
+    return None if named is None else str(named).strip().lower()
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -454,6 +456,9 @@ def _convert(
         try:
             if split is not None and split not in _SPLIT_NAMES:
                 raise ValueError(f"the split is not one of {', '.join(_SPLIT_NAMES)}: {split!r}")
+            stated = None if test_source is None else _named_split(entry)
+            if stated is not None and _SPLIT_NAMES.get(stated) != split:
+                raise ValueError(f"the row names another split than the one its file was given for: {stated!r}")
             read.append((None if split is None else _SPLIT_NAMES[split], read_row(entry)))
         except ValueError as error:
             refused.append({"row": position, "split": split, "reason": str(error)[:500]})
