@@ -254,8 +254,8 @@ def _fine_tune(model: Path, files: Mapping[str, Path], seed: int, run: Run, cons
 def _as_whole_texts(demonstrations: pa.Table) -> pa.Table:
     """Make each demonstration one turn of the assistant, so that the loss is over prompt and answer.
 
-    The chat template adds nothing between turns, so the tokens stay the same. A model that has seen no text yet learns to
-    copy from a table several times faster if it has to predict the table too.
+    The chat template adds nothing between turns, so the tokens stay the same. A model that has seen no text yet learns
+    to copy from a table several times faster if it has to predict the table too.
     """
     import pyarrow as pa
 
