@@ -1,6 +1,7 @@
-"""The tables of docs/quickstart.md and docs/start-model.md: quickstarts of several algorithms and seeds.
+"""The tables of quickstarts in docs/quickstart.md, docs/start-model.md and docs/telelogs.md.
 
     python scripts/laptop_results.py --output runs/results
+    python scripts/laptop_results.py --output runs/results --task telelogs
 
 Runs that are there are read, the others are made first, one after another (some nine minutes each on two cores).
 """
@@ -19,25 +20,48 @@ import typer
 from hpo_plugin.cli._quickstart import ARM_NAMES
 
 
-def finished(output: Path, arm: str, seed: int) -> dict | None:
+def finished(output: Path, task: str, arm: str, seed: int) -> dict | None:
     """The result of the first finished run with the default steps; None if there is none."""
-    for path in sorted(output.glob(f"countdown_cpu-{arm}-seed{seed}-*/result.json")):
+    for path in sorted(output.glob(f"{task}_cpu-{arm}-seed{seed}-*/result.json")):
         return json.loads(path.read_text())
     return None
+
+
+def print_countdown_models(output: Path) -> None:
+    """Print the table of docs/start-model.md."""
+    print("| start model, seed | sampled | greedy | begin with `=` | well-formed | first, last loss | built in |")
+    print("|---|---|---|---|---|---|---|")
+    for path in sorted(output.glob("models/*/start_model.json")):
+        made = json.loads(path.read_text())
+        got, sampled = made["results"], made["results"]["sampled"]
+        shares = (sampled["correct"], got["greedy"]["correct"], sampled["calculated"], sampled["well_formed"])
+        cells = [f"{100 * share:.1f} %" for share in shares]
+        cells += [f"{got['first_loss']:.2f}, {got['last_loss']:.2f}", f"{got['seconds']:.0f} s"]
+        print(f"| {made['request']['seed']} | {' | '.join(cells)} |")
+
+
+def print_telelogs_models(output: Path) -> None:
+    """Print what the SFT stage made."""
+    print("| start model, seed | steps of SFT | held-out loss, nats a token |")
+    print("|---|---|---|")
+    for path in sorted(output.glob("models/*/sft.json")):
+        made = json.loads(path.read_text())
+        print(f"| {made['request']['seed']} | {made['results']['steps']} | {made['results']['held_out_loss']:.3f} |")
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Where the runs are, or go.")] = Path("runs/results"),
     arms: Annotated[str, typer.Option(help="Values of algorithm.policy_loss, with commas.")] = "ahpo,grpo",
     seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
+    task: Annotated[str, typer.Option(help="countdown or telelogs.")] = "countdown",
 ) -> None:
     """Print the table as Markdown."""
     pairs = [(arm, int(seed)) for arm in arms.split(",") for seed in seeds.split(",")]
     for arm, seed in pairs:
-        if finished(output, arm, seed) is None:
-            command = ["quickstart", f"--policy-loss={arm}", f"--seed={seed}", f"--output={output}"]
+        if finished(output, task, arm, seed) is None:
+            command = ["quickstart", f"--task={task}", f"--policy-loss={arm}", f"--seed={seed}", f"--output={output}"]
             subprocess.run([sys.executable, "-m", "hpo_plugin.cli", *command], check=True, stdout=sys.stderr)
-    results = {pair: finished(output, *pair) for pair in pairs}
+    results = {pair: finished(output, task, *pair) for pair in pairs}
     ratios = [result["success_after"] / result["success_before"] for result in results.values()]
     steps = {result["steps"] for result in results.values()}
     problems = {result["request"]["n_test"] for result in results.values()}
@@ -53,15 +77,7 @@ def main(
         print(f"| {ARM_NAMES[arm]} | mean | | {mean:.1f} % | | |")
     print(f"\n{steps.pop()} steps, {problems.pop()} held-out problems, one sample each at temperature 1.\n")
 
-    print("| start model, seed | sampled | greedy | begin with `=` | well-formed | first, last loss | built in |")
-    print("|---|---|---|---|---|---|---|")
-    for path in sorted(output.glob("models/*/start_model.json")):
-        made = json.loads(path.read_text())
-        got, sampled = made["results"], made["results"]["sampled"]
-        shares = (sampled["correct"], got["greedy"]["correct"], sampled["calculated"], sampled["well_formed"])
-        cells = [f"{100 * share:.1f} %" for share in shares]
-        cells += [f"{got['first_loss']:.2f}, {got['last_loss']:.2f}", f"{got['seconds']:.0f} s"]
-        print(f"| {made['request']['seed']} | {' | '.join(cells)} |")
+    (print_countdown_models if task == "countdown" else print_telelogs_models)(output)
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("hpo-plugin", "verl", "torch", "transformers"))
     print(f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}.")

@@ -123,11 +123,16 @@ def test_both_stages_train_with_verls_own_trainers(tmp_path):
         "data.train_batch_size=8",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "actor_rollout_ref.actor.optim.lr=1e-2",
-        # Of random text some is right, so that there is something to learn.
+        "actor_rollout_ref.rollout.val_kwargs.n=2",
+        f"trainer.validation_data_dir={tmp_path / 'validation'}",
         f"reward.custom_reward_function.path={tmp_path / 'reward.py'}",
     ]
+    # Of random text some is right, so that there is something to learn; the votes are those of the real reward.
     (tmp_path / "reward.py").write_text(
-        "def compute_score(solution_str, **other):\n    return float(sum(map(ord, solution_str)) % 4 == 0)\n"
+        "from hpo_plugin.tasks.telelogs import compute_score as real\n"
+        "def compute_score(data_source, solution_str, ground_truth, **other):\n"
+        "    right = float(sum(map(ord, solution_str)) % 4 == 0)\n"
+        "    return real(data_source, solution_str, ground_truth) | {'score': right, 'acc': right}\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments, *overrides], capture_output=True, text=True, timeout=800
@@ -143,6 +148,12 @@ def test_both_stages_train_with_verls_own_trainers(tmp_path):
     assert losses[-1] < losses[0]
     steps = [json.loads(line)["data"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3
+    # With several samples a prompt, verl votes, and the samples can be scored as the papers do.
+    assert {"val-core/telelogs/acc/mean@2", "val-core/telelogs/acc/maj@2/mean"} <= steps[0].keys()
+    scored = CliRunner().invoke(app, ["score", "telelogs", str(tmp_path / "validation" / "0.jsonl")])
+    assert scored.exit_code == 0, scored.output
+    assert "40 prompts, 2 samples each" in scored.output
+    assert "maj@2" in scored.output
     for step in steps[1:]:
         assert math.isfinite(step["actor/pg_loss"])
         assert step["actor/grad_norm"] > 0

@@ -47,7 +47,7 @@ ROWS: Final = 10
 HANDOVER_ROWS: Final = (3, 7)
 #: Rows of the dip, counted from the handover: h-2 to h+1.
 DIP: Final = (-2, -1, 0, 1)
-#: Most cells in the engineering parameters, and fewest.
+#: Fewest and most cells in the engineering parameters.
 CELLS: Final = (4, 13)
 
 #: (share, Mbps): quantiles, with straight lines between. Those at 10, 50 and 90 % of the dip, and range and median
@@ -115,7 +115,7 @@ class BaseScenario:
     Attributes:
         number: Position in the stream of its seed.
         handover: Row at which B takes over from A, 3 to 7.
-        first: Index of A in ``cells``; B is next to it.
+        first: Index of A in ``cells``.
         second: Index of B.
         far: Index of the second strongest neighbor in the dip, which stands at another site.
         drive_test: Ten rows.
