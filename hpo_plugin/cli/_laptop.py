@@ -39,8 +39,8 @@ COUNTDOWN_TRAIN_SIZE = 2_560
 
 #: TeleLogs: cases to train on, in both stages.
 TELELOGS_TRAIN_SIZE = 4_000
-#: Passes of the SFT stage over them, 500 steps each. After two, some three in five samples are right.
-SFT_EPOCHS = 2
+#: Passes of the SFT stage over them, 500 steps each.
+SFT_EPOCHS = 3
 #: Tokens of a prompt and a response together; a reduced case has some 300.
 TELELOGS_MAX_POSITIONS = 512
 SFT_CONFIG_NAME = "telelogs_sft_cpu"

@@ -39,16 +39,14 @@ def telelogs(
     """
     from rich.console import Console
 
+    from hpo_plugin.cli._errors import stopped
     from hpo_plugin.tasks.telelogs import chain_of_thought, diagnose, parse_prompt
 
-    errors = Console(stderr=True)
     try:
         prompt, answer = _read(file, row)
         case = parse_prompt(prompt)
     except (ValueError, OSError) as error:
-        errors.print("[bold red]error:[/] ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise stopped(error) from None
     diagnosis = diagnose(case)
     console = Console(highlight=False)
     if diagnosis.label is None or diagnosis.cause is None:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from hpo_plugin.tasks._files import Publication
     from hpo_plugin.tasks.telelogs import TeleLogsData
 
@@ -57,6 +55,7 @@ def countdown(
     """
     from rich.console import Console
 
+    from hpo_plugin.cli._errors import stopped
     from hpo_plugin.cli._progress import stage_bars
     from hpo_plugin.tasks.countdown import CountdownConfig, prepare_countdown
 
@@ -93,7 +92,7 @@ def countdown(
                 **selection,
             )
     except (ValueError, OSError) as error:
-        raise _stopped(errors, error) from None
+        raise stopped(error) from None
     _print_report(made.manifest["counts"], (made.train_file, made.test_file), made.publication)
 
 
@@ -134,6 +133,7 @@ def telelogs(
     """
     from rich.console import Console
 
+    from hpo_plugin.cli._errors import stopped
     from hpo_plugin.cli._progress import stage_bars
     from hpo_plugin.tasks.telelogs import prepare_telelogs
 
@@ -155,14 +155,8 @@ def telelogs(
                 progress=show,
             )
     except (ValueError, OSError) as error:
-        raise _stopped(errors, error) from None
+        raise stopped(error) from None
     _print_telelogs_report(made)
-
-
-def _stopped(errors: Console, error: Exception) -> typer.Exit:
-    errors.print("[bold red]error:[/] ", end="")
-    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-    return typer.Exit(1)
 
 
 def _print_report(counts: Mapping[str, Any], files: Iterable[Path], publication: Publication) -> None:

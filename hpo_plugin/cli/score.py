@@ -30,16 +30,14 @@ def telelogs(
     from rich.console import Console
     from rich.table import Table
 
+    from hpo_plugin.cli._errors import stopped
     from hpo_plugin.tasks.telelogs import summarize
 
-    errors = Console(stderr=True)
     try:
         answers = _read(file)
         metrics = summarize([predictions for _, predictions in answers], [label for label, _ in answers])
     except (ValueError, OSError) as error:
-        errors.print("[bold red]error:[/] ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise stopped(error) from None
     console = Console(highlight=False)
     samples = len(answers[0][1])
     console.print(f"{len(answers):,} prompts, {samples} samples each")
