@@ -66,7 +66,7 @@ def test_an_unknown_task_is_refused(tmp_path):
 def test_a_start_model_is_used_again_and_another_one_is_refused(tmp_path, console, small, monkeypatch):
     trained = []
 
-    def run_sft(work: Path, files, run, console):
+    def run_sft(work: Path, files, seed, run, console):
         trained.append(files)
         folder = work / "checkpoints" / "global_step_2" / "huggingface"
         (work / "checkpoints" / "global_step_2").mkdir(parents=True)
@@ -91,6 +91,28 @@ def test_a_start_model_is_used_again_and_another_one_is_refused(tmp_path, consol
     (inputs.model / SFT_MANIFEST_NAME).unlink()
     with pytest.raises(FileExistsError, match="not a start model"):
         prepare_telelogs_run(run, REQUEST, tmp_path, console)
+
+
+def test_half_of_the_answers_are_guesses_and_the_loss_is_over_the_prompt_too(tmp_path):
+    import pyarrow.parquet as pq
+
+    from hpo_plugin.tasks.telelogs import prepare_telelogs
+
+    made = prepare_telelogs(tmp_path, reduction="laptop", train_size=400, test_size=40, sft=True)
+    demonstrations = pq.read_table(made.files["sft_train"])
+    texts = [row["messages"] for row in _laptop.start_texts(demonstrations, seed=0).to_pylist()]
+    assert len(texts) == 800
+    assert all([turn["role"] for turn in turns] == ["assistant"] for turns in texts)
+    right = 0
+    for row, reasoned, guessed in zip(demonstrations.to_pylist(), texts[::2], texts[1::2], strict=True):
+        prompt, answer = (turn["content"] for turn in row["messages"])
+        assert reasoned[0]["content"] == prompt + answer
+        label = guessed[0]["content"].removeprefix(prompt)
+        assert label in [rf"\boxed{{{cause}}}" for cause in ("C3", "C5", "C6", "C7", "C8")]
+        right += answer.endswith(label)
+    # One in five, within four standard deviations.
+    assert 48 <= right <= 112
+    assert _laptop.start_texts(demonstrations, seed=1) != _laptop.start_texts(demonstrations, seed=0)
 
 
 def test_a_failed_stage_leaves_no_model_and_says_why(tmp_path, console, small, monkeypatch):
@@ -144,7 +166,8 @@ def test_both_stages_train_with_verls_own_trainers(tmp_path):
         for line in (run / "sft_metrics.jsonl").read_text().splitlines()
         if "train/loss" in json.loads(line)["data"]
     ]
-    assert len(losses) == 8
+    # 128 cases with two answers each, in batches of 8, twice.
+    assert len(losses) == 64
     assert losses[-1] < losses[0]
     steps = [json.loads(line)["data"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3
