@@ -258,9 +258,9 @@ def start_texts(demonstrations: pa.Table, seed: int) -> pa.Table:
     The model learns two ways to answer, of which it takes either half of the time: to reason, which is mostly right,
     and to guess a label at once. What reinforcement learning has to find out is that reasoning pays.
 
-    Each row is one turn of the assistant, so that the loss is over prompt and answer: a model that has seen no text yet
-    learns to copy from a table several times faster if it has to predict the table too. The chat template adds nothing
-    between turns, so the tokens are those of a prompt and its answer.
+    Each row is one turn of the assistant, so that the loss is over prompt and answer: a model that is not pretrained
+    has to learn to read the tables too. The chat template adds nothing between turns, so the tokens are those of a
+    prompt and its answer.
 
     Args:
         demonstrations: ``messages`` of ``sft_train.parquet``, in the terse wording.

@@ -29,7 +29,7 @@ from hpo_plugin.cli._laptop import (
     why,
 )
 from hpo_plugin.cli._runs import Attempt, Request, Run, RunBusyError, choose_run
-from hpo_plugin.cli._trainer import StalledError, Trainer, end_leftovers
+from hpo_plugin.cli._trainer import StalledError, Trainer, end_leftovers, signal_handlers_kept
 from hpo_plugin.cli._verl_log import (
     MetricsFile,
     Rows,
@@ -110,6 +110,7 @@ def _check(run: Run, request: Request, inputs: Inputs, console: Console) -> None
     with contextlib.ExitStack() as stack:
         if console.is_terminal:
             stack.enter_context(console.status("checking the installation and the config"))
+        stack.enter_context(signal_handlers_kept())
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         stack.enter_context(_stderr_to(run.directory / "check.log"))
         report = run_checks(request.config_name, training_overrides(request, inputs))

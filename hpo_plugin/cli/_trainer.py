@@ -24,6 +24,8 @@ from hpo_plugin.tasks._files import atomic_write
 #: Seconds that processes have to end by themselves.
 GRACE = 10.0
 _PR_SET_PDEATHSIG = 1
+#: What ends a program, unless it has another handler.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StalledError(RuntimeError):
@@ -185,14 +187,27 @@ def _die_with_parent() -> Callable[[], None] | None:
 
 
 @contextlib.contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Put back the handlers of the signals that end a program.
+
+    For calls that set their own: Ray replaces that of SIGTERM when a process connects to it, and leaves it so.
+    """
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Treat the signals that end a program like Ctrl-C, so that the trainer is ended too.
 
     The first one counts. Others are ignored: ``timeout``, shells and impatient people send more than one, and the
     second would break off the ending of the trainer, which takes seconds. A signal that was ignored stays so (nohup).
     """
-    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    numbers = [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 
     def interrupt(number: int, _frame: object) -> None:
         for other in numbers:

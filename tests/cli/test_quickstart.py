@@ -208,6 +208,24 @@ def test_a_failure_shows_the_cause_and_the_end_of_the_log(run, install_trainer):
     assert not (run.directory / "processes.json").exists()
 
 
+def test_the_checks_leave_the_handlers_of_signals_alone(run, monkeypatch):
+    """Ray, which they start, replaces that of SIGTERM: the quickstart would die and leave its trainer running."""
+    from hpo_plugin.cli import _checks
+
+    class Report:
+        ok, summary = True, "fine"
+
+    def run_checks(config_name, overrides):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        return Report()
+
+    monkeypatch.setattr(_checks, "run_checks", run_checks)
+    before = signal.getsignal(signal.SIGTERM)
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    _quickstart._check(run, REQUEST, INPUTS, console)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_request_that_cannot_be_met_is_an_error_and_not_a_traceback(tmp_path):
     result = CliRunner().invoke(app, ["quickstart", "--seed", "-1", "--output", str(tmp_path)])
     assert result.exit_code == 2

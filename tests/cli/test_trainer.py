@@ -181,3 +181,13 @@ def test_a_record_cut_short_by_a_crash_is_removed(tmp_path):
     assert end_leftovers(record) == 0
     assert not record.exists()
     assert end_leftovers(record) == 0
+
+
+def test_handlers_that_a_call_replaces_are_put_back():
+    from hpo_plugin.cli._trainer import signal_handlers_kept
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), signal_handlers_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is not signal.SIG_DFL else signal.SIG_IGN)
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) is before
