@@ -1,0 +1,264 @@
+"""The one-pass functions give what their plain definitions give, and keep and allocate no more than they say."""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpo_plugin import fused
+from hpo_plugin.algorithm import hpo_loss, hysteretic_weights
+from hpo_plugin.fused import plain_surrogate_sums, responses_with_tokens, spread_over_tokens, surrogate_sums
+
+CLIP = {"clip_low": 0.2, "clip_high": 0.2, "clip_dual": 3.0}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+def blocks_of(size: int):
+    """Blocks so small that a small batch has several, in both directions."""
+    return mock.patch.object(fused, "_block_size", return_value=size)
+
+
+@st.composite
+def cases(draw):
+    """log_prob, old_log_prob, advantages, mask, clips, token_weights: zeros, both signs, ratios on every kink."""
+    n, t = draw(st.integers(0, 5)), draw(st.integers(0, 6))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    low, high = draw(st.sampled_from([(0.2, 0.2), (0.1, 0.28), (0.0, 0.0), (1.0, 3.0)]))
+    dual = draw(st.sampled_from([None, 1.125, 3.0]))
+    kinks = [0.0, 20.0, -20.0, 30.0, -30.0, math.log1p(high)] + [math.log(k) for k in (1 - low, dual) if k]
+    log_ratios = st.one_of(st.sampled_from(kinks), st.floats(-3, 3))
+
+    def matrix(elements):
+        flat = draw(st.lists(elements, min_size=n * t, max_size=n * t))
+        return torch.tensor(flat, dtype=torch.float64).reshape(n, t).to(dtype)
+
+    old = matrix(st.floats(-3, 0))
+    mask = matrix(st.sampled_from([0, 1, 1])) > 0
+    advantages = matrix(st.integers(-8, 8).map(lambda k: k / 4))
+    if draw(st.booleans()):
+        advantages = advantages[:, :1] if t else advantages.new_zeros(n, 1)
+    weights = matrix(st.sampled_from([0.0, 0.5, 1.0, 1.75])) if draw(st.booleans()) else None
+    return (old.double() + matrix(log_ratios)).to(dtype), old, advantages, mask, (low, high, dual), weights
+
+
+@given(cases(), st.sampled_from([1, 2, 7, 1 << 20]))
+@settings(max_examples=400, deadline=None)
+def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block):
+    log_prob, old, advantages, mask, clips, weights = case
+    tolerance = TOLERANCE[torch.promote_types(log_prob.dtype, torch.float32)]
+    ours, theirs = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
+    with blocks_of(block):
+        sums = surrogate_sums(
+            ours,
+            old,
+            advantages,
+            mask,
+            clip_low=clips[0],
+            clip_high=clips[1],
+            clip_dual=clips[2],
+            token_weights=weights,
+        )
+    expected = plain_surrogate_sums(theirs, old, advantages, mask, *clips, weights)
+
+    def magnitude(x):
+        return torch.where(mask, x.detach().to(sums.objective.dtype).abs(), 0)
+
+    log_ratio = (log_prob.to(sums.objective.dtype) - old.to(sums.objective.dtype)).clamp(-20, 20)
+    largest = torch.maximum(log_ratio.exp(), torch.ones(())) * (clips[2] or 1) * (1 + clips[1])
+    scale = magnitude(largest * advantages * (1 if weights is None else weights)).sum(dim=1)
+    assert sums.objective.dtype == expected.objective.dtype
+    assert ((sums.objective - expected.objective).abs() <= tolerance * scale).all()
+    assert ((sums.log_ratio - expected.log_ratio).abs() <= tolerance * magnitude(log_ratio).sum(dim=1)).all()
+    assert torch.equal(sums.sign, expected.sign)
+
+    # On a kink, exp() of one and the same number may round to either side of it, and autograd halves the gradient.
+    low, high, dual = clips
+    kinks = [math.log(k) for k in (1 - low, 1 + high, dual) if k] + [20.0, -20.0]
+    kink = torch.stack([(log_ratio - k).abs() < 1e-5 for k in kinks]).any(dim=0) & mask
+    for count in ("clipped", "dual_clipped"):
+        assert ((getattr(sums, count) - getattr(expected, count)).abs() <= kink.sum(dim=1)).all()
+
+    upstream = torch.linspace(-1.5, 2.0, len(log_prob), dtype=sums.objective.dtype)
+    (sums.objective * upstream).sum().backward()
+    (expected.objective * upstream).sum().backward()
+    assert ours.grad.dtype == log_prob.dtype
+    torch.testing.assert_close(
+        ours.grad[~kink], theirs.grad[~kink], rtol=TOLERANCE[log_prob.dtype], atol=torch.finfo(log_prob.dtype).tiny
+    )
+    full = (log_ratio.exp() * advantages * (1 if weights is None else weights) * upstream.unsqueeze(1))[kink]
+    between = ours.grad[kink].double() * full.sign()
+    assert (between >= 0).all()
+    largest = full.abs().to(log_prob.dtype).double()
+    assert (between <= largest * (1 + TOLERANCE[log_prob.dtype]) + torch.finfo(log_prob.dtype).tiny).all()
+
+
+@pytest.mark.parametrize("block", [3, 1 << 20])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_equals_finite_differences(block, weighted):
+    generator = torch.Generator().manual_seed(3)
+    old = -torch.rand(4, 4, generator=generator, dtype=torch.float64)
+    # No ratio within 0.05 of a kink (0.8, 1.2, 3), or its logarithm of ±20.
+    ratios = torch.tensor([[0.5, 0.9, 1.1, 1e-10], [1.5, 4.0, 0.5, 1e10], [0.9, 1.1, 1.5, 2.0], [4.0, 0.5, 0.9, 1.0]])
+    advantages = torch.tensor([[1.0], [-1.0], [-2.0], [0.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1]])
+    weights = torch.rand(4, 4, generator=generator, dtype=torch.float64) if weighted else None
+    log_prob = (old + ratios.double().log()).requires_grad_()
+
+    def loss(x):
+        return surrogate_sums(x, old, advantages, mask, token_weights=weights, **CLIP).objective
+
+    with blocks_of(block):
+        assert torch.autograd.gradcheck(loss, (log_prob,))
+
+
+def batch(n=6, t=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    old = -3 * torch.rand(n, t, generator=generator, dtype=dtype)
+    log_prob = old + 0.8 * torch.randn(n, t, generator=generator, dtype=dtype)
+    mask = torch.arange(t) < torch.randint(1, t + 1, (n, 1), generator=generator)
+    return log_prob, old, torch.randn(n, 1, generator=generator, dtype=dtype) * mask, mask
+
+
+def test_weighted_and_averaged_it_is_the_loss_of_the_paper():
+    log_prob, old, advantages, mask = batch()
+    ours, theirs = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
+    sums = surrogate_sums(ours, old, advantages, mask, **CLIP)
+    loss = -(hysteretic_weights(sums.sign, 0.3) * sums.objective).sum() / mask.sum()
+    expected = hpo_loss(theirs, old, advantages, mask, alpha=0.3)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_what_stands_outside_of_the_mask_is_never_used(garbage):
+    log_prob, old, advantages, mask = batch()
+    weights = torch.ones_like(old)
+    spoiled = [torch.where(mask, x, garbage) for x in (log_prob, old, advantages, weights)]
+    clean, dirty = log_prob.clone().requires_grad_(), spoiled[0].requires_grad_()
+    expected = surrogate_sums(clean, old, advantages, mask, **CLIP)
+    sums = surrogate_sums(dirty, *spoiled[1:3], mask, token_weights=spoiled[3], **CLIP)
+    assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
+    sums.objective.sum().backward()
+    expected.objective.sum().backward()
+    assert torch.equal(dirty.grad, clean.grad)
+
+
+def test_a_nan_inside_of_the_mask_reaches_loss_and_gradient():
+    log_prob, old, advantages, mask = batch()
+    log_prob[1, 0] = math.nan
+    log_prob.requires_grad_()
+    loss = surrogate_sums(log_prob, old, advantages, mask, **CLIP).objective
+    loss.sum().backward()
+    assert loss.isnan().nonzero().tolist() == [[1]]
+    assert log_prob.grad.isnan().nonzero().tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(context):
+    log_prob, old, advantages, mask = batch()
+    log_prob.requires_grad_()
+    expected = surrogate_sums(log_prob, old, advantages, mask, **CLIP)
+    with context(), mock.patch.object(fused.torch, "empty_like", side_effect=AssertionError("nothing to keep")):
+        sums = surrogate_sums(log_prob, old, advantages, mask, **CLIP)
+    assert not sums.objective.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
+    assert [name for name, x in expected._asdict().items() if x.requires_grad] == ["objective"]
+
+
+def test_one_tensor_is_kept_for_the_backward_pass_and_it_can_run_twice():
+    log_prob, old, advantages, mask = batch()
+    log_prob.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        loss = surrogate_sums(log_prob, old, advantages, mask, **CLIP).objective.sum()
+    assert kept == [log_prob.shape]
+    loss.backward(retain_graph=True)
+    first = log_prob.grad.clone()
+    loss.backward()
+    assert torch.equal(log_prob.grad, 2 * first)
+
+
+def test_a_second_derivative_is_refused():
+    log_prob, old, advantages, mask = batch()
+    log_prob.requires_grad_()
+    loss = surrogate_sums(log_prob, old, advantages, mask, **CLIP).objective.square().sum()
+    (first,) = torch.autograd.grad(loss, log_prob, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_gradient_of_another_input_comes_from_the_definition(which):
+    ours, theirs = ([x.clone() for x in batch()] for _ in range(2))
+    for inputs in (ours, theirs):
+        inputs[0].requires_grad_()
+        inputs[which].requires_grad_()
+    surrogate_sums(*ours, **CLIP).objective.sum().backward()
+    plain_surrogate_sums(*theirs, 0.2, 0.2, 3.0, None).objective.sum().backward()
+    for i in (0, which):
+        torch.testing.assert_close(ours[i].grad, theirs[i].grad)
+        assert ours[i].grad.abs().max() > 0
+
+
+def test_tensors_that_are_not_contiguous_give_the_same():
+    inputs = batch()
+    expected = surrogate_sums(*inputs, **CLIP)
+    strided = [torch.stack([x, x], dim=-1)[..., 0].t().contiguous().t() for x in inputs]
+    assert not strided[0].is_contiguous()
+    with blocks_of(16):
+        for ours, theirs in zip(surrogate_sums(*strided, **CLIP), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_shape_that_does_not_fit_is_refused(at):
+    inputs = list(batch())
+    inputs[at] = inputs[at][:, :-1]
+    with pytest.raises(ValueError, match=r"\(N, T\)"):
+        surrogate_sums(*inputs, **CLIP)
+
+
+# Advantages over tokens -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 6), st.integers(0, 5), st.sampled_from([torch.bool, torch.int64, torch.float32]), st.data())
+@settings(max_examples=100, deadline=None)
+def test_spreading_is_multiplication_with_the_mask_and_a_response_has_tokens_if_any(n, t, dtype, data):
+    bits = data.draw(st.lists(st.integers(0, 1), min_size=n * t, max_size=n * t))
+    mask = torch.tensor(bits).reshape(n, t).to(dtype)
+    values = torch.linspace(-1, 1, n)
+    with blocks_of(data.draw(st.sampled_from([1, 4, 1 << 20]))):
+        assert torch.equal(spread_over_tokens(values, mask), values.unsqueeze(-1) * mask)
+        assert torch.equal(responses_with_tokens(mask), mask.bool().any(dim=1))
+
+
+def allocated(function, *args) -> int:
+    """The peak of what torch allocates on the CPU during a call, in bytes."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        function(*args)
+    now = peak = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def test_no_temporary_has_the_size_of_the_batch():
+    """512 responses of 2,048 tokens, with blocks of 8,192: buffers of 3 blocks, and what is returned or kept."""
+    n, t, block = 512, 2048, 8192
+    log_prob, old, advantages, mask = batch(n, t)
+    whole, small = 4 * n * t, 3 * 4 * block + 100 * 4 * n
+    with blocks_of(block):
+        assert allocated(spread_over_tokens, torch.ones(n), mask.long()) <= whole + small
+        assert allocated(responses_with_tokens, torch.zeros(n, t, dtype=torch.int64)) <= 8 * block + 100 * n
+        assert allocated(lambda: surrogate_sums(log_prob, old, advantages, mask, **CLIP)) <= small
+        log_prob.requires_grad_()
+        assert allocated(lambda: surrogate_sums(log_prob, old, advantages, mask, **CLIP)) <= whole + small
