@@ -222,7 +222,7 @@ def hysteretic_weights(signs: Tensor, alpha: Tensor | float) -> Tensor:
     Returns:
         (N,) tensor, dtype of ``signs``.
     """
-    return torch.where(signs < 0, torch.as_tensor(alpha, dtype=signs.dtype, device=signs.device), 1.0)
+    return torch.ones_like(signs).masked_fill(signs < 0, alpha)
 
 
 def clipped_surrogate(

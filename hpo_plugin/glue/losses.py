@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from verl.trainer.ppo.core_algos import agg_loss
 
-from hpo_plugin import algorithm
+from hpo_plugin import algorithm, fused
 from hpo_plugin.glue import arms
 from hpo_plugin.glue.step import LOSS_SUMS, StepError, current_step, loss_metrics
 
@@ -58,39 +57,56 @@ def _policy_loss(
         raise arms.ConfigError(
             f"{arms.KEY_LOSS_MODE}={name} needs {arms.KEY_AGGREGATION}={arms.MEAN_LENGTH}, got {loss_agg_mode}"
         )
-    mask = response_mask.bool()
-    signs = algorithm.response_signs(advantages, mask).unsqueeze(-1)
-    surrogate = algorithm.clipped_surrogate(
+    sums = fused.surrogate_sums(
         log_prob,
         old_log_prob,
         advantages,
+        response_mask,
         clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
         clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
         clip_dual=config.clip_ratio_c,
+        token_weights=rollout_is_weights,
     )
-    losses = surrogate.loss * algorithm.hysteretic_weights(signs, alpha)
-    if rollout_is_weights is not None:
-        losses = losses * rollout_is_weights
-    loss = agg_loss(loss_mat=losses, loss_mask=mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+    tokens = torch.count_nonzero(response_mask)
+    weights = algorithm.hysteretic_weights(sums.sign, alpha)
+    loss = torch.dot(weights * -_token_share(tokens, **config.global_batch_info), sums.objective)
 
     with torch.no_grad():
-        sums = torch.stack(
-            [
-                mask.sum(),
-                (losses * (mask & (signs > 0))).sum(),
-                (losses * (mask & (signs < 0))).sum(),
-                (surrogate.clipped & mask).sum(),
-                (surrogate.dual_clipped & mask).sum(),
-                -(surrogate.log_ratio * mask).sum(),
-            ]
-        )
+        losses = sums.objective * -weights
+        positive, negative = losses * (sums.sign > 0), losses * (sums.sign < 0)
+        of_responses = [positive, negative, sums.clipped, sums.dual_clipped, -sums.log_ratio]
+        batch_sums = torch.cat([tokens.unsqueeze(0), torch.stack(of_responses).sum(dim=1)])
     step = current_step()
     if step is not None:
         # The worker reports them once, over the whole step: verl would average micro-batches of unequal size.
-        step.add_loss_sums(sums)
+        step.add_loss_sums(batch_sums)
         return loss, {}
-    metrics = loss_metrics(dict(zip(LOSS_SUMS, sums.tolist(), strict=True)))
+    metrics = loss_metrics(dict(zip(LOSS_SUMS, batch_sums.tolist(), strict=True)))
     return loss, {f"actor/{key}": value for key, value in metrics.items()} | {"actor/hpo/alpha": alpha}
+
+
+def _token_share(tokens: Tensor, dp_size: int = 1, batch_num_tokens: Any = None, **_: Any) -> float | Tensor:
+    """What verl's ``token-mean`` multiplies the loss of a token with (``agg_loss``, verl/trainer/ppo/core_algos.py).
+
+    The mean is linear and α is a response's, so one product of (n,) tensors does for all tokens of a response.
+
+    Args:
+        tokens: 0-d, of the micro-batch: the denominator where verl does not give that of the mini-batch.
+        dp_size: verl's, the ranks over which the gradient is averaged.
+        batch_num_tokens: verl's, the tokens of the mini-batch over all ranks.
+        **_: the rest of verl's ``global_batch_info``, for other aggregations.
+
+    Returns:
+        A number, or a 0-d tensor if the denominator is one.
+
+    Raises:
+        ValueError: with several ranks and without the tokens of the mini-batch, as in verl.
+    """
+    if batch_num_tokens is None:
+        if dp_size > 1:
+            raise ValueError("(global) batch_num_tokens is required when dp_size > 1")
+        batch_num_tokens = tokens
+    return dp_size / batch_num_tokens
 
 
 def compute_policy_loss_hpo(

@@ -209,3 +209,82 @@ def test_inside_of_a_step_a_micro_batch_adds_its_sums_and_waits_for_nothing(monk
     assert sums["tokens"] == mask.sum()
     assert (sums["pg_loss_positive"] + sums["pg_loss_negative"]) / sums["tokens"] == pytest.approx(loss.item())
     assert current_step() is None
+
+
+def test_outside_of_a_step_a_micro_batch_waits_for_the_device_once(monkeypatch):
+    """All metrics come in one list."""
+    waits = []
+    old, log_prob, advantages, mask = random_batch()
+    config = actor()
+    config.global_batch_info.update({"dp_size": 1, "batch_num_tokens": int(mask.sum())})
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
+            original = getattr(torch.Tensor, name)
+
+            def counted(*args, name=name, original=original, **kwargs):
+                waits.append(name)
+                return original(*args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, counted)
+        loss, metrics = LOSSES["hpo"](old, log_prob.requires_grad_(), advantages, mask, "token-mean", config)
+        loss.backward()
+    assert len(metrics) == 6
+    assert waits == ["tolist"]
+
+
+def test_it_runs_as_the_loss_of_megatrons_last_pipeline_stage():
+    """Verl scales the loss by the micro-batches, after changing it in place; Megatron calls the engine itself."""
+    old, log_prob, advantages, mask = random_batch()
+    with use_step(step()):
+        _, expected, _ = gradient(LOSSES["ahpo"], old, log_prob, advantages, mask, "token-mean", actor("ahpo"))
+        log_prob.requires_grad_()
+        loss, _ = LOSSES["ahpo"](old, log_prob, advantages, mask, "token-mean", actor("ahpo"))
+    loss -= 0.1 * log_prob.sum()  # an entropy bonus, as in ppo_loss
+    output = loss * 4
+    torch.autograd.Variable._execution_engine.run_backward(
+        (output,), (torch.ones_like(output),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+    torch.testing.assert_close(log_prob.grad, 4 * (expected - 0.1))
+
+
+def test_without_gradients_loss_and_metrics_are_the_same():
+    old, log_prob, advantages, mask = random_batch()
+    log_prob.requires_grad_()
+    loss, metrics = LOSSES["hpo"](old, log_prob, advantages, mask, "token-mean", actor())
+    with torch.no_grad():
+        again, metrics_again = LOSSES["hpo"](old, log_prob, advantages, mask, "token-mean", actor())
+    assert loss.requires_grad
+    assert not again.requires_grad
+    assert loss.item() == again.item()
+    assert metrics == metrics_again
+
+
+def test_bf16_log_probs_give_an_fp32_loss_and_a_bf16_gradient():
+    old, log_prob, advantages, mask = random_batch()
+    old, log_prob = old.bfloat16(), log_prob.bfloat16()
+    args = (advantages, mask, "token-mean", actor())
+    loss, grad, _ = gradient(LOSSES["hpo"], old, log_prob, *args)
+    expected, expected_grad, _ = gradient(LOSSES["hpo"], old.float(), log_prob.float(), *args)
+    assert loss.dtype == torch.float32
+    assert loss == expected
+    assert torch.equal(grad, expected_grad.bfloat16())
+
+
+def test_nested_log_probs_padded_as_verl_does_give_the_mean_over_their_tokens():
+    """Two responses of 1 and 3 tokens, on policy: −(2 · 1 − 0.6 · 1 · 3) / 4."""
+    rows = [torch.zeros(1, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    log_prob = torch.nested.as_nested_tensor(rows, layout=torch.jagged).to_padded_tensor(0.0)
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
+    advantages = torch.tensor([[2.0, 0.0, 0.0], [-1.0, -1.0, -1.0]])
+    loss, _ = LOSSES["hpo"](log_prob.detach(), log_prob, advantages, mask, "token-mean", actor())
+    loss.backward()
+    assert loss.item() == pytest.approx(-(2 - 0.6 * 3) / 4)
+    assert rows[0].grad.tolist() == pytest.approx([-0.5])
+    assert rows[1].grad.tolist() == pytest.approx([0.15] * 3)
+
+
+def test_ranks_without_the_tokens_of_the_mini_batch_are_refused_by_verls_aggregation():
+    config = actor()
+    config.global_batch_info.update({"dp_size": 2, "batch_num_tokens": None})
+    with pytest.raises(ValueError, match="batch_num_tokens is required"):
+        LOSSES["hpo"](*random_batch(), "token-mean", config)
