@@ -1,0 +1,77 @@
+"""Time, memory and tables for the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def row(name: str, measured: float, unit: str, *, at_least: float | None = None, at_most: float | None = None) -> dict:
+    """One measured number; with a bar, whether it is met."""
+    bar, met = "", None
+    if at_least is not None:
+        bar, met = f">= {at_least:g}", measured >= at_least
+    elif at_most is not None:
+        bar, met = f"<= {at_most:.3g}", measured <= at_most
+    return {"name": name, "bar": bar, "measured": measured, "met": met, "unit": unit}
+
+
+def medians(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each function: medians of repeats that take turns, so that all of them meet the same machine."""
+    names = list(functions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats + 1):
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            start = time.perf_counter()
+            result = functions[name]()
+            seconds = time.perf_counter() - start
+            del result
+            if repeat:  # the first is a warm-up
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most that torch's CPU allocator holds at a time for a call, its result included.
+
+    From the allocation events of torch's profiler, so that every temporary within an operator counts; memory that is
+    not torch's (Python, numpy) does not.
+    """
+    with _quiet(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        result = function()
+    del result
+    now = peak = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's own lines, which it writes past Python."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Name, measured, unit, bar and whether it is met, a line each."""
+    width = max(len(r["name"]) for r in rows)
+    for r in rows:
+        met = {True: "met", False: "NOT MET", None: ""}[r["met"]]
+        print(f"{r['name']:<{width}}  {r['measured']:>9.3g} {r['unit']:<12}  {r['bar']:<8}  {met}".rstrip())
