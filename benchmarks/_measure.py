@@ -23,18 +23,26 @@ def row(name: str, measured: float, unit: str, *, at_least: float | None = None,
     return {"name": name, "bar": bar, "measured": measured, "met": met, "unit": unit}
 
 
-def medians(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each function: medians of repeats that take turns, so that all of them meet the same machine."""
+def medians(functions: dict[str, Callable[[], Any]], *, seconds: float, at_least: int = 7) -> dict[str, float]:
+    """Seconds of each function: medians of repeats that take turns, so that all of them meet the same machine.
+
+    Args:
+        functions: by name.
+        seconds: no round is started later than this.
+        at_least: rounds, however long they take.
+    """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(repeats + 1):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+    for function in functions.values():
+        function()
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < at_least or time.perf_counter() < end:
+        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
             start = time.perf_counter()
             result = functions[name]()
-            seconds = time.perf_counter() - start
+            times[name].append(time.perf_counter() - start)
             del result
-            if repeat:  # the first is a warm-up
-                times[name].append(seconds)
+        rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
 

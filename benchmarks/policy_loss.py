@@ -79,7 +79,7 @@ def run() -> list[dict]:
             timed = {name: forward_and_backward(name, inputs) for name in ("ahpo", *REFERENCES)}
             check(timed["ahpo"], inputs)
             total = responses * tokens
-            seconds = medians(timed, repeats=max(9, min(101, (1 << 19) // total * 5)))
+            seconds = medians(timed, seconds=2)
             peak = {name: peak_bytes(call) / (4 * total) for name, call in timed.items()}
             at = f"{responses} x {tokens}"
             rows += [row(f"{name}, {at}", seconds[name] * 1e3, "ms") for name in timed]

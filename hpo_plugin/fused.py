@@ -33,8 +33,9 @@ from hpo_plugin import algorithm
 
 __all__ = ["SurrogateSums", "responses_with_tokens", "spread_over_tokens", "surrogate_sums"]
 
-BLOCK_PER_THREAD = 32768
-"""Elements: as few as torch gives to one thread, and what a block touches in fp32 fits a core's L2 cache."""
+BLOCK_PER_THREAD = 65536
+"""Elements: few enough that a block stays in the cache, and so many that threads, which wait for each other after every
+operation on a block, do so rarely: a core that is busy with something else then costs little."""
 
 BLOCK_ON_ACCELERATOR = 1 << 22
 """Elements: a batch within it is one block, so that the number of kernels does not grow with it."""
@@ -109,8 +110,10 @@ def surrogate_sums(
     grad = torch.is_grad_enabled()
     if grad and any(x.requires_grad for x in (old_log_prob, *others)):
         return plain_surrogate_sums(log_prob, old_log_prob, advantages, mask, *clips, token_weights)
-    advantages = advantages.expand_as(log_prob)
-    token_weights = None if token_weights is None else token_weights.expand_as(log_prob)
+    if advantages.shape != shape:
+        advantages = advantages.expand(shape)
+    if token_weights is not None:
+        token_weights = token_weights.expand(shape)
     inputs = (log_prob, old_log_prob, advantages, mask, token_weights, *clips)
     if grad and log_prob.requires_grad:
         objective, statistics = _SurrogateSums.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -297,16 +300,15 @@ def spread_over_tokens(values: Tensor, response_mask: Tensor) -> Tensor:
 
     Args:
         values: (N,) floating point.
-        response_mask: (N, T) of 0 and 1; bool or any number.
+        response_mask: (N, T) of 0 and 1, bool or any number; int64, as verl has it, takes one pass on a CPU.
 
     Returns:
         (N, T), dtype of ``values``.
     """
+    column = values.unsqueeze(-1)
     if response_mask.device.type != "cpu":
-        return values.unsqueeze(-1) * response_mask  # one kernel, which converts as it reads
-    out = torch.empty(response_mask.shape, dtype=values.dtype)
-    height = max(_block_size(out.device) // max(out.shape[1], 1), 1)
-    blocks = [torch.split(x, height) for x in (out, response_mask, values.unsqueeze(-1))]
-    for block, mask, value in zip(*blocks, strict=True):
-        block.copy_(mask).mul_(value)
-    return out
+        return column * response_mask  # one kernel, which converts as it reads
+    if response_mask.dtype == torch.int64:
+        # 0 or the row's value: the mask is itself the index.
+        return torch.cat([torch.zeros_like(column), column], dim=1).gather(1, response_mask)
+    return torch.empty(response_mask.shape, dtype=values.dtype).copy_(response_mask).mul_(column)
