@@ -1,6 +1,6 @@
 """How verl loads the plugin: what it costs, when it registers, and that it never fails in silence.
 
-``import verl`` takes many seconds, so three interpreters answer all questions that need a fresh one.
+``import verl`` takes many seconds, so four interpreters answer all questions that need a fresh one.
 """
 
 from __future__ import annotations
@@ -34,6 +34,19 @@ facts["with_core_algos"] = [name for name in heavy if name in sys.modules]
 facts["estimators"] = {n: f.__module__ for n, f in core_algos.ADV_ESTIMATOR_REGISTRY.items() if "hpo" in n}
 facts["losses"] = {n: f.__module__ for n, f in core_algos.POLICY_LOSS_REGISTRY.items() if "hpo" in n}
 print(json.dumps(facts))
+"""
+
+ADDED = """
+import importlib.metadata, json, sys
+load, added = importlib.metadata.EntryPoint.load, {}
+def watched(self):
+    before = set(sys.modules)
+    value = load(self)
+    added[self.name] = sorted(set(sys.modules) - before)
+    return value
+importlib.metadata.EntryPoint.load = watched
+import verl
+print(json.dumps(added))
 """
 
 BROKEN = """
@@ -98,6 +111,17 @@ def test_the_entry_point_alone_imports_neither_verl_nor_torch(loading):
 @pytest.mark.timeout(400)
 def test_import_verl_loads_no_more_of_verl_or_of_us_than_without_the_plugin(loading):
     assert loading["with_verl"] == []
+
+
+@pytest.mark.timeout(400)
+def test_the_plugin_adds_a_few_small_modules_to_import_verl():
+    """What verl loads by our entry points is ours, and wrapt. benchmarks/startup.py has the milliseconds."""
+    added = fresh(ADDED)[0]
+    modules = [*added["hpo"], *added["hpo_cpu"]]
+    assert "hpo_plugin.glue.plugin" in modules
+    assert {name.partition(".")[0] for name in modules} <= {"hpo_plugin", "wrapt"}
+    assert len([name for name in modules if name.startswith("hpo_plugin")]) <= 10
+    assert len(modules) <= 30
 
 
 @pytest.mark.timeout(400)
