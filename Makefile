@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-training test-all install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-training test-all bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,9 @@ test-training: install-vllm  ## Train a few steps with verl's trainer and A-HPO,
 
 test-all: install-vllm  ## Run all tests, with the training runs of both rollout backends.
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+bench: install-dev  ## Measure what docs/benchmarks.md promises; with ARGS=--whole-step, training runs too.
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: install-dev  ## Check style, format and types.
 	$(BIN)/ruff check
@@ -76,7 +79,7 @@ lock: $(BIN)/uv  ## Resolve requirements/*.txt anew, keeping the versions that s
 
 clean:  ## Remove the environment and everything built; runs and data stay.
 	rm -rf .venv build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find hpo_plugin hydra_plugins tests recipes -name __pycache__ -prune -exec rm -rf {} +
+	find hpo_plugin hydra_plugins benchmarks tests recipes -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \

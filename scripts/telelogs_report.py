@@ -1,4 +1,4 @@
-"""Measure the synthetic TeleLogs: speed, the oracle's confusion table, and the distributions of the fields.
+"""Measure the synthetic TeleLogs: the oracle's confusion table and the distributions of the fields.
 
 python scripts/telelogs_report.py                       # prints the tables of docs/telelogs.md
 python scripts/telelogs_report.py --figure fields.svg   # and draws the distributions (needs the extra cpu)
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import platform
 import random
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import hpo_plugin
-from hpo_plugin.tasks.telelogs import Cause, Diagnosis, diagnose, generate, render_prompt
+from hpo_plugin.tasks.telelogs import Cause, Diagnosis, diagnose, render_prompt
 from hpo_plugin.tasks.telelogs.counterfactuals import EDITS
 from hpo_plugin.tasks.telelogs.radio import BaseScenario, BaseScenarios
 from hpo_plugin.tasks.telelogs.rules import lobe_deficit
@@ -79,14 +78,6 @@ def confusion(bases: Sequence[BaseScenario]) -> Counter[tuple[Cause, Cause | Non
             diagnosis: Diagnosis = diagnose(Case(*edit(base, random.Random(f"{SEED}/{base.number}/{cause.value}"))))
             found[cause, diagnosis.cause] += 1
     return found
-
-
-def speed(rows: int = 4_000) -> float:
-    """Return rows per second, generated, checked and rendered, on one core."""
-    begin = time.perf_counter()
-    for row in generate(rows, balance="train", seed=SEED).rows:
-        render_prompt(row.case)
-    return rows / (time.perf_counter() - begin)
 
 
 def print_tables(values: Mapping[str, Sequence[float]], found: Counter[tuple[Cause, Cause | None]]) -> None:
@@ -156,8 +147,6 @@ def main() -> None:
         f"({stream.accepted:,} of {stream.drawn:,} candidates qualify)\n"
     )
     print_tables(values, confusion(bases))
-    print(f"\n{speed():,.0f} rows a second, generated, checked and rendered, on one core (best of three: ", end="")
-    print(f"{max(speed() for _ in range(3)):,.0f})")
 
 
 if __name__ == "__main__":
