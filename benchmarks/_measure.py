@@ -1,4 +1,4 @@
-"""Time, memory and tables for the benchmarks."""
+"""Time side by side, and memory, of functions on tensors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-
-
-def row(name: str, measured: float, unit: str, *, at_least: float | None = None, at_most: float | None = None) -> dict:
-    """One measured number; with a bar, whether it is met."""
-    bar, met = "", None
-    if at_least is not None:
-        bar, met = f">= {at_least:g}", measured >= at_least
-    elif at_most is not None:
-        bar, met = f"<= {at_most:.3g}", measured <= at_most
-    return {"name": name, "bar": bar, "measured": measured, "met": met, "unit": unit}
 
 
 def medians(functions: dict[str, Callable[[], Any]], *, seconds: float, at_least: int = 7) -> dict[str, float]:
@@ -75,11 +65,3 @@ def _quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
-
-
-def print_table(rows: list[dict]) -> None:
-    """Name, measured, unit, bar and whether it is met, a line each."""
-    width = max(len(r["name"]) for r in rows)
-    for r in rows:
-        met = {True: "met", False: "NOT MET", None: ""}[r["met"]]
-        print(f"{r['name']:<{width}}  {r['measured']:>9.3g} {r['unit']:<12}  {r['bar']:<8}  {met}".rstrip())

@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, compute_grpo_vectorized_outcome_advantage
 
-from benchmarks._measure import medians, peak_bytes, print_table, row
+from benchmarks._measure import medians, peak_bytes
+from benchmarks._table import markdown, row
 from hpo_plugin.algorithm import adaptive_alpha, count_signs, hysteretic_weights
 from hpo_plugin.glue.estimators import ESTIMATORS
 
@@ -95,7 +96,7 @@ def run() -> list[dict]:
 
 def main() -> None:
     """Print the table."""
-    print_table(run())
+    print(markdown(run()))
 
 
 if __name__ == "__main__":

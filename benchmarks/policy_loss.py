@@ -9,7 +9,8 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
 
-from benchmarks._measure import medians, peak_bytes, print_table, row
+from benchmarks._measure import medians, peak_bytes
+from benchmarks._table import markdown, row
 from hpo_plugin.algorithm import SignCounts, hpo_loss
 from hpo_plugin.glue.config import HPOPolicyLossConfig
 from hpo_plugin.glue.losses import LOSSES
@@ -93,7 +94,7 @@ def run() -> list[dict]:
 
 def main() -> None:
     """Print the table."""
-    print_table(run())
+    print(markdown(run()))
 
 
 if __name__ == "__main__":
