@@ -1,7 +1,7 @@
 """Other forms of the same case: relabeled, and reduced.
 
 *Relabeled*: the options in another order, under other labels, fewer of them, the tables swapped. A model that learned
-"C7 means speed" instead of reading the options fails on these, so they make a test of generalization.
+"C7 means speed" instead of reading the options has no way to know these, so they make a test of generalization.
 
 *Reduced*: fewer rows, cells, columns and options, for models and machines far too small for five thousand characters.
 It is a parameter of the same generator: the case stays a case, read by the same rules, written by the same renderer.
