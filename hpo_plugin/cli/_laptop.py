@@ -255,8 +255,8 @@ def _fine_tune(model: Path, files: Mapping[str, Path], seed: int, run: Run, cons
 def start_texts(demonstrations: pa.Table, seed: int) -> pa.Table:
     """Make the rows of the SFT stage: every case once with its chain of thought, and once with a guess.
 
-    The model learns two ways to answer, of which it takes either half of the time: to reason, which is mostly right,
-    and to guess a label at once. What reinforcement learning has to find out is that reasoning pays.
+    The model learns two ways to answer, of which it takes either half of the time: to reason, and to guess a label at
+    once. What reinforcement learning has to find out is that reasoning pays.
 
     Each row is one turn of the assistant, so that the loss is over prompt and answer: a model that is not pretrained
     has to learn to read the tables too. The chat template adds nothing between turns, so the tokens are those of a
@@ -265,6 +265,9 @@ def start_texts(demonstrations: pa.Table, seed: int) -> pa.Table:
     Args:
         demonstrations: ``messages`` of ``sft_train.parquet``, in the terse wording.
         seed: Of the guesses.
+
+    Returns:
+        Two rows for each of ``demonstrations``, in their order, the reasoned one first.
     """
     import pyarrow as pa
 
