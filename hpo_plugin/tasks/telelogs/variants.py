@@ -24,7 +24,6 @@ from hpo_plugin.tasks.telelogs.tables import (
     MAX_NEIGHBORS,
     Case,
     Cause,
-    Cell,
     DriveTestRow,
     Neighbor,
     Option,
@@ -141,8 +140,8 @@ def reduce_case(case: Case, reduction: Reduction) -> Case:
     for place in range(max((len(row.neighbors) for row in rows), default=0)):
         ranked += [row.neighbors[place].pci for row in rows if place < len(row.neighbors)]
     wanted = [pci for pci in dict.fromkeys(ranked) if pci is not None][: reduction.cells]
-    dropped_columns = [name for name in CELL_COLUMNS if name not in reduction.cell_columns]
-    cells = tuple(_without(cell, dropped_columns) for cell in case.cells if cell.pci in wanted)
+    hidden = dict.fromkeys(name for name in CELL_COLUMNS if name not in reduction.cell_columns)
+    cells = tuple(replace(cell, **hidden) for cell in case.cells if cell.pci in wanted)
     kept = set(reduction.drive_test_columns)
     # For each neighbor up to the last one shown: whether its PCI is, and its BRSRP.
     shown = [
@@ -175,10 +174,6 @@ def reduce_case(case: Case, reduction: Reduction) -> Case:
             cell_columns=tuple(name for name in case.layout.cell_columns if name in reduction.cell_columns),
         ),
     )
-
-
-def _without(cell: Cell, columns: list[str]) -> Cell:
-    return replace(cell, **dict.fromkeys(columns)) if columns else cell
 
 
 def _rounded(row: DriveTestRow, unit: Decimal) -> DriveTestRow:
