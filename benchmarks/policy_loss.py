@@ -10,7 +10,7 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig
 
 from benchmarks._measure import medians, peak_bytes
-from benchmarks._table import markdown, row
+from benchmarks._table import Row, markdown, row
 from hpo_plugin.algorithm import SignCounts, hpo_loss
 from hpo_plugin.glue.config import HPOPolicyLossConfig
 from hpo_plugin.glue.losses import LOSSES
@@ -21,6 +21,9 @@ SIZES = ((2, 2048), (8, 2048), (32, 2048), (256, 2048))
 
 SHAPES = ((4096, 128), (64, 8192), (4, 131072))
 """512k tokens in other shapes."""
+
+NEXT_TO_NOTHING = (2, 8)
+"""So few tokens that what is left is the fixed cost of the calls."""
 
 ALPHA = 0.25
 Call = Callable[[], tuple[Tensor, Tensor]]
@@ -70,9 +73,9 @@ def check(ahpo: Call, inputs: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-6 * float(rest[1].abs().mean()))
 
 
-def run() -> list[dict]:
-    """Speed and memory of forward and backward for each size of a micro-batch, then the time of other shapes."""
-    rows = []
+def run() -> list[Row]:
+    """Speed and memory of forward and backward for each size of a micro-batch, then for other shapes; fixed costs."""
+    rows: list[Row] = []
     step = Step(counts=SignCounts(*torch.ones(3)), hysteresis="ahpo", alpha=ALPHA, metrics={})
     with use_step(step):
         for responses, tokens in (*SIZES, *SHAPES):
@@ -89,6 +92,10 @@ def run() -> list[dict]:
                 row(f"ahpo, {at}: faster than vanilla", seconds["vanilla"] / seconds["ahpo"], "times", at_least=2),
                 row(f"ahpo, {at}: memory over vanilla's", peak["ahpo"] / peak["vanilla"], "of it", at_most=1 / 3),
             ]
+        inputs = batch(*NEXT_TO_NOTHING)
+        seconds = medians({name: forward_and_backward(name, inputs) for name in ("ahpo", *REFERENCES)}, seconds=2)
+        at = f"{NEXT_TO_NOTHING[0]} x {NEXT_TO_NOTHING[1]}"
+        rows += [row(f"limit: fixed cost of {name}, {at}", value * 1e3, "ms") for name, value in seconds.items()]
     return rows
 
 
