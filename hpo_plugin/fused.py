@@ -13,10 +13,11 @@ batch's size. Two things make one pass enough.
     \frac{\partial s_i}{\partial \log\pi_{it}} = u_{it}\; r A \; [S = r A] \; [|x| \le 20]
 
 (:math:`\min(cA, 0)` is the dual clip: it bounds negative advantages, and 0 never binds for the others). So the forward
-pass writes this one tensor, and the backward pass multiplies it with the gradient of :math:`s_i`.
+pass writes this one tensor. The backward pass multiplies it with a number a response, :math:`-k w_i`, where the loss is
+:math:`-k \sum_i w_i s_i`.
 
-*Everything after it is a number a response.* The weight :math:`w_i`, the mean over tokens and the metrics need only
-sums over a response's tokens, so they stay plain tensor code on (N,) tensors, where the sums are used.
+*Everything else is a number a response.* The weight :math:`w_i` and the metrics need only sums over its tokens: plain
+tensor code on (N,) tensors.
 
 On a CPU the pass goes over blocks of rows that fit the cache, in buffers that are used again for each block.
 """
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from hpo_plugin import algorithm
 
-__all__ = ["SurrogateSums", "responses_with_tokens", "spread_over_tokens", "surrogate_sums"]
+__all__ = ["SurrogateSums", "hysteretic_loss", "responses_with_tokens", "spread_over_tokens"]
 
 BLOCK_PER_THREAD = 65536
 """Elements: few enough that a block stays in the cache, and so many that threads, which wait for each other after every
@@ -42,17 +43,20 @@ BLOCK_ON_ACCELERATOR = 1 << 22
 
 
 class SurrogateSums(NamedTuple):
-    """What :func:`surrogate_sums` returns: sums over each response's tokens, (N,) of one floating-point dtype."""
+    """What a loss is made of, for metrics: (N,) of one floating-point dtype, without gradients."""
+
+    weight: Tensor
+    """w_i, :func:`~hpo_plugin.algorithm.hysteretic_weights`."""
 
     objective: Tensor
-    """s_i: the negative of :attr:`~hpo_plugin.algorithm.ClippedSurrogate.loss`, times the token weights; before the
-    hysteretic weights. The only field with a gradient."""
+    """s_i: the negative of :attr:`~hpo_plugin.algorithm.ClippedSurrogate.loss` times the token weights, summed over the
+    response's tokens; before the hysteretic weight."""
 
     sign: Tensor
     """:func:`~hpo_plugin.algorithm.response_signs`."""
 
     log_ratio: Tensor
-    """log r, clamped to ±20."""
+    """log r, clamped to ±20, summed over the response's tokens."""
 
     clipped: Tensor
     """How many tokens the clip of the ratio decides."""
@@ -61,35 +65,40 @@ class SurrogateSums(NamedTuple):
     """How many tokens the dual clip decides."""
 
 
-def surrogate_sums(
+def hysteretic_loss(
     log_prob: Tensor,
     old_log_prob: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
     *,
+    alpha: float,
+    scale: float | Tensor,
     clip_low: float,
     clip_high: float,
     clip_dual: float | None = 3.0,
     token_weights: Tensor | None = None,
-) -> SurrogateSums:
-    """:func:`~hpo_plugin.algorithm.clipped_surrogate` of every token, summed over each response.
+) -> tuple[Tensor, SurrogateSums]:
+    """−k Σ_i w_i Σ_t of :func:`~hpo_plugin.algorithm.clipped_surrogate`: HPO's loss, for k = 1 / tokens of the batch.
 
-    Differentiable in ``log_prob``, once. If another input requires a gradient, or the device is unknown to this module,
-    the sums are those of :func:`plain_surrogate_sums`. Where a ratio lies exactly on the dual clip the gradient is that
-    of the ratio; autograd halves it there.
+    Differentiable in ``log_prob``, once. If another input requires a gradient, the loss is that of
+    :func:`plain_hysteretic_loss`. Where a ratio lies exactly on the dual clip the gradient is that of the ratio;
+    autograd halves it there.
 
     Args:
         log_prob: (N, T) floating point, log-probabilities under the current policy; differentiated.
         old_log_prob: (N, T) floating point, log-probabilities under the old policy.
         advantages: (N, T) or (N, 1) floating point, *unweighted*.
         response_mask: (N, T) bool or number; what stands where it is 0 is never used, not even a NaN.
+        alpha: α in [0, 1].
+        scale: k, a number or a 0-d tensor.
         clip_low: ε_lo, in [0, 1].
         clip_high: ε_hi ≥ 0.
         clip_dual: c > 1, or None: no dual clip.
         token_weights: (N, T) floating point, u (verl's ``rollout_is_weights``); 1 if None.
 
     Returns:
-        :class:`SurrogateSums`, fp32 (fp64 if any input is); half precision is computed in fp32.
+        ``(loss, sums)``: 0-d, and :class:`SurrogateSums`; fp32 (fp64 if any input is); half precision is computed in
+        fp32.
 
     Raises:
         ValueError: if ``log_prob`` is not (N, T) or another input's shape does not fit it.
@@ -106,52 +115,58 @@ def surrogate_sums(
             f"{[tuple(x.shape) for x in (log_prob, old_log_prob, response_mask, *others)]}"
         )
     mask = response_mask.bool()
-    clips = (clip_low, clip_high, clip_dual)
+    settings = (alpha, scale, clip_low, clip_high, clip_dual)
     grad = torch.is_grad_enabled()
     if grad and any(x.requires_grad for x in (old_log_prob, *others)):
-        return plain_surrogate_sums(log_prob, old_log_prob, advantages, mask, *clips, token_weights)
+        return plain_hysteretic_loss(log_prob, old_log_prob, advantages, mask, token_weights, *settings)
     if advantages.shape != shape:
         advantages = advantages.expand(shape)
     if token_weights is not None:
         token_weights = token_weights.expand(shape)
-    inputs = (log_prob, old_log_prob, advantages, mask, token_weights, *clips)
+    inputs = (log_prob, old_log_prob, advantages, mask, token_weights, *settings)
     if grad and log_prob.requires_grad:
-        objective, statistics = _SurrogateSums.apply(*inputs)  # type: ignore[no-untyped-call]
+        loss, *sums = _HystereticLoss.apply(*inputs)  # type: ignore[no-untyped-call]
     else:
-        objective, statistics = _one_pass(*inputs, slope=None)
-    return SurrogateSums(objective, *statistics.unbind())
+        loss, _, sums = _loss(*inputs, slope=None)
+    return loss, SurrogateSums(*sums)
 
 
-def plain_surrogate_sums(
+def plain_hysteretic_loss(
     log_prob: Tensor,
     old_log_prob: Tensor,
     advantages: Tensor,
     mask: Tensor,
+    token_weights: Tensor | None,
+    alpha: float,
+    scale: float | Tensor,
     clip_low: float,
     clip_high: float,
     clip_dual: float | None,
-    token_weights: Tensor | None,
-) -> SurrogateSums:
-    """The definition of :func:`surrogate_sums`, with autograd: what it is tested against."""
+) -> tuple[Tensor, SurrogateSums]:
+    """The definition of :func:`hysteretic_loss`, with autograd: what it is tested against."""
     surrogate = algorithm.clipped_surrogate(
         log_prob, old_log_prob, advantages, clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual
     )
-    loss = surrogate.loss if token_weights is None else surrogate.loss * token_weights
+    losses = surrogate.loss if token_weights is None else surrogate.loss * token_weights
 
     def over_tokens(x: Tensor) -> Tensor:
-        return torch.where(mask, x, 0).sum(dim=-1).to(loss.dtype)
+        return torch.where(mask, x, 0).sum(dim=-1).to(losses.dtype)
 
-    return SurrogateSums(
-        objective=-over_tokens(loss),
-        sign=algorithm.response_signs(advantages, mask).to(loss.dtype),
+    objective = -over_tokens(losses)
+    sign = algorithm.response_signs(advantages, mask).to(losses.dtype)
+    weight = algorithm.hysteretic_weights(sign, alpha)
+    return -scale * torch.dot(weight, objective), SurrogateSums(
+        weight=weight.detach(),
+        objective=objective.detach(),
+        sign=sign.detach(),
         log_ratio=over_tokens(surrogate.log_ratio.detach()),
         clipped=over_tokens(surrogate.clipped),
         dual_clipped=over_tokens(surrogate.dual_clipped),
     )
 
 
-class _SurrogateSums(torch.autograd.Function):
-    """Gives :func:`_one_pass` its gradient: keeps ∂s/∂ log π, one (N, T) tensor, and multiplies with it."""
+class _HystereticLoss(torch.autograd.Function):
+    """Gives :func:`_loss` its gradient: keeps ∂s/∂ log π, one (N, T) tensor, and the factor of each response."""
 
     @staticmethod
     def forward(
@@ -161,24 +176,43 @@ class _SurrogateSums(torch.autograd.Function):
         advantages: Tensor,
         mask: Tensor,
         token_weights: Tensor | None,
-        clip_low: float,
-        clip_high: float,
-        clip_dual: float | None,
-    ) -> tuple[Tensor, Tensor]:
+        *settings: Any,
+    ) -> tuple[Tensor, ...]:
         slope = torch.empty_like(log_prob, dtype=_dtype(log_prob, old_log_prob, advantages, token_weights))
-        objective, statistics = _one_pass(
-            log_prob, old_log_prob, advantages, mask, token_weights, clip_low, clip_high, clip_dual, slope=slope
-        )
-        ctx.save_for_backward(slope)
+        loss, factor, sums = _loss(log_prob, old_log_prob, advantages, mask, token_weights, *settings, slope=slope)
+        ctx.save_for_backward(slope, factor)
         ctx.dtype = log_prob.dtype
-        ctx.mark_non_differentiable(statistics)
-        return objective, statistics
+        ctx.mark_non_differentiable(*sums)
+        # The sums have no gradients: no zeros are made for them.
+        ctx.set_materialize_grads(False)
+        return loss, *sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return (slope * grad_objective.unsqueeze(-1)).to(ctx.dtype), *[None] * 7
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 10
+        slope, factor = ctx.saved_tensors
+        return (slope * (factor * grad_loss).unsqueeze(-1)).to(ctx.dtype), *[None] * 9
+
+
+def _loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    token_weights: Tensor | None,
+    alpha: float,
+    scale: float | Tensor,
+    *clips: Any,
+    slope: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The loss, ∂loss/∂s_i (N,), and the fields of :class:`SurrogateSums`; writes ∂s/∂ log π to ``slope`` (N, T)."""
+    sums = _one_pass(log_prob, old_log_prob, advantages, mask, token_weights, *clips, slope=slope)
+    objective, sign, *_ = sums
+    weight = algorithm.hysteretic_weights(sign, alpha)
+    factor = weight * -scale
+    return torch.dot(factor, objective), factor, (weight, *sums)
 
 
 def _one_pass(
@@ -192,8 +226,8 @@ def _one_pass(
     clip_dual: float | None,
     *,
     slope: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """S (N,) and the other fields (4, N) of :class:`SurrogateSums`; writes ∂s/∂ log π to ``slope`` (N, T)."""
+) -> tuple[Tensor, ...]:
+    """The fields of :class:`SurrogateSums` but the first; writes ∂s/∂ log π to ``slope`` (N, T)."""
     dtype, device = _dtype(log_prob, old_log_prob, advantages, token_weights), log_prob.device
     n, t = log_prob.shape
     width = max(min(t, _block_size(device)), 1)
@@ -246,7 +280,7 @@ def _one_pass(
     total = sums.sum(dim=0) if len(sums) > 1 else sums[0]
     total[1].sign_()
     total[3].sub_(total[4])
-    return total[0], total[1:]
+    return total.unbind()
 
 
 def _dtype(*tensors: Tensor | None) -> torch.dtype:

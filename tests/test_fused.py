@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpo_plugin import fused
-from hpo_plugin.algorithm import hpo_loss, hysteretic_weights
-from hpo_plugin.fused import plain_surrogate_sums, responses_with_tokens, spread_over_tokens, surrogate_sums
+from hpo_plugin.algorithm import hpo_loss
+from hpo_plugin.fused import hysteretic_loss, plain_hysteretic_loss, responses_with_tokens, spread_over_tokens
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2, "clip_dual": 3.0}
+SETTINGS = {"alpha": 0.5, "scale": 0.25, **CLIP}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
@@ -46,24 +47,31 @@ def cases(draw):
     return (old.double() + matrix(log_ratios)).to(dtype), old, advantages, mask, (low, high, dual), weights
 
 
-@given(cases(), st.sampled_from([1, 2, 7, 1 << 20]))
+@given(
+    cases(),
+    st.sampled_from([1, 2, 7, 1 << 20]),
+    st.sampled_from([0.0, 0.25, 1.0]),
+    st.sampled_from([2.0, torch.tensor(0.125)]),
+)
 @settings(max_examples=400, deadline=None)
-def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block):
+def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block, alpha, k):
     log_prob, old, advantages, mask, clips, weights = case
     tolerance = TOLERANCE[torch.promote_types(log_prob.dtype, torch.float32)]
     ours, theirs = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
     with blocks_of(block):
-        sums = surrogate_sums(
+        loss, sums = hysteretic_loss(
             ours,
             old,
             advantages,
             mask,
+            alpha=alpha,
+            scale=k,
             clip_low=clips[0],
             clip_high=clips[1],
             clip_dual=clips[2],
             token_weights=weights,
         )
-    expected = plain_surrogate_sums(theirs, old, advantages, mask, *clips, weights)
+    expected_loss, expected = plain_hysteretic_loss(theirs, old, advantages, mask, weights, alpha, k, *clips)
 
     def magnitude(x):
         return torch.where(mask, x.detach().to(sums.objective.dtype).abs(), 0)
@@ -75,6 +83,11 @@ def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block
     assert ((sums.objective - expected.objective).abs() <= tolerance * scale).all()
     assert ((sums.log_ratio - expected.log_ratio).abs() <= tolerance * magnitude(log_ratio).sum(dim=1)).all()
     assert torch.equal(sums.sign, expected.sign)
+    assert torch.equal(sums.weight, expected.weight)
+    assert sums.weight.tolist() == [alpha if sign < 0 else 1 for sign in sums.sign.tolist()]
+    assert loss.shape == ()
+    assert loss.dtype == expected_loss.dtype
+    assert abs(loss - expected_loss) <= tolerance * k * scale.sum()
 
     # On a kink, exp() of one and the same number may round to either side of it, and autograd halves the gradient.
     low, high, dual = clips
@@ -83,14 +96,15 @@ def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block
     for count in ("clipped", "dual_clipped"):
         assert ((getattr(sums, count) - getattr(expected, count)).abs() <= kink.sum(dim=1)).all()
 
-    upstream = torch.linspace(-1.5, 2.0, len(log_prob), dtype=sums.objective.dtype)
-    (sums.objective * upstream).sum().backward()
-    (expected.objective * upstream).sum().backward()
+    (loss * -1.5).backward()
+    (expected_loss * -1.5).backward()
     assert ours.grad.dtype == log_prob.dtype
     torch.testing.assert_close(
         ours.grad[~kink], theirs.grad[~kink], rtol=TOLERANCE[log_prob.dtype], atol=torch.finfo(log_prob.dtype).tiny
     )
-    full = (log_ratio.exp() * advantages * (1 if weights is None else weights) * upstream.unsqueeze(1))[kink]
+    full = (1.5 * k * sums.weight.unsqueeze(1) * log_ratio.exp() * advantages * (1 if weights is None else weights))[
+        kink
+    ]
     between = ours.grad[kink].double() * full.sign()
     assert (between >= 0).all()
     largest = full.abs().to(log_prob.dtype).double()
@@ -110,7 +124,7 @@ def test_gradient_equals_finite_differences(block, weighted):
     log_prob = (old + ratios.double().log()).requires_grad_()
 
     def loss(x):
-        return surrogate_sums(x, old, advantages, mask, token_weights=weights, **CLIP).objective
+        return hysteretic_loss(x, old, advantages, mask, token_weights=weights, **SETTINGS)[0]
 
     with blocks_of(block):
         assert torch.autograd.gradcheck(loss, (log_prob,))
@@ -124,11 +138,10 @@ def batch(n=6, t=8, dtype=torch.float32):
     return log_prob, old, torch.randn(n, 1, generator=generator, dtype=dtype) * mask, mask
 
 
-def test_weighted_and_averaged_it_is_the_loss_of_the_paper():
+def test_over_the_number_of_tokens_it_is_the_loss_of_the_paper():
     log_prob, old, advantages, mask = batch()
     ours, theirs = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
-    sums = surrogate_sums(ours, old, advantages, mask, **CLIP)
-    loss = -(hysteretic_weights(sums.sign, 0.3) * sums.objective).sum() / mask.sum()
+    loss, _ = hysteretic_loss(ours, old, advantages, mask, alpha=0.3, scale=1 / mask.sum(), **CLIP)
     expected = hpo_loss(theirs, old, advantages, mask, alpha=0.3)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     loss.backward()
@@ -142,11 +155,11 @@ def test_what_stands_outside_of_the_mask_is_never_used(garbage):
     weights = torch.ones_like(old)
     spoiled = [torch.where(mask, x, garbage) for x in (log_prob, old, advantages, weights)]
     clean, dirty = log_prob.clone().requires_grad_(), spoiled[0].requires_grad_()
-    expected = surrogate_sums(clean, old, advantages, mask, **CLIP)
-    sums = surrogate_sums(dirty, *spoiled[1:3], mask, token_weights=spoiled[3], **CLIP)
-    assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
-    sums.objective.sum().backward()
-    expected.objective.sum().backward()
+    expected, expected_sums = hysteretic_loss(clean, old, advantages, mask, **SETTINGS)
+    loss, sums = hysteretic_loss(dirty, *spoiled[1:3], mask, token_weights=spoiled[3], **SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip((loss, *sums), (expected, *expected_sums), strict=True))
+    loss.backward()
+    expected.backward()
     assert torch.equal(dirty.grad, clean.grad)
 
 
@@ -154,9 +167,10 @@ def test_a_nan_inside_of_the_mask_reaches_loss_and_gradient():
     log_prob, old, advantages, mask = batch()
     log_prob[1, 0] = math.nan
     log_prob.requires_grad_()
-    loss = surrogate_sums(log_prob, old, advantages, mask, **CLIP).objective
-    loss.sum().backward()
-    assert loss.isnan().nonzero().tolist() == [[1]]
+    loss, sums = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)
+    loss.backward()
+    assert loss.isnan()
+    assert sums.objective.isnan().nonzero().tolist() == [[1]]
     assert log_prob.grad.isnan().nonzero().tolist() == [[1, 0]]
 
 
@@ -164,21 +178,22 @@ def test_a_nan_inside_of_the_mask_reaches_loss_and_gradient():
 def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(context):
     log_prob, old, advantages, mask = batch()
     log_prob.requires_grad_()
-    expected = surrogate_sums(log_prob, old, advantages, mask, **CLIP)
+    expected, expected_sums = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)
     with context(), mock.patch.object(fused.torch, "empty_like", side_effect=AssertionError("nothing to keep")):
-        sums = surrogate_sums(log_prob, old, advantages, mask, **CLIP)
-    assert not sums.objective.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
-    assert [name for name, x in expected._asdict().items() if x.requires_grad] == ["objective"]
+        loss, sums = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)
+    assert not loss.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip((loss, *sums), (expected, *expected_sums), strict=True))
+    assert expected.requires_grad
+    assert not any(x.requires_grad for x in expected_sums)
 
 
-def test_one_tensor_is_kept_for_the_backward_pass_and_it_can_run_twice():
+def test_one_tensor_of_tokens_is_kept_for_the_backward_pass_and_it_can_run_twice():
     log_prob, old, advantages, mask = batch()
     log_prob.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        loss = surrogate_sums(log_prob, old, advantages, mask, **CLIP).objective.sum()
-    assert kept == [log_prob.shape]
+        loss, _ = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)
+    assert kept == [log_prob.shape, log_prob.shape[:1]]
     loss.backward(retain_graph=True)
     first = log_prob.grad.clone()
     loss.backward()
@@ -188,7 +203,7 @@ def test_one_tensor_is_kept_for_the_backward_pass_and_it_can_run_twice():
 def test_a_second_derivative_is_refused():
     log_prob, old, advantages, mask = batch()
     log_prob.requires_grad_()
-    loss = surrogate_sums(log_prob, old, advantages, mask, **CLIP).objective.square().sum()
+    loss = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)[0].square()
     (first,) = torch.autograd.grad(loss, log_prob, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -200,8 +215,8 @@ def test_a_gradient_of_another_input_comes_from_the_definition(which):
     for inputs in (ours, theirs):
         inputs[0].requires_grad_()
         inputs[which].requires_grad_()
-    surrogate_sums(*ours, **CLIP).objective.sum().backward()
-    plain_surrogate_sums(*theirs, 0.2, 0.2, 3.0, None).objective.sum().backward()
+    hysteretic_loss(*ours, **SETTINGS)[0].backward()
+    plain_hysteretic_loss(*theirs, None, *SETTINGS.values())[0].backward()
     for i in (0, which):
         torch.testing.assert_close(ours[i].grad, theirs[i].grad)
         assert ours[i].grad.abs().max() > 0
@@ -209,12 +224,13 @@ def test_a_gradient_of_another_input_comes_from_the_definition(which):
 
 def test_tensors_that_are_not_contiguous_give_the_same():
     inputs = batch()
-    expected = surrogate_sums(*inputs, **CLIP)
+    loss, sums = hysteretic_loss(*inputs, **SETTINGS)
     strided = [torch.stack([x, x], dim=-1)[..., 0].t().contiguous().t() for x in inputs]
     assert not strided[0].is_contiguous()
     with blocks_of(16):
-        for ours, theirs in zip(surrogate_sums(*strided, **CLIP), expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        other, others = hysteretic_loss(*strided, **SETTINGS)
+    for ours, theirs in zip((other, *others), (loss, *sums), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -222,7 +238,7 @@ def test_a_shape_that_does_not_fit_is_refused(at):
     inputs = list(batch())
     inputs[at] = inputs[at][:, :-1]
     with pytest.raises(ValueError, match=r"\(N, T\)"):
-        surrogate_sums(*inputs, **CLIP)
+        hysteretic_loss(*inputs, **SETTINGS)
 
 
 # Advantages over tokens -----------------------------------------------------------------------------------------------
@@ -259,6 +275,6 @@ def test_no_temporary_has_the_size_of_the_batch():
     with blocks_of(block):
         assert allocated(spread_over_tokens, torch.ones(n), mask.long()) <= whole + small
         assert allocated(responses_with_tokens, torch.zeros(n, t, dtype=torch.int64)) <= 8 * block + 100 * n
-        assert allocated(lambda: surrogate_sums(log_prob, old, advantages, mask, **CLIP)) <= small
+        assert allocated(lambda: hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)) <= small
         log_prob.requires_grad_()
-        assert allocated(lambda: surrogate_sums(log_prob, old, advantages, mask, **CLIP)) <= whole + small
+        assert allocated(lambda: hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)) <= whole + small

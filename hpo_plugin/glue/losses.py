@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpo_plugin import algorithm, fused
+from hpo_plugin import fused
 from hpo_plugin.glue import arms
 from hpo_plugin.glue.step import LOSS_SUMS, StepError, current_step, loss_metrics
 
@@ -57,25 +57,23 @@ def _policy_loss(
         raise arms.ConfigError(
             f"{arms.KEY_LOSS_MODE}={name} needs {arms.KEY_AGGREGATION}={arms.MEAN_LENGTH}, got {loss_agg_mode}"
         )
-    sums = fused.surrogate_sums(
+    tokens = torch.count_nonzero(response_mask)
+    loss, sums = fused.hysteretic_loss(
         log_prob,
         old_log_prob,
         advantages,
         response_mask,
+        alpha=alpha,
+        scale=_token_share(tokens, **config.global_batch_info),
         clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
         clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
         clip_dual=config.clip_ratio_c,
         token_weights=rollout_is_weights,
     )
-    tokens = torch.count_nonzero(response_mask)
-    weights = algorithm.hysteretic_weights(sums.sign, alpha)
-    loss = torch.dot(weights * -_token_share(tokens, **config.global_batch_info), sums.objective)
-
-    with torch.no_grad():
-        losses = sums.objective * -weights
-        positive, negative = losses * (sums.sign > 0), losses * (sums.sign < 0)
-        of_responses = [positive, negative, sums.clipped, sums.dual_clipped, -sums.log_ratio]
-        batch_sums = torch.cat([tokens.unsqueeze(0), torch.stack(of_responses).sum(dim=1)])
+    losses = sums.objective * -sums.weight
+    positive, negative = losses * (sums.sign > 0), losses * (sums.sign < 0)
+    of_responses = [positive, negative, sums.clipped, sums.dual_clipped, -sums.log_ratio]
+    batch_sums = torch.cat([tokens.unsqueeze(0), torch.stack(of_responses).sum(dim=1)])
     step = current_step()
     if step is not None:
         # The worker reports them once, over the whole step: verl would average micro-batches of unequal size.
