@@ -25,10 +25,11 @@ from rich.console import Console
 
 from benchmarks._table import Row, markdown, row
 from hpo_plugin.cli._cluster import SLOW_START
-from hpo_plugin.cli._laptop import ENVIRONMENT, LOG_ENVIRONMENT, Inputs, failure, prepare_countdown_run, why
-from hpo_plugin.cli._quickstart import ARM_NAMES, STARTS, training_overrides
+from hpo_plugin.cli._laptop import ENVIRONMENT, Inputs, prepare_countdown_run
+from hpo_plugin.cli._quickstart import ARM_NAMES, training_overrides
 from hpo_plugin.cli._runs import Request, Run
 from hpo_plugin.cli._trainer import Trainer
+from hpo_plugin.cli._training import LOG_ENVIRONMENT, STARTS, failure, why
 from hpo_plugin.cli._verl_log import Metrics, Rows, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,7 @@ def train(arm: str, inputs: Inputs, folder: Path) -> Rows:
         The metrics of every step.
 
     Raises:
-        QuickstartError: It failed; its log is shown.
+        TrainingError: It failed; its log is shown.
     """
     asked = request(arm)
     overrides = [

@@ -6,7 +6,6 @@ import json
 import random
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +20,8 @@ from hpo_plugin.cli._checks import compose
 from hpo_plugin.cli._progress import stage_bars
 from hpo_plugin.cli._runs import Request, Run
 from hpo_plugin.cli._trainer import StalledError, Trainer
-from hpo_plugin.cli._verl_log import MetricsFile, failure_cause, plain_lines
+from hpo_plugin.cli._training import LOG_ENVIRONMENT, TrainingError, failure, python_for_shell, why
+from hpo_plugin.cli._verl_log import MetricsFile
 from hpo_plugin.tasks._files import atomic_write, sha256_of_file
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 #: What a trainer's environment needs. verl reads it in every process; Ray hands it on.
 ENVIRONMENT = {"VERL_PLATFORM": "cpu"}
-#: For its log: the whole traceback, and lines as they are printed.
-LOG_ENVIRONMENT = {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
-TAIL_LINES = 15
 
 #: Countdown: three numbers up to 12, within reach of a model of 200,000 parameters.
 MAX_NUMBER = 12
@@ -59,10 +56,6 @@ ONE_RANK = {
 }
 #: Seconds without a step after which the SFT stage is given up.
 SFT_STALL = 600.0
-
-
-class QuickstartError(RuntimeError):
-    """What went wrong, and what to do, for a person to read."""
 
 
 @dataclass(frozen=True)
@@ -99,34 +92,6 @@ def note(console: Console, label: str, text: str) -> None:
     """Print one line of the quickstart's preamble."""
     line = Text(f"{label:<9}", style="dim")
     console.print(line.append(text, style="default"))
-
-
-def python_for_shell() -> str:
-    """How the shell names this interpreter: ``python`` only where its environment is active."""
-    found, own = shutil.which("python"), Path(sys.executable)
-    if found is not None and Path(found).parent == own.parent:
-        return "python"
-    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
-
-
-def why(status: int) -> str:
-    """Say how a trainer ended that should not have."""
-    if status < 0:
-        killed = " (often: out of memory)" if -status == signal.SIGKILL else ""
-        return f"The trainer was ended by {signal.Signals(-status).name}{killed}."
-    return f"The trainer failed (exit status {status})."
-
-
-def failure(log: Path, what: str, advice: str) -> QuickstartError:
-    """Return the error for a trainer that failed, with the cause and the end of its log."""
-    lines = [line for line in plain_lines(log.read_text(encoding="utf-8", errors="replace")) if line]
-    cause = failure_cause(lines)
-    parts = [what]
-    if cause:
-        parts.append(f"Cause: {cause}")
-    parts += [f"The end of {log}:", *(f"  {line[:300]}" for line in lines[-TAIL_LINES:])]
-    parts.append(advice)
-    return QuickstartError("\n".join(parts))
 
 
 def _state(written: bool) -> str:
@@ -194,7 +159,7 @@ def prepare_telelogs_run(run: Run, request: Request, output: Path, console: Cons
         console: Where to show progress.
 
     Raises:
-        QuickstartError: The SFT trainer failed.
+        TrainingError: The SFT trainer failed.
         ValueError: The request cannot be met.
         OSError: The directory cannot be written, or holds something else.
     """
@@ -321,13 +286,13 @@ def _run_sft(work: Path, files: Mapping[str, Path], seed: int, run: Run, console
     note(console, "", f"verl's SFT trainer runs first; log: {log}")
     config, finding = compose(SFT_CONFIG_NAME, [])
     if config is None:
-        raise QuickstartError(finding.found)
+        raise TrainingError(finding.found)
     total = SFT_EPOCHS * (len(rows) // config.data.train_batch_size)
     losses: dict[int, float] = {}
     advice = "The same command trains it again."
     with (
         stage_bars(console, transient=True) as show,
-        Trainer([sys.executable, *command], environment, log=log, record=run.directory / "processes.json") as trainer,
+        Trainer([sys.executable, *command], environment, log=log, record=run.processes) as trainer,
     ):
 
         def look() -> bool:

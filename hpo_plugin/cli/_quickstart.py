@@ -9,27 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from hpo_plugin.cli._cluster import SLOW_START
-from hpo_plugin.cli._laptop import (
-    ENVIRONMENT,
-    LAPTOP_TASKS,
-    LOG_ENVIRONMENT,
-    Inputs,
-    QuickstartError,
-    failure,
-    note,
-    python_for_shell,
-    why,
-)
+from hpo_plugin.cli._laptop import ENVIRONMENT, LAPTOP_TASKS, Inputs, note
 from hpo_plugin.cli._runs import Attempt, Request, Run, RunBusyError, choose_run
-from hpo_plugin.cli._trainer import StalledError, Trainer, end_leftovers, signal_handlers_kept
+from hpo_plugin.cli._trainer import end_leftovers, signal_handlers_kept
+from hpo_plugin.cli._training import Training, TrainingError, train, trainer_command, write_metrics
 from hpo_plugin.cli._verl_log import (
     MetricsFile,
     Rows,
@@ -39,15 +29,8 @@ from hpo_plugin.cli._verl_log import (
     step_views,
 )
 
-if TYPE_CHECKING:
-    pass
-
-#: Steps between checkpoints: an interruption costs at most so many.
-SAVE_EVERY = 10
 #: Evaluations, besides the one before training.
 EVALUATIONS = 3
-#: Starts of the trainer before giving up where Ray is too slow to come up.
-STARTS = 3
 PICTURE_NAME = "curves.png"
 
 ARM_NAMES = {
@@ -76,7 +59,7 @@ def run_quickstart(request: Request, output: Path, *, new: bool, stall: float, c
         The finished run.
 
     Raises:
-        QuickstartError: It could not be finished.
+        TrainingError: It could not be finished.
         KeyboardInterrupt: Interrupted; nothing of the run is left running.
     """
     begin = time.monotonic()
@@ -89,7 +72,7 @@ def run_quickstart(request: Request, output: Path, *, new: bool, stall: float, c
         run, resumed = choose_run(output, request, new=new)
         with run.locked():
             note(console, "run", f"{run.directory}{' (goes on)' if resumed else ''}")
-            left = end_leftovers(run.directory / "processes.json")
+            left = end_leftovers(run.processes)
             if left:
                 note(console, "", f"ended {left} processes that an earlier call had left running")
             inputs = task.prepare(run, request, output, console)
@@ -97,7 +80,7 @@ def run_quickstart(request: Request, output: Path, *, new: bool, stall: float, c
             _train(run, request, inputs, stall=stall, console=console)
             _finish(run, request, inputs, seconds=time.monotonic() - begin, console=console)
     except (RunBusyError, OSError, ValueError) as error:
-        raise QuickstartError(f"{type(error).__name__}: {error}") from error
+        raise TrainingError(f"{type(error).__name__}: {error}") from error
     return run
 
 
@@ -116,7 +99,7 @@ def _check(run: Run, request: Request, inputs: Inputs, console: Console) -> None
         report = run_checks(request.config_name, training_overrides(request, inputs))
     if not report.ok:
         report.show(console)
-        raise QuickstartError("The checks failed. What to do stands beside each of them.")
+        raise TrainingError("The checks failed. What to do stands beside each of them.")
     note(console, "check", f"{report.summary}; `hpo-plugin check` shows them")
 
 
@@ -154,31 +137,6 @@ def training_overrides(request: Request, inputs: Inputs) -> list[str]:
     ]
 
 
-def bookkeeping_overrides(run: Run, attempt: Attempt, request: Request) -> list[str]:
-    """Where this run's log, config copy and checkpoints go, and where it goes on; nothing that changes the training."""
-    overrides = [
-        "trainer.logger=[console,file]",
-        f"trainer.experiment_name={run.directory.name}",
-        f"trainer.default_local_dir={run.checkpoints.resolve()}",
-        f"trainer.save_freq={min(SAVE_EVERY, request.steps)}",
-        f"hydra.run.dir={attempt.directory.resolve() / 'hydra'}",
-    ]
-    if attempt.resumed_from is None:
-        return [*overrides, "trainer.resume_mode=disable"]
-    return [
-        *overrides,
-        "trainer.resume_mode=resume_path",
-        f"trainer.resume_from_path={run.checkpoints.resolve() / f'global_step_{attempt.resumed_from}'}",
-        # The step it goes on from was evaluated, or was not due.
-        "trainer.val_before_train=False",
-    ]
-
-
-def trainer_command(config_name: str, overrides: list[str]) -> list[str]:
-    """The command for a shell in this directory, without its environment."""
-    return [python_for_shell(), "-m", "verl.trainer.main_ppo", f"--config-name={config_name}", *overrides]
-
-
 def equivalent_command(request: Request, inputs: Inputs) -> str:
     """A command to paste: the same training, logged on the screen, with no checkpoint."""
     environment = [f"{key}={value}" for key, value in ENVIRONMENT.items()]
@@ -187,52 +145,18 @@ def equivalent_command(request: Request, inputs: Inputs) -> str:
 
 
 def _train(run: Run, request: Request, inputs: Inputs, *, stall: float, console: Console) -> None:
-    rows = run.rows()
-    if all(step in rows for step in range(request.steps + 1)):
-        return
-    for left in reversed(range(STARTS)):
-        attempt, status = _train_once(run, request, inputs, stall=stall, console=console)
-        if status == 0 and request.steps in run.rows():
-            return
-        if not left or SLOW_START not in attempt.log.read_text(encoding="utf-8", errors="replace"):
-            raise _failure(attempt, why(status))
-        note(console, "", "Ray did not start within its 15 seconds, so the machine is busy; trying again")
+    training = Training(
+        config_name=request.config_name,
+        overrides=tuple(training_overrides(request, inputs)),
+        steps=request.steps,
+        environment=ENVIRONMENT,
+    )
 
+    def screen(attempt: Attempt) -> _Screen:
+        console.print()
+        return _Screen(console, request, done=attempt.resumed_from or 0)
 
-def _train_once(run: Run, request: Request, inputs: Inputs, *, stall: float, console: Console) -> tuple[Attempt, int]:
-    """One process of verl's trainer; returns what it left and its exit status."""
-    resumed_from = run.resume_step()
-    attempt = run.new_attempt(resumed_from)
-    # A user's own overrides come last, so that they win.
-    overrides = [*bookkeeping_overrides(run, attempt, request), *training_overrides(request, inputs)]
-    environment = {**ENVIRONMENT, **LOG_ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(attempt.metrics.resolve())}
-    command = trainer_command(request.config_name, overrides)
-    shown = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in environment.items()), shlex.join(command)])
-    (attempt.directory / "command.sh").write_text(f"cd {shlex.quote(str(Path.cwd()))}\n{shown}\n", encoding="utf-8")
-    note(console, "log", str(attempt.log))
-    if resumed_from is not None:
-        note(console, "", f"goes on after step {resumed_from}, from its checkpoint")
-    console.print()
-    with (
-        _Screen(console, request, done=resumed_from or 0) as screen,
-        Trainer(
-            [sys.executable, *command[1:]], environment, log=attempt.log, record=run.directory / "processes.json"
-        ) as trainer,
-    ):
-        metrics = MetricsFile(attempt.metrics)
-
-        def look() -> bool:
-            return screen.show(metrics)
-
-        try:
-            status = trainer.follow(look, stall=stall)
-        except StalledError as error:
-            raise _failure(attempt, f"The trainer was ended: {error} (--stall).") from error
-    return attempt, status
-
-
-def _failure(attempt: Attempt, what: str) -> QuickstartError:
-    return failure(attempt.log, what, "The same command goes on from the last checkpoint.")
+    train(run, training, stall=stall, screen=screen, tell=lambda text: note(console, "", text))
 
 
 class _Screen:
@@ -316,10 +240,8 @@ def _duration(seconds: float) -> str:
 def _finish(run: Run, request: Request, inputs: Inputs, *, seconds: float, console: Console) -> None:
     from hpo_plugin.cli._plots import draw_curves, save_curves
 
+    write_metrics(run, request.steps)
     rows = run.rows()
-    missing = [step for step in range(request.steps + 1) if step not in rows]
-    if missing:
-        raise QuickstartError(f"{run.directory}: the metrics of step {missing[0]} are missing")
     name = ARM_NAMES.get(request.policy_loss, request.policy_loss)
     save_curves(
         rows,
@@ -327,7 +249,6 @@ def _finish(run: Run, request: Request, inputs: Inputs, *, seconds: float, conso
         title=f"{request.config_name}, {name}, seed {request.seed}",
         n_test=request.n_test,
     )
-    _write_metrics(run.directory / "metrics.jsonl", rows)
     command = equivalent_command(request, inputs)
     result = summarize(rows, request.n_test)
     run.finish({"request": request.as_json(), **result, "command": command})
@@ -358,11 +279,11 @@ def summarize(rows: Rows, n_test: int) -> dict[str, Any]:
         ``training_seconds`` (evaluations not included), ``alpha`` (smallest, largest; None without hysteresis).
 
     Raises:
-        QuickstartError: The model was not evaluated before and after.
+        TrainingError: The model was not evaluated before and after.
     """
     tested, views = evaluations(rows), step_views(rows)
     if not tested or tested[0][0] != 0 or tested[-1][0] != views[-1].step:
-        raise QuickstartError(f"evaluations at steps {[step for step, _ in tested]}: before or after is missing")
+        raise TrainingError(f"evaluations at steps {[step for step, _ in tested]}: before or after is missing")
     before, after = tested[0][1], tested[-1][1]
     alphas = [view.alpha for view in views if view.alpha == view.alpha]
     return {
@@ -405,12 +326,3 @@ def _written_files(run: Run, steps: int) -> list[tuple[str, Path]]:
         "checkpoint": run.checkpoints / f"global_step_{steps}",
     }
     return [(name, path.relative_to(run.directory)) for name, path in paths.items()]
-
-
-def _write_metrics(path: Path, rows: Rows) -> None:
-    import json
-
-    from hpo_plugin.tasks._files import atomic_write
-
-    lines = [json.dumps({"step": step, "data": dict(metrics)}) for step, metrics in rows.items()]
-    atomic_write(path, ("\n".join(lines) + "\n").encode())

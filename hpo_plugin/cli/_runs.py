@@ -98,6 +98,11 @@ class Run:
         return self.directory / "checkpoints"
 
     @property
+    def processes(self) -> Path:
+        """Names the trainer's processes while it runs: for ``hpo_plugin.cli._trainer.end_leftovers``."""
+        return self.directory / "processes.json"
+
+    @property
     def finished(self) -> bool:
         """Whether the final table was written."""
         return (self.directory / "result.json").exists()
@@ -120,6 +125,11 @@ class Run:
     def rows(self) -> Rows:
         """The metrics of every completed step, each once."""
         return merge_attempts((attempt.resumed_from, read_rows(attempt.metrics)) for attempt in self.attempts())
+
+    def missing_steps(self, last: int) -> list[int]:
+        """The steps from 0, the evaluation before training, to the last one whose metrics are not logged."""
+        rows = self.rows()
+        return [step for step in range(last + 1) if step not in rows]
 
     def resume_step(self) -> int | None:
         """The newest checkpoint that is complete and whose steps are all logged.

@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -30,6 +31,29 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 class StalledError(RuntimeError):
     """The trainer made no progress for too long."""
+
+
+T = TypeVar("T")
+
+
+def drive(turns: Generator[None, None, T], interval: float = 0.2) -> T:
+    """Run a generator of turns to its end.
+
+    Args:
+        turns: Closed in any case.
+        interval: Seconds between two turns.
+
+    Returns:
+        What it returns.
+    """
+    with contextlib.closing(turns):
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+            time.sleep(interval)
 
 
 class Trainer:
@@ -85,6 +109,10 @@ class Trainer:
         Raises:
             StalledError: Nothing happened for ``stall`` seconds.
         """
+        return drive(self.turns(look, stall=stall), interval)
+
+    def turns(self, look: Callable[[], bool], *, stall: float) -> Generator[None, None, int]:
+        """Do what :meth:`follow` does, a look at a time: the caller waits as long as it likes in between."""
         last = time.monotonic()
         while True:
             status = self.exit_status
@@ -94,7 +122,7 @@ class Trainer:
                 return status
             if time.monotonic() - last > stall:
                 raise StalledError(f"no progress for {stall:g} seconds")
-            time.sleep(interval)
+            yield
 
     def stop(self) -> None:
         """End every process of the session: asked first, then killed."""

@@ -60,10 +60,11 @@ def quickstart(
 
     from rich.console import Console
 
-    from hpo_plugin.cli._laptop import LAPTOP_TASKS, QuickstartError
+    from hpo_plugin.cli._laptop import LAPTOP_TASKS
     from hpo_plugin.cli._quickstart import run_quickstart
     from hpo_plugin.cli._runs import Request
     from hpo_plugin.cli._trainer import interruptible
+    from hpo_plugin.cli._training import TrainingError
 
     request = Request(
         policy_loss=policy_loss,
@@ -78,7 +79,7 @@ def quickstart(
     try:
         with interruptible():
             run_quickstart(request, output, new=new, stall=stall, console=console)
-    except QuickstartError as error:
+    except TrainingError as error:
         console.print()
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None

@@ -12,8 +12,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hpo_plugin.cli import _laptop
-from hpo_plugin.cli._laptop import LAPTOP_TASKS, SFT_MANIFEST_NAME, QuickstartError, prepare_telelogs_run
+from hpo_plugin.cli._laptop import LAPTOP_TASKS, SFT_MANIFEST_NAME, prepare_telelogs_run
 from hpo_plugin.cli._runs import Request, choose_run
+from hpo_plugin.cli._training import TrainingError
 from hpo_plugin.cli.app import app
 
 pytest.importorskip("verl")
@@ -120,7 +121,7 @@ def test_a_failed_stage_leaves_no_model_and_says_why(tmp_path, console, small, m
     monkeypatch.setattr(_laptop, "SFT_CONFIG_NAME", "no_such_config")
     monkeypatch.setattr(_laptop, "compose", lambda name, overrides: (_Batch(), None))
     run, _ = choose_run(tmp_path, REQUEST)
-    with pytest.raises(QuickstartError, match="no_such_config"):
+    with pytest.raises(TrainingError, match="no_such_config"):
         prepare_telelogs_run(run, REQUEST, tmp_path, console)
     assert not list((tmp_path / "models").iterdir())
     assert not (run.directory / "processes.json").exists()

@@ -15,9 +15,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hpo_plugin.cli import _quickstart
-from hpo_plugin.cli._laptop import Inputs, QuickstartError
+from hpo_plugin.cli._laptop import Inputs
 from hpo_plugin.cli._quickstart import equivalent_command, summarize, training_overrides
 from hpo_plugin.cli._runs import Request, Run, choose_run
+from hpo_plugin.cli._training import Training, TrainingError, bookkeeping_overrides, trainer_command
 from hpo_plugin.cli._verl_log import MetricsFile
 from hpo_plugin.cli.app import app
 
@@ -53,7 +54,7 @@ def test_a_run_without_hysteresis_metrics_has_no_alpha():
 def test_success_before_and_after_must_both_have_been_measured(step):
     made = rows(4)
     del made[step]["val-core/countdown/reward/mean@1"]
-    with pytest.raises(QuickstartError, match="before or after is missing"):
+    with pytest.raises(TrainingError, match="before or after is missing"):
         summarize(made, n_test=512)
 
 
@@ -94,12 +95,12 @@ def test_the_printed_command_names_an_interpreter_that_the_users_shell_finds(tmp
     monkeypatch.setattr(sys, "executable", str(own))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert _quickstart.trainer_command("countdown_cpu", [])[0] == ".venv/bin/python"
+    assert trainer_command("countdown_cpu", [])[0] == ".venv/bin/python"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert _quickstart.trainer_command("countdown_cpu", [])[0] == str(own)
+    assert trainer_command("countdown_cpu", [])[0] == str(own)
     monkeypatch.setenv("PATH", str(own.parent))
-    assert _quickstart.trainer_command("countdown_cpu", [])[0] == "python"
+    assert trainer_command("countdown_cpu", [])[0] == "python"
 
 
 def test_the_overrides_compose_with_the_public_config_and_select_the_arm():
@@ -118,10 +119,11 @@ def run(tmp_path):
 
 
 def test_going_on_names_the_checkpoint_and_evaluates_nothing_twice(run):
-    first = _quickstart.bookkeeping_overrides(run, run.new_attempt(None), REQUEST)
+    training = Training("countdown_cpu", (), steps=60)
+    first = bookkeeping_overrides(run, run.new_attempt(None), training)
     assert "trainer.resume_mode=disable" in first
     assert "trainer.val_before_train=False" not in first
-    second = _quickstart.bookkeeping_overrides(run, run.new_attempt(20), REQUEST)
+    second = bookkeeping_overrides(run, run.new_attempt(20), training)
     assert f"trainer.resume_from_path={run.checkpoints / 'global_step_20'}" in second
     assert "trainer.val_before_train=False" in second
 
@@ -198,7 +200,7 @@ def test_ray_too_slow_to_start_is_started_again(run, install_trainer):
 def test_a_failure_shows_the_cause_and_the_end_of_the_log(run, install_trainer):
     install_trainer(FAKE_TRAINER)
     console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
-    with pytest.raises(QuickstartError) as caught:
+    with pytest.raises(TrainingError) as caught:
         _quickstart._train(run, REQUEST, INPUTS, stall=60, console=console)
     message = str(caught.value)
     assert "exit status 1" in message
