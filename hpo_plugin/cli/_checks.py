@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -86,6 +87,21 @@ def run_checks(
         report.findings += check_config(config)
     report.seconds = time.monotonic() - begin
     return report
+
+
+@contextmanager
+def stderr_to(path: Path) -> Iterator[None]:
+    """Send what Ray and verl print on standard error, from C++ too, to a file."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with path.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 # --- the installation ----------------------------------------------------------------------------------------------

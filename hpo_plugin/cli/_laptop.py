@@ -27,6 +27,9 @@ from hpo_plugin.tasks._files import atomic_write, sha256_of_file
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from hpo_plugin.cpu.start_model import StartModelConfig
+    from hpo_plugin.tasks.countdown import CountdownConfig
+
 #: What a trainer's environment needs. verl reads it in every process; Ray hands it on.
 ENVIRONMENT = {"VERL_PLATFORM": "cpu"}
 
@@ -114,36 +117,71 @@ def prepare_countdown_run(run: Run, request: Request, output: Path, console: Con
         ValueError: The request cannot be met.
         OSError: The directory cannot be written, or holds something else.
     """
-    from hpo_plugin.cpu.start_model import build_start_model
-    from hpo_plugin.tasks.countdown import CountdownConfig, generate_splits, prepare_countdown
+    from hpo_plugin.tasks.countdown import CountdownConfig
 
-    config = CountdownConfig(counts=(3,), max_number=MAX_NUMBER, seed=request.seed)
     key = f"countdown-seed{request.seed}-test{request.n_test}"
+    return make_countdown_inputs(
+        output / "data" / key,
+        output / "models" / key,
+        config=CountdownConfig(counts=(3,), max_number=MAX_NUMBER, seed=request.seed),
+        train_size=COUNTDOWN_TRAIN_SIZE,
+        test_size=request.n_test,
+        seed=request.seed,
+        console=console,
+    )
+
+
+def make_countdown_inputs(
+    data: Path,
+    model: Path,
+    *,
+    config: CountdownConfig,
+    train_size: int,
+    test_size: int,
+    seed: int,
+    console: Console,
+    start_model: StartModelConfig | None = None,
+) -> Inputs:
+    """Make problems and a start model in two directories, or find them there.
+
+    Args:
+        data: Directory of the problems.
+        model: Directory of the start model.
+        config: The problems.
+        train_size: Problems to train on.
+        test_size: Held-out problems.
+        seed: Of the start model.
+        console: Where to show progress.
+        start_model: The default is the quickstart's.
+
+    Raises:
+        ValueError: The problems or the model cannot be made.
+        OSError: A directory cannot be written, or holds something else.
+    """
+    from hpo_plugin.cpu.start_model import build_start_model
+    from hpo_plugin.tasks.countdown import generate_splits, prepare_countdown
+
     with stage_bars(console, transient=True) as progress:
-        data = prepare_countdown(
-            output / "data" / key,
-            config=config,
-            layout="terse",
-            train_size=COUNTDOWN_TRAIN_SIZE,
-            test_size=request.n_test,
-            progress=progress,
+        written = prepare_countdown(
+            data, config=config, layout="terse", train_size=train_size, test_size=test_size, progress=progress
         )
+    numbers = " or ".join(map(str, config.counts))
     note(
         console,
         "data",
-        f"3 numbers up to {MAX_NUMBER}: {COUNTDOWN_TRAIN_SIZE:,} problems to train on, {request.n_test} held out "
-        f"({_state(bool(data.publication.written))})",
+        f"{numbers} numbers up to {config.max_number}: {train_size:,} problems to train on, {test_size} held out "
+        f"({_state(bool(written.publication.written))})",
     )
     with stage_bars(console, transient=True) as progress:
-        train, test = generate_splits(config, COUNTDOWN_TRAIN_SIZE, request.n_test)
-        report = build_start_model(output / "models" / key, train, test, seed=request.seed, progress=progress)
+        train, test = generate_splits(config, train_size, test_size)
+        report = build_start_model(model, train, test, seed=seed, config=start_model, progress=progress)
     made = "already there" if report.reused else f"built in {report.seconds:.0f} s"
     note(
         console,
         "model",
         f"{report.parameters:,} parameters, {100 * report.sampled.correct:.1f} % of its samples are correct ({made})",
     )
-    return Inputs(data.train_file, data.test_file, report.directory)
+    return Inputs(written.train_file, written.test_file, report.directory)
 
 
 # --- TeleLogs ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,34 +87,19 @@ def run_quickstart(request: Request, output: Path, *, new: bool, stall: float, c
 
 
 def _check(run: Run, request: Request, inputs: Inputs, console: Console) -> None:
-    from hpo_plugin.cli._checks import run_checks
+    from hpo_plugin.cli._checks import run_checks, stderr_to
 
     with contextlib.ExitStack() as stack:
         if console.is_terminal:
             stack.enter_context(console.status("checking the installation and the config"))
         stack.enter_context(signal_handlers_kept())
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(_stderr_to(run.directory / "check.log"))
+        stack.enter_context(stderr_to(run.directory / "check.log"))
         report = run_checks(request.config_name, training_overrides(request, inputs))
     if not report.ok:
         report.show(console)
         raise TrainingError("The checks failed. What to do stands beside each of them.")
     note(console, "check", f"{report.summary}; `hpo-plugin check` shows them")
-
-
-@contextlib.contextmanager
-def _stderr_to(path: Path) -> Iterator[None]:
-    """Send what Ray and verl print on standard error, from C++ too, to a file."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with path.open("wb") as log:
-        os.dup2(log.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 # --- training ------------------------------------------------------------------------------------------------------

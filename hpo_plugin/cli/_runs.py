@@ -1,4 +1,4 @@
-"""Run directories of the quickstart: which one a call continues, and what an interrupted run has left."""
+"""Run directories: which one a call of the quickstart continues, and what an interrupted run has left."""
 
 from __future__ import annotations
 
@@ -170,15 +170,38 @@ class Run:
         number = max((_number(attempt.directory) for attempt in self.attempts()), default=0) + 1
         directory = self.directory / f"attempt-{number}"
         directory.mkdir(exist_ok=True)
+        (self.directory / "failed.json").unlink(missing_ok=True)
         # Left by a call that was killed right here.
         for name in ("metrics.jsonl", "trainer.log"):
             (directory / name).unlink(missing_ok=True)
-        _write_json(directory / "attempt.json", {"resumed_from": resumed_from})
+        write_json(directory / "attempt.json", {"resumed_from": resumed_from})
         return Attempt(directory, resumed_from)
+
+    def fail(self, text: str) -> None:
+        """Note why the last attempt failed; the next attempt takes the note away."""
+        write_json(self.directory / "failed.json", {"error": text})
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last attempt failed; None if it did not, or is still at it."""
+        try:
+            return str(json.loads((self.directory / "failed.json").read_bytes())["error"])
+        except FileNotFoundError:
+            return None
+
+    def result(self) -> dict[str, Any]:
+        """What :meth:`finish` was given."""
+        result: dict[str, Any] = json.loads((self.directory / "result.json").read_bytes())
+        return result
+
+    def wall_seconds(self) -> float:
+        """How long its attempts took together, start-up and evaluations included, by the times of their files."""
+        spans = (a.log.stat().st_mtime - (a.directory / "attempt.json").stat().st_mtime for a in self.attempts())
+        return sum(max(0.0, span) for span in spans)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, after which the run is never touched again."""
-        _write_json(self.directory / "result.json", result)
+        write_json(self.directory / "result.json", result)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -196,6 +219,8 @@ class Run:
 
     def busy(self) -> bool:
         """Whether another process is at work in this directory."""
+        if not self.directory.exists():
+            return False
         try:
             with self.locked():
                 return False
@@ -235,7 +260,7 @@ def choose_run(output: Path, request: Request, *, new: bool = False) -> tuple[Ru
         except FileExistsError:
             # Another call took it just now.
             number += 1
-    _write_json(directory / "request.json", request.as_json())
+    write_json(directory / "request.json", request.as_json())
     return Run(directory), False
 
 
@@ -243,5 +268,5 @@ def _number(directory: Path) -> int:
     return int(directory.name.rpartition("-")[2])
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

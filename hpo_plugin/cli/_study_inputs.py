@@ -1,0 +1,122 @@
+"""What a study needs before its first cell: data and start models, and configs without contradictions.
+
+It runs in a process of its own (``hpo-plugin study prepare``), because it imports torch and verl, which a process that
+follows trainings for hours should not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo_plugin.cli._laptop import make_countdown_inputs, note
+from hpo_plugin.cli._study_cells import SettingInputs, Workspace
+from hpo_plugin.study.spec import Cell, Prepare, StudyError, setting_problems
+from hpo_plugin.tasks._files import sha256_of_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hpo_plugin.cli._report import Finding
+
+
+def prepare_in_child(study_file: Path, output: Path, only: Sequence[str], *, check: bool) -> None:
+    """Run ``hpo-plugin study prepare`` and wait for it.
+
+    Raises:
+        StudyError: It failed; it has said why.
+    """
+    command = [sys.executable, "-m", "hpo_plugin.cli", "study", "prepare", str(study_file), f"--output={output}"]
+    command += [f"--only={text}" for text in only] + ([] if check else ["--no-check"])
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise StudyError("the study cannot run like this; nothing was trained")
+
+
+def make_inputs(workspace: Workspace, cells: Sequence[Cell], console: Console) -> None:
+    """Make the inputs of every setting that prepares its own, or find them as they were made.
+
+    Raises:
+        StudyError: The declaration cannot be met, or something else is in the place of the inputs.
+    """
+    for setting in dict.fromkeys(cell.setting for cell in cells):
+        prepare = workspace.study.settings[setting].prepare
+        if prepare is not None:
+            console.print(workspace.study.settings[setting].title, style="bold", markup=False)
+            try:
+                made = _make_countdown(workspace, setting, prepare, console)
+            except (TypeError, ValueError, OSError) as error:
+                raise StudyError(f"settings.{setting}.prepare: {error}") from error
+            workspace.save_inputs(setting, made)
+
+
+def _make_countdown(workspace: Workspace, setting: str, prepare: Prepare, console: Console) -> SettingInputs:
+    from hpo_plugin.cpu.start_model import MANIFEST_NAME, StartModelConfig
+
+    inputs = make_countdown_inputs(
+        workspace.data(setting),
+        workspace.model(setting),
+        config=setting_problems(prepare),
+        train_size=prepare.train_size,
+        test_size=prepare.test_size,
+        seed=prepare.seed,
+        start_model=StartModelConfig(**prepare.start_model),
+        console=console,
+    )
+    manifest: dict[str, Any] = json.loads((inputs.model / MANIFEST_NAME).read_bytes())
+    files = {
+        "train": inputs.train_file,
+        "test": inputs.test_file,
+        "model": inputs.model / "model.safetensors",
+    }
+    digests = {name: sha256_of_file(path) for name, path in files.items()}
+    return SettingInputs(inputs, digests, manifest["results"])
+
+
+def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -> None:
+    """Check the installation once, and the config of each arm in each setting.
+
+    Raises:
+        StudyError: Something is wrong; it has been shown.
+    """
+    from hpo_plugin.cli._checks import check_config, compose, run_checks, stderr_to
+    from hpo_plugin.cli._trainer import signal_handlers_kept
+
+    distinct = list({(cell.setting, cell.arm): cell for cell in cells}.values())
+    for cell in distinct:
+        # Before verl is imported; the environment is the same for all cells.
+        os.environ.update(cell.environment)
+    with contextlib.ExitStack() as stack:
+        if console.is_terminal:
+            stack.enter_context(console.status("checking the installation and the configs"))
+        stack.enter_context(signal_handlers_kept())
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(stderr_to(workspace.directory / "check.log"))
+        report = run_checks(distinct[0].config_name, full_overrides(workspace, distinct[0]))
+        wrong: list[tuple[Cell, Finding]] = []
+        for cell in distinct[1:]:
+            config, composing = compose(cell.config_name, full_overrides(workspace, cell))
+            findings = [composing] if config is None else check_config(config)
+            wrong += [(cell, finding) for finding in findings if not finding.ok]
+    if not report.ok:
+        report.show(console)
+    for cell, finding in wrong:
+        console.print(f"FAIL  {cell.name}: {finding.name}: {finding.found}", markup=False, soft_wrap=True)
+        console.print(f"      to do: {finding.remedy}", markup=False, soft_wrap=True)
+    if wrong or not report.ok:
+        raise StudyError("the checks failed; what to do stands beside each of them")
+    note(
+        console, "check", f"{len(distinct)} configs, one for each arm in each setting: passed ({report.seconds:.0f} s)"
+    )
+
+
+def full_overrides(workspace: Workspace, cell: Cell) -> list[str]:
+    """All overrides of a cell, with the paths of its inputs."""
+    made = workspace.inputs(cell.setting)
+    return [*cell.overrides, *(made.overrides() if made else [])]

@@ -1,0 +1,152 @@
+"""``hpo-plugin study``: arms × settings × seeds from one file, run, collected and reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from hpo_plugin.cli._study_cells import Workspace
+    from hpo_plugin.study.spec import Cell
+
+app = typer.Typer(no_args_is_help=True, help="Run a matrix of arms, settings and seeds, and report it.")
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study.", show_default=False)]
+Output = Annotated[Path, typer.Option(help="Where runs, data and start models go, in a directory named as the study.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these cells: a setting, an arm, seed0, or several joined by '/'. May be repeated."),
+]
+DEFAULT_OUTPUT = Path("runs")
+
+
+def _load(study_file: Path, output: Path, only: list[str] | None) -> tuple[Workspace, list[Cell]]:
+    from hpo_plugin.cli._study_cells import Workspace
+    from hpo_plugin.study.spec import load_study, select
+
+    study = load_study(study_file)
+    return Workspace(study, output), select(study.cells(), only or [])
+
+
+@app.command()
+def prepare(
+    study_file: StudyFile,
+    output: Output = DEFAULT_OUTPUT,
+    only: Only = None,
+    check: Annotated[bool, typer.Option(help="Check the installation and the configs.")] = True,
+) -> None:
+    """Make data and start models, and check the config of each arm in each setting. `run` does this first."""
+    from rich.console import Console
+
+    from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.cli._study_inputs import check_cells, make_inputs
+    from hpo_plugin.cli._trainer import interruptible
+    from hpo_plugin.study.spec import StudyError
+
+    console = Console(highlight=False)
+    try:
+        with interruptible():
+            workspace, cells = _load(study_file, output, only)
+            workspace.directory.mkdir(parents=True, exist_ok=True)
+            make_inputs(workspace, cells, console)
+            if check:
+                check_cells(workspace, cells, console)
+    except (StudyError, OSError) as error:
+        raise stopped(error) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def run(
+    study_file: StudyFile,
+    output: Output = DEFAULT_OUTPUT,
+    only: Only = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    stall: Annotated[
+        float, typer.Option(min=1, help="Seconds without progress after which a cell has failed.")
+    ] = 900.0,
+    print_commands: Annotated[
+        bool,
+        typer.Option("--print", help="Print the command that hands each unfinished cell to a cluster; run nothing."),
+    ] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand the unfinished cells to a cluster.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="With --submit: also cells that were submitted before.")
+    ] = False,
+) -> None:
+    """Run the cells that are not finished. Killed, the same command goes on where it was.
+
+    Exit status 1 if a cell failed; the others are run all the same, and the next call tries it again.
+    """
+    from rich.console import Console
+
+    from hpo_plugin.cli import _study_run
+    from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.cli._study_inputs import prepare_in_child
+    from hpo_plugin.cli._trainer import interruptible
+    from hpo_plugin.study.spec import StudyError
+
+    console = Console(highlight=False)
+    try:
+        if print_commands and submit:
+            raise StudyError("--print and --submit: give one of them")
+        with interruptible():
+            workspace, cells = _load(study_file, output, only)
+            work = _study_run.StudyRun(workspace, cells, (), stall=stall, console=console)
+            if not work.unfinished:
+                console.print(f"nothing to run: {len(cells)} cells are finished, or another process is running them")
+                return
+            prepare_in_child(study_file, output, only or [], check=not (print_commands or submit))
+            if print_commands or submit:
+                _hand_over(workspace, work.unfinished, submit=submit, again=again)
+                return
+            work.run(jobs)
+    except (StudyError, OSError) as error:
+        raise stopped(error) from None
+    except KeyboardInterrupt:
+        console.print("Interrupted; every process of the cells is ended. The same command goes on where they were.")
+        raise typer.Exit(130) from None
+    _study_run.show_failures(work.failed, console)
+    if work.failed:
+        console.print(f"\n{len(work.failed)} cells failed; the same command tries them again", style="bold red")
+        raise typer.Exit(1)
+
+
+def _hand_over(workspace: Workspace, cells: list[Cell], *, submit: bool, again: bool) -> None:
+    from hpo_plugin.cli import _study_cells, _study_run
+
+    for cell in cells:
+        if not submit:
+            print(_study_run.submit_command(workspace, cell))
+        elif again or not _study_cells.submitted_file(workspace.run(cell)).exists():
+            print(f"{cell.name}: {_study_run.submit(workspace, cell)}")
+
+
+@app.command()
+def status(study_file: StudyFile, output: Output = DEFAULT_OUTPUT, only: Only = None) -> None:
+    """Show where every cell is, and why cells failed."""
+    from rich.console import Console
+
+    from hpo_plugin.cli import _study_run
+    from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.cli._study_cells import State
+    from hpo_plugin.study.spec import StudyError
+
+    console = Console(highlight=False)
+    try:
+        workspace, cells = _load(study_file, output, only)
+        entries = _study_run.look(workspace, cells, ())
+    except (StudyError, OSError) as error:
+        raise stopped(error) from None
+    console.print(_study_run.state_table(workspace.study, entries))
+    console.print()
+    for entry in entries:
+        if entry.state is State.RUNNING:
+            line = entry.view.line(entry.cell.steps) if entry.view else "starting"
+            console.print(f"{entry.cell.name}: {line}", markup=False, soft_wrap=True)
+    _study_run.show_failures([entry for entry in entries if entry.state is State.FAILED], console)
+    counts = {state: sum(entry.state is state for entry in entries) for state in State}
+    console.print(", ".join(f"{count} {state.value}" for state, count in counts.items() if count))

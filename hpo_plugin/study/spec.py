@@ -1,0 +1,423 @@
+"""A study as it is declared in STUDY.yaml, and its cells: one training each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from hpo_plugin.tasks.countdown import CountdownConfig
+
+#: Names become directories, keys of the data and words of a command line.
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+#: Override -> the field of STUDY.yaml that decides it; None for what the run itself decides.
+_RESERVED = {
+    "data.seed": "experiments.<name>.seeds",
+    "trainer.total_training_steps": "steps",
+    "trainer.test_freq": "test_every",
+    "trainer.save_freq": "save_every",
+    "trainer.logger": None,
+    "trainer.experiment_name": None,
+    "trainer.default_local_dir": None,
+    "trainer.resume_mode": None,
+    "trainer.resume_from_path": None,
+    "hydra.run.dir": None,
+}
+_INPUTS = ("data.train_files", "data.val_files", "actor_rollout_ref.model.path")
+
+
+class StudyError(ValueError):
+    """A study that contradicts itself, or data that are not of this study; names the key and the value."""
+
+
+@dataclass
+class Prepare:
+    """Inputs that the study makes itself, once for all cells of a setting.
+
+    Attributes:
+        task: ``countdown``.
+        problems: Fields of :class:`hpo_plugin.tasks.countdown.CountdownConfig`.
+        train_size: Problems to train on.
+        test_size: Held-out problems.
+        seed: Of the start model.
+        start_model: Fields of ``hpo_plugin.cpu.start_model.StartModelConfig``; the defaults are the quickstart's.
+    """
+
+    task: str = MISSING
+    problems: dict[str, Any] = field(default_factory=dict)
+    train_size: int = MISSING
+    test_size: int = MISSING
+    seed: int = 0
+    start_model: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Setting:
+    """What is learned, from which start: the same for all arms and seeds.
+
+    Attributes:
+        title: For people.
+        prepare: Inputs to make; without it, the overrides name data and model.
+        overrides: Hydra overrides.
+        steps: Training steps, where they differ from the study's.
+        paper: Key of the paper's numbers that belong beside ours (``hpo_plugin/study/paper.yaml``).
+    """
+
+    title: str = MISSING
+    prepare: Prepare | None = None
+    overrides: list[str] = field(default_factory=list)
+    steps: int | None = None
+    paper: str | None = None
+
+
+@dataclass
+class Arm:
+    """What is compared.
+
+    Attributes:
+        title: For people.
+        overrides: Hydra overrides: what distinguishes the arm, nothing else.
+    """
+
+    title: str = MISSING
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Experiment:
+    """A part of the matrix that is reported together. Cells that several experiments name are run once.
+
+    Attributes:
+        title: For people.
+        setting: Name of the setting.
+        arms: Names of the arms, in the order of tables and legends.
+        seeds: Values of ``data.seed``.
+        compare: The arm whose probability of improvement over each other arm is reported.
+        text: What the experiment asks, in Markdown, above its results.
+    """
+
+    title: str = MISSING
+    setting: str = MISSING
+    arms: list[str] = MISSING
+    seeds: list[int] = MISSING
+    compare: str | None = None
+    text: str = ""
+
+
+@dataclass
+class Scores:
+    """How a run becomes two numbers.
+
+    Attributes:
+        final_evaluations: The final score is the mean of held-out success over so many last evaluations.
+        early_fraction: The early score is the mean training reward over this first part of the steps, which is the
+            area under its curve, normalized.
+    """
+
+    final_evaluations: int = 1
+    early_fraction: float = 0.5
+
+
+@dataclass
+class Study:
+    """All of STUDY.yaml.
+
+    Attributes:
+        name: Names the directory of the runs.
+        title: For people.
+        config_name: The trainer's config.
+        steps: Training steps of a cell.
+        test_every: Steps between evaluations on held-out problems.
+        settings: By name.
+        arms: By name.
+        experiments: By name.
+        text: What the study asks, in Markdown, above the report.
+        save_every: Steps between checkpoints: an interruption costs at most so many.
+        environment: What the trainer needs beside the environment of the command.
+        overrides: Hydra overrides of all cells.
+        scores: See :class:`Scores`.
+        submit: A command that hands a cell to a cluster: ``{arguments}`` stands for ``hpo-plugin launch``'s arguments,
+            ``{name}`` for the cell's name.
+    """
+
+    name: str = MISSING
+    title: str = MISSING
+    config_name: str = MISSING
+    steps: int = MISSING
+    test_every: int = MISSING
+    settings: dict[str, Setting] = MISSING
+    arms: dict[str, Arm] = MISSING
+    experiments: dict[str, Experiment] = MISSING
+    text: str = ""
+    save_every: int = 10
+    environment: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    scores: Scores = field(default_factory=Scores)
+    submit: str = "hpo-plugin launch {arguments}"
+
+    def cells(self) -> list[Cell]:
+        """Every training, once. Seeds outermost, so that an unfinished study has as many seeds of each arm.
+
+        Raises:
+            StudyError: Two cells are the same training under two names.
+        """
+        experiments = self.experiments.values()
+        cells: dict[str, Cell] = {}
+        named: set[tuple[str, str, int]] = set()
+        for seed in sorted({seed for experiment in experiments for seed in experiment.seeds}):
+            for experiment in experiments:
+                for arm in experiment.arms if seed in experiment.seeds else []:
+                    if (experiment.setting, arm, seed) in named:
+                        continue
+                    cell = self._cell(experiment.setting, arm, seed)
+                    if cell.key in cells:
+                        raise StudyError(
+                            f"{cell.name} and {cells[cell.key].name} are the same training: name one arm or setting "
+                            "in both experiments"
+                        )
+                    cells[cell.key] = cell
+                    named.add((experiment.setting, arm, seed))
+        return list(cells.values())
+
+    def _cell(self, setting_name: str, arm: str, seed: int) -> Cell:
+        setting = self.settings[setting_name]
+        steps = self.steps if setting.steps is None else setting.steps
+        overrides = [
+            *self.overrides,
+            *setting.overrides,
+            *self.arms[arm].overrides,
+            f"data.seed={seed}",
+            f"trainer.total_training_steps={steps}",
+            f"trainer.test_freq={self.test_every}",
+        ]
+        return Cell(
+            setting=setting_name,
+            arm=arm,
+            seed=seed,
+            steps=steps,
+            config_name=self.config_name,
+            overrides=tuple(overrides),
+            environment=dict(self.environment),
+            inputs=None if setting.prepare is None else asdict(setting.prepare),
+        )
+
+    def validate(self) -> None:
+        """Check everything that can be checked without verl.
+
+        Raises:
+            StudyError: Naming the key, its value and what to do.
+        """
+        for kind, named in (
+            ("name", [self.name]),
+            ("settings", self.settings),
+            ("arms", self.arms),
+            ("experiments", self.experiments),
+        ):
+            if not named:
+                raise StudyError(f"{kind} is empty: declare at least one")
+            for name in named:
+                if not _NAME.fullmatch(name):
+                    raise StudyError(f"{kind}: {name!r} must be lower-case letters, digits, '_', '-' and '.'")
+        for key in ("steps", "test_every", "save_every"):
+            _at_least_one(key, getattr(self, key))
+        _at_least_one("scores.final_evaluations", self.scores.final_evaluations)
+        if not 0 < self.scores.early_fraction <= 1:
+            raise StudyError(f"scores.early_fraction={self.scores.early_fraction} must be in (0, 1]")
+        for name, setting in self.settings.items():
+            self._validate_setting(name, setting)
+        for name, experiment in self.experiments.items():
+            self._validate_experiment(name, experiment)
+        for what, declared, used in (
+            ("settings", self.settings, {experiment.setting for experiment in self.experiments.values()}),
+            ("arms", self.arms, {arm for experiment in self.experiments.values() for arm in experiment.arms}),
+        ):
+            unused = sorted(set(declared) - used)
+            if unused:
+                raise StudyError(f"{what}.{unused[0]} is in no experiment: name it in one, or remove it")
+        for experiment in self.experiments.values():
+            for arm in experiment.arms:
+                self._validate_overrides(experiment.setting, arm)
+        if "{arguments}" not in self.submit:
+            raise StudyError(f"submit={self.submit!r} must contain {{arguments}}")
+        self.cells()
+
+    def _validate_setting(self, name: str, setting: Setting) -> None:
+        where = f"settings.{name}"
+        if setting.steps is not None:
+            _at_least_one(f"{where}.steps", setting.steps)
+        steps = self.steps if setting.steps is None else setting.steps
+        # verl evaluates the last step in any case.
+        evaluations = -(-steps // self.test_every)
+        if self.scores.final_evaluations > evaluations:
+            raise StudyError(
+                f"scores.final_evaluations={self.scores.final_evaluations}, but {where} has {evaluations} evaluations "
+                f"after training began (steps={steps}, test_every={self.test_every})"
+            )
+        if setting.prepare is None:
+            return
+        if setting.prepare.task != "countdown":
+            raise StudyError(f"{where}.prepare.task={setting.prepare.task!r} must be countdown")
+        for key in ("train_size", "test_size"):
+            _at_least_one(f"{where}.prepare.{key}", getattr(setting.prepare, key))
+        try:
+            setting_problems(setting.prepare).validate()
+        except (TypeError, ValueError) as error:
+            raise StudyError(f"{where}.prepare.problems: {error}") from error
+
+    def _validate_experiment(self, name: str, experiment: Experiment) -> None:
+        where = f"experiments.{name}"
+        if experiment.setting not in self.settings:
+            raise StudyError(
+                f"{where}.setting={experiment.setting!r} is not among settings: {', '.join(self.settings)}"
+            )
+        values: tuple[tuple[str, list[Any]], ...] = (("arms", experiment.arms), ("seeds", experiment.seeds))
+        for key, given in values:
+            if not given:
+                raise StudyError(f"{where}.{key} is empty: name at least one")
+            twice = [value for value, count in Counter(given).items() if count > 1]
+            if twice:
+                raise StudyError(f"{where}.{key} names {twice[0]!r} twice")
+        unknown = [arm for arm in experiment.arms if arm not in self.arms]
+        if unknown:
+            raise StudyError(f"{where}.arms: {unknown[0]!r} is not among arms: {', '.join(self.arms)}")
+        negative = [seed for seed in experiment.seeds if seed < 0]
+        if negative:
+            raise StudyError(f"{where}.seeds: {negative[0]} must not be negative")
+        if experiment.compare is not None and experiment.compare not in experiment.arms:
+            raise StudyError(f"{where}.compare={experiment.compare!r} is not among its arms")
+
+    def _validate_overrides(self, setting: str, arm: str) -> None:
+        """No key is set twice in a cell, and none that the study sets itself."""
+        seen: dict[str, tuple[str, str]] = {}
+        for where, overrides in (
+            ("overrides", self.overrides),
+            (f"settings.{setting}.overrides", self.settings[setting].overrides),
+            (f"arms.{arm}.overrides", self.arms[arm].overrides),
+        ):
+            for override in overrides:
+                key = override.partition("=")[0].lstrip("+~")
+                if key in _RESERVED:
+                    instead = _RESERVED[key]
+                    to_do = f"use {instead}" if instead else "the run sets it"
+                    raise StudyError(f"{where}: {override!r} cannot be set there; {to_do}")
+                if key in _INPUTS and self.settings[setting].prepare is not None:
+                    raise StudyError(f"{where}: {override!r} contradicts settings.{setting}.prepare, which makes it")
+                if key in seen:
+                    there, first = seen[key]
+                    raise StudyError(f"{where}: {override!r}, but {there} has {first!r}: set a key in one place")
+                seen[key] = (where, override)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a study.
+
+    Attributes:
+        setting: Name of the setting.
+        arm: Name of the arm.
+        seed: ``data.seed``.
+        steps: ``trainer.total_training_steps``.
+        config_name: The trainer's config.
+        overrides: All but the paths of inputs that the study makes.
+        environment: Of the trainer.
+        inputs: The declaration of inputs that the study makes; None if the overrides name them.
+    """
+
+    setting: str
+    arm: str
+    seed: int
+    steps: int
+    config_name: str
+    overrides: tuple[str, ...]
+    environment: Mapping[str, str] = field(hash=False)
+    inputs: Mapping[str, Any] | None = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        """``setting/arm/seed0``, for people and filters."""
+        return f"{self.setting}/{self.arm}/seed{self.seed}"
+
+    def request(self) -> dict[str, Any]:
+        """All that decides the training, as JSON values. Names of settings and arms do not."""
+        return {
+            "config_name": self.config_name,
+            "overrides": list(self.overrides),
+            "environment": dict(self.environment),
+            "inputs": self.inputs,
+        }
+
+    @property
+    def key(self) -> str:
+        """Identity: a digest of :meth:`request`. What changes the training makes another cell."""
+        return hashlib.sha256(json.dumps(self.request(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_study(path: Path) -> Study:
+    """Read and check STUDY.yaml.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StudyError: It is not a study, or it contradicts itself.
+    """
+    try:
+        given = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(Study), given)
+        study = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise StudyError(f"{path}: {' '.join(str(error).split())}") from error
+    assert isinstance(study, Study)
+    try:
+        study.validate()
+    except StudyError as error:
+        raise StudyError(f"{path}: {error}") from None
+    return study
+
+
+def setting_problems(prepare: Prepare) -> CountdownConfig:
+    """The problems of a setting.
+
+    Raises:
+        TypeError: A field that ``CountdownConfig`` does not have.
+    """
+    fields = dict(prepare.problems)
+    if isinstance(fields.get("counts"), list):
+        fields["counts"] = tuple(fields["counts"])
+    return CountdownConfig(**fields)
+
+
+def select(cells: Iterable[Cell], only: Iterable[str]) -> list[Cell]:
+    """The cells that filters leave.
+
+    Args:
+        cells: To choose from.
+        only: Names of settings, arms or ``seed<k>``, several joined by ``/`` that must all hold; a cell stays if any
+            filter fits, and all stay without a filter.
+
+    Raises:
+        StudyError: A filter that fits no cell.
+    """
+    cells, filters = list(cells), [set(text.split("/")) for text in only]
+    for wanted in filters:
+        if not any(wanted <= _words(cell) for cell in cells):
+            raise StudyError(f"--only {'/'.join(sorted(wanted))} fits no cell; cells are called like {cells[0].name}")
+    return [cell for cell in cells if not filters or any(wanted <= _words(cell) for wanted in filters)]
+
+
+def _words(cell: Cell) -> set[str]:
+    return {cell.setting, cell.arm, f"seed{cell.seed}"}
+
+
+def _at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise StudyError(f"{key}={value} must be at least 1")
