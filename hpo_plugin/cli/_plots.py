@@ -9,18 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from hpo_plugin.cli._verl_log import Rows, evaluations, step_views
+from hpo_plugin.study.curves import SMOOTHED_OVER, STYLE, smooth
 
 _BLUE, _ORANGE, _GREEN, _RED, _GRAY = "#1f5fa8", "#d4770c", "#2c8a4b", "#b8342f", "#6b7280"
-_SMOOTHED_OVER = 5
-
-
-def smooth(values: Sequence[float], over: int = _SMOOTHED_OVER) -> list[float]:
-    """Trailing mean over up to ``over`` values; NaNs are left out."""
-    means = []
-    for end in range(1, len(values) + 1):
-        window = [value for value in values[max(0, end - over) : end] if not math.isnan(value)]
-        means.append(sum(window) / len(window) if window else math.nan)
-    return means
 
 
 def save_curves(rows: Rows, path: Path, *, title: str, n_test: int) -> None:
@@ -40,25 +31,14 @@ def save_curves(rows: Rows, path: Path, *, title: str, n_test: int) -> None:
 
     views, tested = step_views(rows), evaluations(rows)
     steps = [view.step for view in views]
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "legend.frameon": False,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
         success, weight, shares, length = axes.flat
 
         success.set_title("Success")
         rewards = [view.reward for view in views]
         success.plot(steps, rewards, color=_BLUE, alpha=0.25, linewidth=1)
-        success.plot(steps, smooth(rewards), color=_BLUE, label=f"training samples (mean of {_SMOOTHED_OVER} steps)")
+        success.plot(steps, smooth(rewards), color=_BLUE, label=f"training samples (mean of {SMOOTHED_OVER} steps)")
         if tested:
             at, shares_solved = zip(*tested, strict=True)
             errors = [math.sqrt(p * (1 - p) / n_test) for p in shares_solved]

@@ -19,7 +19,15 @@ Only = Annotated[
     list[str] | None,
     typer.Option(help="Only these cells: a setting, an arm, seed0, or several joined by '/'. May be repeated."),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="The collected data. Default: beside STUDY.yaml, as STUDY.parquet.", show_default=False),
+]
 DEFAULT_OUTPUT = Path("runs")
+
+
+def _data_file(study_file: Path, data: Path | None) -> Path:
+    return study_file.with_suffix(".parquet") if data is None else data
 
 
 def _load(study_file: Path, output: Path, only: list[str] | None) -> tuple[Workspace, list[Cell]]:
@@ -63,6 +71,7 @@ def prepare(
 def run(
     study_file: StudyFile,
     output: Output = DEFAULT_OUTPUT,
+    data: Data = None,
     only: Only = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
     stall: Annotated[
@@ -85,8 +94,10 @@ def run(
 
     from hpo_plugin.cli import _study_run
     from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.cli._study_collect import check_same_inputs
     from hpo_plugin.cli._study_inputs import prepare_in_child
     from hpo_plugin.cli._trainer import interruptible
+    from hpo_plugin.study.data import read_data
     from hpo_plugin.study.spec import StudyError
 
     console = Console(highlight=False)
@@ -95,11 +106,13 @@ def run(
             raise StudyError("--print and --submit: give one of them")
         with interruptible():
             workspace, cells = _load(study_file, output, only)
-            work = _study_run.StudyRun(workspace, cells, (), stall=stall, console=console)
+            collected = read_data(_data_file(study_file, data))
+            work = _study_run.StudyRun(workspace, cells, collected, stall=stall, console=console)
             if not work.unfinished:
                 console.print(f"nothing to run: {len(cells)} cells are finished, or another process is running them")
                 return
             prepare_in_child(study_file, output, only or [], check=not (print_commands or submit))
+            check_same_inputs(workspace, collected)
             if print_commands or submit:
                 _hand_over(workspace, work.unfinished, submit=submit, again=again)
                 return
@@ -126,19 +139,20 @@ def _hand_over(workspace: Workspace, cells: list[Cell], *, submit: bool, again: 
 
 
 @app.command()
-def status(study_file: StudyFile, output: Output = DEFAULT_OUTPUT, only: Only = None) -> None:
+def status(study_file: StudyFile, output: Output = DEFAULT_OUTPUT, data: Data = None, only: Only = None) -> None:
     """Show where every cell is, and why cells failed."""
     from rich.console import Console
 
     from hpo_plugin.cli import _study_run
     from hpo_plugin.cli._errors import stopped
     from hpo_plugin.cli._study_cells import State
+    from hpo_plugin.study.data import read_data
     from hpo_plugin.study.spec import StudyError
 
     console = Console(highlight=False)
     try:
         workspace, cells = _load(study_file, output, only)
-        entries = _study_run.look(workspace, cells, ())
+        entries = _study_run.look(workspace, cells, read_data(_data_file(study_file, data)))
     except (StudyError, OSError) as error:
         raise stopped(error) from None
     console.print(_study_run.state_table(workspace.study, entries))
@@ -150,3 +164,62 @@ def status(study_file: StudyFile, output: Output = DEFAULT_OUTPUT, only: Only = 
     _study_run.show_failures([entry for entry in entries if entry.state is State.FAILED], console)
     counts = {state: sum(entry.state is state for entry in entries) for state in State}
     console.print(", ".join(f"{count} {state.value}" for state, count in counts.items() if count))
+
+
+@app.command()
+def collect(
+    study_file: StudyFile,
+    output: Output = DEFAULT_OUTPUT,
+    data: Data = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Drop collected cells that the study no longer has.")] = False,
+) -> None:
+    """Read the logs of all finished cells into one parquet file. What was collected before stays in it."""
+    from rich.console import Console
+
+    from hpo_plugin.cli import _study_collect
+    from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.study.spec import StudyError
+
+    path = _data_file(study_file, data)
+    try:
+        workspace, _ = _load(study_file, output, None)
+        done = _study_collect.collect(workspace, path, prune=prune)
+    except (StudyError, OSError, ValueError) as error:
+        raise stopped(error) from None
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{path}: {path.stat().st_size / 1000:.0f} kB", markup=False)
+    for label, names in (("added", done.added), ("replaced", done.replaced), ("not finished", done.missing)):
+        if names:
+            console.print(f"{label}: {len(names)} ({', '.join(names)})", markup=False)
+    if done.kept:
+        console.print(f"as before: {len(done.kept)}")
+    if done.foreign:
+        console.print(f"{'dropped' if prune else 'kept'}, but not of this study: {done.foreign} (--prune drops them)")
+
+
+@app.command()
+def report(
+    study_file: StudyFile,
+    data: Data = None,
+    output: Annotated[Path, typer.Option(help="Where the pages and pictures go.")] = Path("report"),
+    png: Annotated[bool, typer.Option(help="Write the pictures as PNG too.")] = True,
+) -> None:
+    """Draw and tabulate the collected data: a Markdown page, a self-contained HTML page, SVG and PNG pictures.
+
+    Needs STUDY.yaml and the data, nothing else; the same data give the same bytes.
+    """
+    from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.study.spec import StudyError, load_study
+
+    try:
+        from hpo_plugin.study.data import read_data
+        from hpo_plugin.study.report import build_report, write_report
+    except ModuleNotFoundError as error:
+        raise stopped(RuntimeError(f"{error.name} is not installed: pip install 'hpo-plugin[study]'")) from None
+    path = _data_file(study_file, data)
+    try:
+        pages = write_report(build_report(load_study(study_file), read_data(path)), output, png=png)
+    except (StudyError, OSError) as error:
+        raise stopped(error) from None
+    for page in pages:
+        print(page)

@@ -8,12 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from hpo_plugin.tasks.countdown import CountdownConfig
 
@@ -69,14 +71,12 @@ class Setting:
         prepare: Inputs to make; without it, the overrides name data and model.
         overrides: Hydra overrides.
         steps: Training steps, where they differ from the study's.
-        paper: Key of the paper's numbers that belong beside ours (``hpo_plugin/study/paper.yaml``).
     """
 
     title: str = MISSING
     prepare: Prepare | None = None
     overrides: list[str] = field(default_factory=list)
     steps: int | None = None
-    paper: str | None = None
 
 
 @dataclass
@@ -86,10 +86,12 @@ class Arm:
     Attributes:
         title: For people.
         overrides: Hydra overrides: what distinguishes the arm, nothing else.
+        paper: What the arm is called among the paper's numbers, where that is not its name here.
     """
 
     title: str = MISSING
     overrides: list[str] = field(default_factory=list)
+    paper: str | None = None
 
 
 @dataclass
@@ -102,6 +104,8 @@ class Experiment:
         arms: Names of the arms, in the order of tables and legends.
         seeds: Values of ``data.seed``.
         compare: The arm whose probability of improvement over each other arm is reported.
+        paper: Key of the paper's numbers that belong beside ours (``hpo_plugin/study/paper.yaml``).
+        ordered: The arms are values of one quantity: their colors are in order too.
         text: What the experiment asks, in Markdown, above its results.
     """
 
@@ -110,6 +114,8 @@ class Experiment:
     arms: list[str] = MISSING
     seeds: list[int] = MISSING
     compare: str | None = None
+    paper: str | None = None
+    ordered: bool = False
     text: str = ""
 
 
@@ -294,6 +300,8 @@ class Study:
             raise StudyError(f"{where}.seeds: {negative[0]} must not be negative")
         if experiment.compare is not None and experiment.compare not in experiment.arms:
             raise StudyError(f"{where}.compare={experiment.compare!r} is not among its arms")
+        if experiment.paper is not None and experiment.paper not in paper_numbers():
+            raise StudyError(f"{where}.paper={experiment.paper!r} is not one of {', '.join(paper_numbers())}")
 
     def _validate_overrides(self, setting: str, arm: str) -> None:
         """No key is set twice in a cell, and none that the study sets itself."""
@@ -374,7 +382,7 @@ def load_study(path: Path) -> Study:
         given = OmegaConf.load(path)
         merged = OmegaConf.merge(OmegaConf.structured(Study), given)
         study = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise StudyError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(study, Study)
     try:
@@ -394,6 +402,28 @@ def setting_problems(prepare: Prepare) -> CountdownConfig:
     if isinstance(fields.get("counts"), list):
         fields["counts"] = tuple(fields["counts"])
     return CountdownConfig(**fields)
+
+
+@dataclass(frozen=True)
+class PaperNumbers:
+    """What a paper reports for one experiment.
+
+    Attributes:
+        title: Task, model and measure.
+        source: Where they are from, and how they are read.
+        values: By arm.
+    """
+
+    title: str
+    source: str
+    values: Mapping[str, float]
+
+
+@cache
+def paper_numbers() -> Mapping[str, PaperNumbers]:
+    """All numbers of papers that we know of, by the names that ``experiments.<name>.paper`` takes."""
+    given = yaml.safe_load(resources.files("hpo_plugin.study").joinpath("paper.yaml").read_text(encoding="utf-8"))
+    return {name: PaperNumbers(**entry) for name, entry in given.items()}
 
 
 def select(cells: Iterable[Cell], only: Iterable[str]) -> list[Cell]:

@@ -1,0 +1,191 @@
+"""The collected data of a study: one parquet file, a row per cell and step.
+
+Columns: ``key``, ``setting``, ``arm``, ``seed``, ``info`` (JSON, the same in all rows of a cell: its request, inputs,
+machine, versions, times), ``step``, and :data:`METRICS` under verl's names. Values are kept in single precision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hpo_plugin.study.spec import Cell, StudyError
+from hpo_plugin.tasks._files import atomic_write
+
+#: Not verl's name, which contains the name of the data: ``val-core/<data source>/…``.
+HELD_OUT = "held_out_success"
+REWARD = "critic/rewards/mean"
+LENGTH = "response_length/mean"
+ALPHA = "actor/hpo/alpha"
+SHARE_POSITIVE = "actor/hpo/share_positive"
+SHARE_NEGATIVE = "actor/hpo/share_negative"
+STEP_SECONDS = "timing_s/step"
+#: What is kept of each step.
+METRICS = (
+    HELD_OUT,
+    REWARD,
+    LENGTH,
+    "response_length/clip_ratio",
+    ALPHA,
+    SHARE_POSITIVE,
+    SHARE_NEGATIVE,
+    "actor/hpo/share_degenerate_groups",
+    "actor/entropy",
+    "actor/grad_norm",
+    "actor/ppo_kl",
+    "actor/pg_clipfrac",
+    "perf/total_num_tokens",
+    STEP_SECONDS,
+    "timing_s/gen",
+    "timing_s/update_actor",
+    "timing_s/testing",
+)
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CellData:
+    """What is known of one finished cell.
+
+    Attributes:
+        key: Its identity, :attr:`hpo_plugin.study.spec.Cell.key`.
+        setting: Name of the setting when it was collected.
+        arm: Name of the arm when it was collected.
+        seed: ``data.seed``.
+        info: Its request, inputs, machine, versions and times, as JSON values.
+        values: Metric -> one value per step, from step 0, the evaluation before training; NaN where nothing was logged.
+    """
+
+    key: str
+    setting: str
+    arm: str
+    seed: int
+    info: Mapping[str, Any]
+    values: Mapping[str, Floats]
+
+    @classmethod
+    def of(cls, cell: Cell, rows: Mapping[int, Mapping[str, float]], info: Mapping[str, Any]) -> CellData:
+        """Take what is kept from a cell's log.
+
+        Args:
+            cell: The cell.
+            rows: Step -> metrics; those of :data:`METRICS` that are absent are unknown.
+            info: See :attr:`info`.
+
+        Raises:
+            StudyError: A step is missing, or there are more than the cell has.
+        """
+        wrong = set(range(cell.steps + 1)) ^ set(rows)
+        if wrong:
+            step = min(wrong)
+            what = "is not logged" if step <= cell.steps else f"is logged, but the cell has {cell.steps} steps"
+            raise StudyError(f"{cell.name}: step {step} {what}")
+        values = {
+            name: np.array([rows[step].get(name, np.nan) for step in range(cell.steps + 1)], np.float32)
+            for name in METRICS
+        }
+        return cls(cell.key, cell.setting, cell.arm, cell.seed, info, values)
+
+    @property
+    def seconds(self) -> npt.NDArray[np.float64]:
+        """Training time up to and with each step from 0, evaluations not included, in seconds."""
+        return np.nancumsum(self.values[STEP_SECONDS].astype(np.float64))
+
+    def same_as(self, other: CellData) -> bool:
+        """Whether all values are those of another."""
+        return all(np.array_equal(self.values[name], other.values[name], equal_nan=True) for name in METRICS)
+
+
+def read_data(path: Path) -> dict[str, CellData]:
+    """Return the cells of a file by their keys; a file that does not exist has none.
+
+    Raises:
+        StudyError: It is not a file of :func:`write_data`.
+    """
+    if not path.exists():
+        return {}
+    try:
+        table = pq.read_table(path)
+        texts = {name: table[name].to_pylist() for name in ("key", "setting", "arm", "seed", "info")}
+        steps = table["step"].to_numpy()
+        columns = {name: table[name].to_numpy() for name in METRICS}
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise StudyError(f"{path} does not hold collected data: {error}") from error
+    cells: dict[str, CellData] = {}
+    # A cell's rows stand together, from step 0.
+    begins = [row for row, step in enumerate(steps) if step == 0]
+    for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True):
+        if list(steps[begin:end]) != list(range(end - begin)) or len(set(texts["key"][begin:end])) != 1:
+            raise StudyError(f"{path}: rows {begin} to {end} are not the steps of one cell")
+        key, setting, arm, seed, info = (texts[name][begin] for name in ("key", "setting", "arm", "seed", "info"))
+        if key in cells:
+            raise StudyError(f"{path}: the cell {key} is there twice")
+        values = {name: np.asarray(column[begin:end], np.float32) for name, column in columns.items()}
+        cells[key] = CellData(key, setting, arm, seed, json.loads(info), values)
+    return cells
+
+
+def write_data(path: Path, cells: Iterable[CellData]) -> None:
+    """Write cells; the same cells give the same bytes under one version of pyarrow.
+
+    Args:
+        path: The file; replaced at once or not at all.
+        cells: In any order.
+    """
+    ordered = sorted(cells, key=lambda data: (data.setting, data.arm, data.seed, data.key))
+    lengths = [len(data.values[REWARD]) for data in ordered]
+
+    def repeated(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+        return pa.array([value for value, length in zip(values, lengths, strict=True) for _ in range(length)], kind)
+
+    table = pa.table(
+        {
+            "key": repeated([data.key for data in ordered], pa.string()),
+            "setting": repeated([data.setting for data in ordered], pa.string()),
+            "arm": repeated([data.arm for data in ordered], pa.string()),
+            "seed": repeated([data.seed for data in ordered], pa.int64()),
+            "info": repeated([json.dumps(data.info, sort_keys=True) for data in ordered], pa.string()),
+            "step": pa.array([step for length in lengths for step in range(length)], pa.int32()),
+            **{name: pa.array(_joined([data.values[name] for data in ordered]), pa.float32()) for name in METRICS},
+        }
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=["key", "setting", "arm", "info"],
+        use_byte_stream_split=list(METRICS),
+        write_statistics=False,
+    )
+    atomic_write(path, sink.getvalue().to_pybytes())
+
+
+def _joined(arrays: Sequence[Floats]) -> Floats:
+    return np.concatenate(arrays) if arrays else np.empty(0, np.float32)
+
+
+def check_inputs(cells: Iterable[CellData]) -> None:
+    """See to it that the cells of a setting began from the same data and the same start model.
+
+    Raises:
+        StudyError: They did not.
+    """
+    first: dict[str, CellData] = {}
+    for data in cells:
+        other = first.setdefault(data.setting, data)
+        if data.info["inputs"] != other.info["inputs"]:
+            raise StudyError(
+                f"{data.setting}: {data.arm}/seed{data.seed} began from other inputs than {other.arm}/seed{other.seed} "
+                f"({data.info['inputs']}, {other.info['inputs']}): they cannot be compared"
+            )

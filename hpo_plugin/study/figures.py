@@ -1,0 +1,183 @@
+"""The pictures of a report. The same numbers give the same bytes under one version of matplotlib."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from hpo_plugin.study.curves import STYLE
+from hpo_plugin.study.statistics import Estimate
+from hpo_plugin.tasks._files import atomic_write
+
+#: Okabe and Ito's colors, told apart by color-blind readers too; yellow is left out, it is too light for lines.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#595959")
+#: What the page's text color stands in for.
+_INK = "#010203"
+_SVG_STYLE = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": "hpo_plugin"}
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line with its band.
+
+    Attributes:
+        title: In the legend.
+        color: Of line and band.
+        x: Points.
+        mean: Values.
+        low: Lower end of the band; None without a band.
+        high: Upper end.
+        style: Of the line, in matplotlib's letters.
+        strong: Whether the line is drawn thicker.
+    """
+
+    title: str
+    color: str
+    x: Floats
+    mean: Floats
+    low: Floats | None = None
+    high: Floats | None = None
+    style: str = "-"
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        ylabel: What is drawn, with its unit.
+        series: The lines.
+        top: Upper limit of the axis; None to fit.
+    """
+
+    ylabel: str
+    series: Sequence[Series]
+    top: float | None = None
+
+
+def colors(count: int, *, ordered: bool) -> list[str]:
+    """Colors of arms.
+
+    Args:
+        count: How many.
+        ordered: Whether they are values of one quantity.
+    """
+    if ordered:
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, count))
+        return [matplotlib.colors.to_hex(shade) for shade in shades]
+    return [_COLORS[index % len(_COLORS)] for index in range(count)]
+
+
+def line_figure(title: str, xlabel: str, panels: Sequence[Panel]) -> Figure:
+    """Draw panels one above the other, over one axis."""
+    with matplotlib.rc_context(_SVG_STYLE):
+        figure = Figure(figsize=(6.4, 2.3 + 1.7 * len(panels)), layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, panel in zip(all_axes, panels, strict=True):
+            for line in panel.series:
+                axes.plot(
+                    line.x,
+                    line.mean,
+                    line.style,
+                    color=line.color,
+                    linewidth=2.4 if line.strong else 1.4,
+                    zorder=3 if line.strong else 2,
+                    label=line.title,
+                )
+                if line.low is not None and line.high is not None:
+                    axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.15, linewidth=0)
+            axes.set_ylabel(panel.ylabel)
+            axes.set_ylim(0, panel.top)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28 if axes is all_axes[-1] else -0.06), ncols=3)
+        all_axes[0].set_title(title)
+        all_axes[-1].set_xlabel(xlabel)
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        return figure
+
+
+def score_figure(title: str, rows: Sequence[tuple[str, str, Estimate, Sequence[float]]], xlabel: str) -> Figure:
+    """Draw a score per arm: the estimate with its interval, and each seed as a dot.
+
+    Args:
+        title: Above it.
+        rows: Title, color, estimate, and score per seed of each arm.
+        xlabel: The score.
+    """
+    with matplotlib.rc_context(_SVG_STYLE):
+        figure = Figure(figsize=(6.4, 1.2 + 0.42 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for place, (_, color, estimate, seeds) in enumerate(rows):
+            axes.plot(seeds, [place] * len(seeds), "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+            axes.plot([estimate.value], [place], "D", color=color, markersize=6)
+            if estimate.low is not None and estimate.high is not None:
+                axes.plot([estimate.low, estimate.high], [place, place], "-", color=color, linewidth=2.4)
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(xlabel)
+        axes.set_title(title)
+        return figure
+
+
+def save(figure: Figure, stem: Path, *, png: bool) -> str:
+    """Write a figure.
+
+    Args:
+        figure: The figure.
+        stem: Path without suffix: ``.svg``, and ``.png`` if asked for.
+        png: Whether to write that too.
+
+    Returns:
+        The SVG for a page: no background, no size of its own, and text and axes in the page's text color.
+    """
+    with matplotlib.rc_context(_SVG_STYLE):
+        if png:
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
+            atomic_write(stem.with_suffix(".png"), picture.getvalue())
+        svg = _svg(figure)
+        atomic_write(stem.with_suffix(".svg"), svg.encode())
+        for axes in figure.axes:
+            _paint(axes)
+        return _for_page(_svg(figure, transparent=True), stem.name)
+
+
+def _svg(figure: Figure, *, transparent: bool = False) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=transparent)
+    # Without the spaces that matplotlib leaves at the end of lines.
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+
+
+def _paint(axes: matplotlib.axes.Axes) -> None:
+    """Give everything that is not data the color that stands for the page's."""
+    legend = axes.get_legend()
+    texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *(legend.get_texts() if legend else [])]
+    for text in [*texts, *axes.get_xticklabels(), *axes.get_yticklabels()]:
+        text.set_color(_INK)
+    axes.tick_params(colors=_INK)
+    for spine in axes.spines.values():
+        spine.set_color(_INK)
+
+
+def _for_page(svg: str, prefix: str) -> str:
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", svg, count=1)
+    # Names must be unique in a page; most are never referred to.
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda name: f' id="{prefix}-{name[1]}"' if name[1] in used else "", svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", svg)

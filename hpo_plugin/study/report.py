@@ -1,0 +1,528 @@
+"""The report of a study: pictures, a Markdown page, and one HTML page that needs nothing else.
+
+Made from the declaration and the collected data alone; the same data give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hpo_plugin.study import statistics
+from hpo_plugin.study.curves import SMOOTHED_OVER, smooth
+from hpo_plugin.study.data import (
+    ALPHA,
+    HELD_OUT,
+    LENGTH,
+    REWARD,
+    SHARE_NEGATIVE,
+    SHARE_POSITIVE,
+    CellData,
+    check_inputs,
+)
+from hpo_plugin.study.figures import Panel, Series, colors, line_figure, save, score_figure
+from hpo_plugin.study.spec import Experiment, Study, StudyError, paper_numbers
+from hpo_plugin.study.statistics import Estimate
+from hpo_plugin.tasks._files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Points of a curve over time.
+_TIME_POINTS = 100
+
+Floats = npt.NDArray[np.float64]
+#: Seed -> value.
+BySeed = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of words.
+
+    Attributes:
+        header: Titles of the columns.
+        rows: Cells.
+        title: Above it; may be empty.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure.
+
+    Attributes:
+        name: File name without suffix.
+        alt: What it shows, in words.
+        figure: The picture.
+    """
+
+    name: str
+    alt: str
+    figure: Figure
+
+
+@dataclass
+class Section:
+    """A part of the page, in the order of its fields."""
+
+    title: str
+    paragraphs: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page."""
+
+    name: str
+    title: str
+    text: str
+    sections: Sequence[Section]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The finished runs of one experiment.
+
+    Attributes:
+        experiment: The experiment.
+        runs: Arm -> seed -> data, in the experiment's order; arms without a finished run are left out.
+    """
+
+    experiment: Experiment
+    runs: Mapping[str, Mapping[int, CellData]]
+
+    @classmethod
+    def of(cls, study: Study, experiment: Experiment, data: Mapping[str, CellData]) -> Results:
+        """Find them by the keys of their cells."""
+        keys = {(cell.setting, cell.arm, cell.seed): cell.key for cell in study.cells()}
+        runs: dict[str, dict[int, CellData]] = {}
+        for arm in experiment.arms:
+            for seed in sorted(experiment.seeds):
+                found = data.get(keys[experiment.setting, arm, seed])
+                if found is not None:
+                    runs.setdefault(arm, {})[seed] = found
+        return cls(experiment, runs)
+
+    def finals(self, arm: str, last: int) -> BySeed:
+        """Mean held-out success over the last evaluations, by seed.
+
+        Raises:
+            StudyError: A run was not evaluated so often.
+        """
+        return {seed: final_score(run, last) for seed, run in self.runs[arm].items()}
+
+    def earlies(self, arm: str, fraction: float) -> BySeed:
+        """Mean training reward over the first part of the steps, by seed."""
+        return {seed: early_score(run, fraction) for seed, run in self.runs[arm].items()}
+
+    def stacked(self, arm: str, metric: str) -> Floats:
+        """A metric of an arm: a row per seed, a column per step from 1."""
+        return np.array([run.values[metric][1:] for run in self.runs[arm].values()], float)
+
+
+def final_score(run: CellData, last: int) -> float:
+    """Mean of held-out success over the last evaluations of a run.
+
+    Raises:
+        StudyError: There are fewer.
+    """
+    tested = run.values[HELD_OUT][1:]
+    tested = tested[~np.isnan(tested)]
+    if len(tested) < last:
+        raise StudyError(
+            f"{run.setting}/{run.arm}/seed{run.seed} has {len(tested)} evaluations, scores.final_evaluations={last}"
+        )
+    return float(tested[-last:].mean(dtype=float))
+
+
+def early_score(run: CellData, fraction: float) -> float:
+    """Mean training reward over the first part of a run's steps: the area under the curve, normalized."""
+    rewards = run.values[REWARD][1:]
+    return float(rewards[: math.ceil(fraction * len(rewards))].mean(dtype=float))
+
+
+def build_report(study: Study, data: Mapping[str, CellData]) -> Report:
+    """Compute everything that is reported.
+
+    Args:
+        study: The declaration.
+        data: Collected cells by key; those that are not of the study are left out.
+
+    Raises:
+        StudyError: There is nothing to report, or cells of a setting began from different inputs.
+    """
+    used = [data[cell.key] for cell in study.cells() if cell.key in data]
+    if not used:
+        raise StudyError("no cell of this study is in the data: run it, and `hpo-plugin study collect`")
+    check_inputs(used)
+    results = {name: Results.of(study, experiment, data) for name, experiment in study.experiments.items()}
+    sections = [_what_was_run(study, data, used)]
+    sections += [_experiment(study, name, result) for name, result in results.items() if result.runs]
+    overall = _overall(study, results)
+    sections += [*([overall] if overall else []), _how_to_read(study)]
+    return Report(study.name, study.title, study.text.strip(), sections)
+
+
+# --- what was run --------------------------------------------------------------------------------------------------
+
+
+def _what_was_run(study: Study, data: Mapping[str, CellData], used: Sequence[CellData]) -> Section:
+    cells = study.cells()
+    rows = []
+    for name, setting in study.settings.items():
+        of_setting = [cell for cell in cells if cell.setting == name]
+        found = [data[cell.key] for cell in of_setting if cell.key in data]
+        seeds = sorted({cell.seed for cell in of_setting if cell.key in data})
+        prepare = setting.prepare
+        start = found[0].info.get("start") if found else None
+        minutes = [run.seconds[-1] / 60 for run in found]
+        rows.append(
+            [
+                setting.title,
+                f"{prepare.train_size:,} and {prepare.test_size:,}" if prepare else "given",
+                f"{start['sampled']['correct']:.3f}" if start else "–",
+                str(of_setting[0].steps),
+                f"{len(found)} of {len(of_setting)}",
+                ", ".join(map(str, seeds)) or "–",
+                f"{np.median(minutes):.1f} ({min(minutes):.1f} to {max(minutes):.1f})" if minutes else "–",
+            ]
+        )
+    table = Table(
+        [
+            "setting",
+            "problems, trained on and held out",
+            "success of the start model",
+            "steps",
+            "runs finished",
+            "seeds",
+            "training time of a run, min",
+        ],
+        rows,
+    )
+    hours = sum(run.info["result"].get("wall_seconds", 0.0) for run in used) / 3600
+    training = sum(run.seconds[-1] for run in used) / 3600
+    paragraphs = [
+        f"{len(used)} of {len(cells)} runs are finished. Trained for {training:.1f} hours in all, "
+        f"{hours:.1f} with start-up and evaluations. Every run is verl's own trainer with the config "
+        f"`{study.config_name}`; in a setting all runs begin from the same data and the same start model, and a seed "
+        "decides the order of the problems and the samples.",
+        f"Run on: {_distinct(_machine(run) for run in used)}. With: {_distinct(_versions(run) for run in used)}.",
+    ]
+    return Section("What was run", paragraphs, [table])
+
+
+def _machine(run: CellData) -> str:
+    machine = run.info["result"].get("machine")
+    if not machine:
+        return "a machine that is not noted"
+    return f"{machine['system']} {machine['machine']}, {machine['cores']} cores, {machine['memory_gb']} GB"
+
+
+def _versions(run: CellData) -> str:
+    result = run.info["result"]
+    versions = {"Python": result.get("machine", {}).get("python"), **result.get("versions", {})}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "versions not noted"
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return "; ".join(sorted(set(texts)))
+
+
+# --- one experiment ------------------------------------------------------------------------------------------------
+
+
+def _experiment(study: Study, name: str, results: Results) -> Section:
+    experiment, scores = results.experiment, study.scores
+    arms = list(results.runs)
+    finals = {arm: results.finals(arm, scores.final_evaluations) for arm in arms}
+    earlies = {arm: results.earlies(arm, scores.early_fraction) for arm in arms}
+    final_iqm = {arm: statistics.interquartile_mean([_array(finals[arm])]) for arm in arms}
+    early_iqm = {arm: statistics.interquartile_mean([_array(earlies[arm])]) for arm in arms}
+    paper = paper_numbers()[experiment.paper] if experiment.paper else None
+
+    header = ["arm", "seeds", "final score", "early score"] + (["paper"] if paper else [])
+    rows = []
+    for arm in arms:
+        row = [study.arms[arm].title, str(len(finals[arm])), _shown(final_iqm[arm]), _shown(early_iqm[arm])]
+        if paper:
+            reported = paper.values.get(study.arms[arm].paper or arm)
+            row.append("–" if reported is None else f"{reported:.2f}")
+        rows.append(row)
+    section = Section(experiment.title, [text for text in [experiment.text.strip()] if text], [Table(header, rows)])
+    if paper:
+        section.notes.append(f"Paper: {paper.title}. {paper.source} Task, model and scale are not those of this study.")
+    missing = len(experiment.arms) * len(experiment.seeds) - sum(map(len, results.runs.values()))
+    if missing:
+        section.notes.append(f"{missing} of this experiment's runs are not finished and not in these figures.")
+    if experiment.compare in arms:
+        section.tables.append(_comparison(study, experiment.compare, finals, earlies))
+
+    palette = dict(zip(experiment.arms, colors(len(experiment.arms), ordered=experiment.ordered), strict=True))
+    section.pictures = [
+        *_curves(study, name, results, palette),
+        *_explanation(study, name, results, palette),
+        *(
+            Picture(
+                f"{name}-{kind}",
+                f"{title}: " + "; ".join(f"{study.arms[arm].title} {_shown(iqm[arm])}" for arm in arms) + ".",
+                score_figure(
+                    title,
+                    [(study.arms[arm].title, palette[arm], iqm[arm], list(by_seed[arm].values())) for arm in arms],
+                    f"{what}: each seed (dots), interquartile mean, 95 % interval",
+                ),
+            )
+            for kind, title, what, iqm, by_seed in (
+                ("final", "Final score", "held-out success", final_iqm, finals),
+                ("early", "Early score", "training reward", early_iqm, earlies),
+            )
+        ),
+    ]
+    return section
+
+
+def _comparison(
+    study: Study, ours: str, finals: Mapping[str, BySeed], earlies: Mapping[str, BySeed], title: str = ""
+) -> Table:
+    rows = []
+    for arm in finals:
+        if arm == ours:
+            continue
+        row = [study.arms[arm].title, str(len(set(finals[arm]) & set(finals[ours])))]
+        for scores in (finals, earlies):
+            row.append(
+                _shown(statistics.probability_of_improvement([_array(scores[ours])], [_array(scores[arm])]), digits=2)
+            )
+            difference = statistics.paired_difference(scores[ours], scores[arm])
+            row.append("no seed in common" if difference is None else _shown(difference, sign=True))
+        rows.append(row)
+    header = [
+        "compared with",
+        "pairs",
+        "final: probability of improvement",
+        "final: difference",
+        "early: probability of improvement",
+        "early: difference",
+    ]
+    return Table(header, rows, f"{study.arms[ours].title} against the others")
+
+
+def _curves(study: Study, name: str, results: Results, palette: Mapping[str, str]) -> list[Picture]:
+    pictures = []
+    for kind, title, unit, metric in (
+        ("reward", "Training reward per update", "mean reward", REWARD),
+        ("held-out", "Held-out success", "share solved", HELD_OUT),
+        ("length", "Response length", "mean length, tokens", LENGTH),
+    ):
+        series = []
+        for arm in results.runs:
+            values = results.stacked(arm, metric)
+            known = ~np.isnan(values).any(axis=0)
+            steps = np.arange(1, values.shape[1] + 1, dtype=float)[known]
+            smoothed = values[:, known] if metric == HELD_OUT else _smoothed(values)[:, known]
+            if known.any():
+                series.append(_series(study, results, arm, palette[arm], steps, smoothed))
+        if series:
+            pictures.append(_line_picture(f"{name}-{kind}", title, "update", unit, series))
+    series = []
+    for arm, runs in results.runs.items():
+        minutes = [run.seconds[1:] / 60 for run in runs.values()]
+        grid = np.linspace(max(times[0] for times in minutes), min(times[-1] for times in minutes), _TIME_POINTS)
+        smoothed = _smoothed(results.stacked(arm, REWARD))
+        values = np.array([np.interp(grid, times, run) for times, run in zip(minutes, smoothed, strict=True)])
+        series.append(_series(study, results, arm, palette[arm], grid, values))
+    pictures.insert(1, _line_picture(f"{name}-time", "Training reward over time", "minutes", "mean reward", series))
+    return pictures
+
+
+def _explanation(study: Study, name: str, results: Results, palette: Mapping[str, str]) -> list[Picture]:
+    """α and the sign shares it is made of, where an arm's α moves."""
+    arms = [arm for arm in results.runs if np.nanstd(results.stacked(arm, ALPHA)) > 0]
+    if not arms:
+        return []
+    panels: list[Panel] = []
+    shares = ((ALPHA, "", "-"), (SHARE_POSITIVE, "positive advantage, p̂⁺", "-"), (SHARE_NEGATIVE, "negative, p̂⁻", "--"))
+    weights: list[Series] = []
+    signs: list[Series] = []
+    for arm in arms:
+        for metric, label, style in shares:
+            values = _smoothed(results.stacked(arm, metric))
+            steps = np.arange(1, values.shape[1] + 1, dtype=float)
+            title = f"{study.arms[arm].title}: {label}" if label else study.arms[arm].title
+            color = palette[arm]
+            if len(arms) == 1 and metric != ALPHA:
+                color = "#009e73" if metric == SHARE_POSITIVE else "#595959"
+            mean, low, high = statistics.mean_band(values)
+            (signs if label else weights).append(Series(title, color, steps, mean, low, high, style))
+    panels = [Panel("α", weights, 1.05), Panel("share of responses", signs)]
+    alt = "; ".join(f"{line.title}: {line.mean[0]:.2f} at first, {line.mean[-1]:.2f} at the end" for line in weights)
+    alt += "; " + "; ".join(f"{line.title}: {line.mean[0]:.2f}, {line.mean[-1]:.2f}" for line in signs)
+    title = "α, and the shares it is made of"
+    return [Picture(f"{name}-alpha", f"{title}. {alt}.", line_figure(title, "update", panels))]
+
+
+def _series(study: Study, results: Results, arm: str, color: str, x: Floats, values: Floats) -> Series:
+    mean, low, high = statistics.mean_band(values)
+    title, seeds = study.arms[arm].title, len(values)
+    label = title if seeds == len(results.experiment.seeds) else f"{title} ({seeds} seeds)"
+    return Series(label, color, x, mean, low, high, strong=arm == results.experiment.compare)
+
+
+def _line_picture(name: str, title: str, xlabel: str, ylabel: str, series: Sequence[Series]) -> Picture:
+    ends = "; ".join(f"{line.title} {line.mean[0]:.2f} at first, {line.mean[-1]:.2f} at the end" for line in series)
+    figure = line_figure(title, xlabel, [Panel(ylabel, series)])
+    return Picture(name, f"{title}, {ylabel}, mean over seeds with its 95 % band. {ends}.", figure)
+
+
+def _smoothed(values: Floats) -> Floats:
+    return np.array([smooth(run) for run in values.tolist()])
+
+
+# --- over all settings ---------------------------------------------------------------------------------------------
+
+
+def _overall(study: Study, results: Mapping[str, Results]) -> Section | None:
+    """Scores over several settings, where experiments compare the same arms in different ones."""
+    compared = [result for result in results.values() if result.experiment.compare and result.runs]
+    if len({result.experiment.setting for result in compared}) < 2:
+        return None
+    (ours, *others) = {result.experiment.compare for result in compared}
+    arms = [arm for arm in compared[0].runs if all(arm in result.runs for result in compared)]
+    if others or ours not in arms or len(arms) < 2 or ours is None:
+        return None
+    scores = study.scores
+
+    def strata(arm: str, *, final: bool) -> list[Floats]:
+        return [
+            _array(r.finals(arm, scores.final_evaluations) if final else r.earlies(arm, scores.early_fraction))
+            for r in compared
+        ]
+
+    rows = []
+    for arm in arms:
+        row = [study.arms[arm].title, " + ".join(str(len(result.runs[arm])) for result in compared)]
+        for final in (True, False):
+            mine = strata(arm, final=final)
+            row.append(_shown(statistics.interquartile_mean(mine)))
+            if arm == ours:
+                row.append("–")
+            else:
+                improvement = statistics.probability_of_improvement(strata(ours, final=final), mine)
+                row.append(_shown(improvement, digits=2))
+        rows.append(row)
+    title = study.arms[ours].title
+    header = ["arm", "seeds", "final score", f"final: {title} better", "early score", f"early: {title} better"]
+    settings = " and ".join(study.settings[result.experiment.setting].title for result in compared)
+    text = (
+        f"{settings} together. Scores of all runs are pooled as they are, since all are shares of answers that are "
+        "right; a setting with more seeds weighs more. Resampling is by setting, and the probability of improvement is "
+        "the mean over settings."
+    )
+    return Section("Over all settings", [text], [Table(header, rows)])
+
+
+# --- how to read it ------------------------------------------------------------------------------------------------
+
+
+def _how_to_read(study: Study) -> Section:
+    scores = study.scores
+    last = (
+        "the last evaluation" if scores.final_evaluations == 1 else f"the last {scores.final_evaluations} evaluations"
+    )
+    return Section(
+        "How these figures are made",
+        [
+            f"- **Final score**: success on held-out problems, mean over {last}; the model is evaluated every "
+            f"{study.test_every} updates.\n"
+            f"- **Early score**: mean training reward over the first {100 * scores.early_fraction:.0f} % of the "
+            "updates, the area under the curve in units of reward.\n"
+            "- **A score's figure** is the interquartile mean over seeds: the lowest and the highest quarter are left "
+            "out, rounded down, so of three seeds none, of five one at either end. In brackets is its 95 % interval: "
+            f"percentile bootstrap over seeds, {statistics.RESAMPLES:,} resamples.\n"
+            "- **Probability of improvement**: how often a run of the one scores higher than a run of the other, over "
+            "all pairs of runs, ties half. An interval that holds 0.5 does not tell the two apart.\n"
+            "- **Difference**: mean of the differences between runs with the same seed.\n"
+            f"- **Curves**: trailing mean over {SMOOTHED_OVER} updates (held-out success: as measured), mean over "
+            "seeds, band: 95 % interval of that mean.\n"
+            "- **Time**: the trainer's own time for each step, evaluations and start-up not included, on the machine "
+            "as it was; whatever else ran on it is in there.\n"
+            "- With three to five seeds every interval is rough, and rather too narrow than too wide."
+        ],
+    )
+
+
+# --- writing it ----------------------------------------------------------------------------------------------------
+
+
+def write_report(report: Report, output: Path, *, png: bool = True) -> list[Path]:
+    """Write ``<name>.md``, ``<name>.html`` and the pictures in ``<name>/``.
+
+    Args:
+        report: The report.
+        output: Directory.
+        png: Whether to write each picture as PNG too; the pages use SVG.
+
+    Returns:
+        The two pages.
+    """
+    import jinja2
+    import markdown
+
+    pictures = output / report.name
+    pictures.mkdir(parents=True, exist_ok=True)
+    inline = {}
+    for section in report.sections:
+        for picture in section.pictures:
+            inline[picture.name] = (picture.alt, save(picture.figure, pictures / picture.name, png=png))
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("hpo_plugin.study"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        # Markdown has no escapes of HTML, and the page's body is made from it.
+        autoescape=False,
+    )
+    text = re.sub(r"\n{3,}", "\n\n", templates.get_template("report.md.j2").render(report=report)).rstrip() + "\n"
+    body = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    # A section's pictures stand beside each other where there is room.
+    body = re.sub(r"(?:<p><img [^>]*></p>\s*)+", lambda found: f'<div class="pictures">{found[0]}</div>', body)
+
+    def embed(found: re.Match[str]) -> str:
+        alt, svg = inline[found[1]]
+        described = f'<svg role="img" aria-label="{escape(alt)}" '
+        return f"<div>{svg.replace('<svg ', described, 1)}</div>"
+
+    body = re.sub(rf'<p><img [^>]*src="{re.escape(report.name)}/([^"]+)\.svg"[^>]*></p>', embed, body)
+    page = templates.get_template("report.html.j2").render(report=report, body=body)
+    written = [output / f"{report.name}.md", output / f"{report.name}.html"]
+    for path, content in zip(written, (text, page), strict=True):
+        atomic_write(path, content.encode())
+    return written
+
+
+def _array(by_seed: BySeed) -> Floats:
+    return np.array(list(by_seed.values()), float)
+
+
+def _shown(estimate: Estimate, *, digits: int = 3, sign: bool = False) -> str:
+    form = f"{'+' if sign else ''}.{digits}f"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:{form}} ({estimate.note})"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
