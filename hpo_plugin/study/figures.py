@@ -19,7 +19,9 @@ from hpo_plugin.study.statistics import Estimate
 from hpo_plugin.tasks._files import atomic_write
 
 #: Okabe and Ito's colors, told apart by color-blind readers too; yellow is left out, it is too light for lines.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#595959")
+_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
+#: Theirs too, kept for the arm that is compared with the others.
+STRONG = "#d55e00"
 #: What the page's text color stands in for.
 _INK = "#010203"
 _SVG_STYLE = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": "hpo_plugin"}
@@ -100,10 +102,11 @@ def line_figure(title: str, xlabel: str, panels: Sequence[Panel]) -> Figure:
                     axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.15, linewidth=0)
             axes.set_ylabel(panel.ylabel)
             axes.set_ylim(0, panel.top)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28 if axes is all_axes[-1] else -0.06), ncols=3)
         all_axes[0].set_title(title)
         all_axes[-1].set_xlabel(xlabel)
-        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        handles = [handle for axes in all_axes for handle in axes.get_legend_handles_labels()[0]]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
         return figure
 
 
@@ -119,7 +122,7 @@ def score_figure(title: str, rows: Sequence[tuple[str, str, Estimate, Sequence[f
         figure = Figure(figsize=(6.4, 1.2 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for place, (_, color, estimate, seeds) in enumerate(rows):
-            axes.plot(seeds, [place] * len(seeds), "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+            axes.plot(seeds, [place + 0.22] * len(seeds), "o", color=color, alpha=0.5, markersize=4, markeredgewidth=0)
             axes.plot([estimate.value], [place], "D", color=color, markersize=6)
             if estimate.low is not None and estimate.high is not None:
                 axes.plot([estimate.low, estimate.high], [place, place], "-", color=color, linewidth=2.4)
@@ -149,8 +152,7 @@ def save(figure: Figure, stem: Path, *, png: bool) -> str:
             atomic_write(stem.with_suffix(".png"), picture.getvalue())
         svg = _svg(figure)
         atomic_write(stem.with_suffix(".svg"), svg.encode())
-        for axes in figure.axes:
-            _paint(axes)
+        _paint(figure)
         return _for_page(_svg(figure, transparent=True), stem.name)
 
 
@@ -161,15 +163,18 @@ def _svg(figure: Figure, *, transparent: bool = False) -> str:
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
-def _paint(axes: matplotlib.axes.Axes) -> None:
+def _paint(figure: Figure) -> None:
     """Give everything that is not data the color that stands for the page's."""
-    legend = axes.get_legend()
-    texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *(legend.get_texts() if legend else [])]
-    for text in [*texts, *axes.get_xticklabels(), *axes.get_yticklabels()]:
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label]
+        axes.tick_params(colors=_INK)
+        for spine in axes.spines.values():
+            spine.set_color(_INK)
+    # The title stands at the left, where it is another text than `axes.title`.
+    texts += [axes._left_title for axes in figure.axes if hasattr(axes, "_left_title")]
+    for text in texts:
         text.set_color(_INK)
-    axes.tick_params(colors=_INK)
-    for spine in axes.spines.values():
-        spine.set_color(_INK)
 
 
 def _for_page(svg: str, prefix: str) -> str:

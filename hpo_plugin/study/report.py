@@ -28,7 +28,7 @@ from hpo_plugin.study.data import (
     CellData,
     check_inputs,
 )
-from hpo_plugin.study.figures import Panel, Series, colors, line_figure, save, score_figure
+from hpo_plugin.study.figures import STRONG, Panel, Series, colors, line_figure, save, score_figure
 from hpo_plugin.study.spec import Experiment, Study, StudyError, paper_numbers
 from hpo_plugin.study.statistics import Estimate
 from hpo_plugin.tasks._files import atomic_write
@@ -131,9 +131,9 @@ class Results:
         """Mean training reward over the first part of the steps, by seed."""
         return {seed: early_score(run, fraction) for seed, run in self.runs[arm].items()}
 
-    def stacked(self, arm: str, metric: str) -> Floats:
-        """A metric of an arm: a row per seed, a column per step from 1."""
-        return np.array([run.values[metric][1:] for run in self.runs[arm].values()], float)
+    def stacked(self, arm: str, metric: str, first: int = 1) -> Floats:
+        """A metric of an arm: a row per seed, a column per step from the first."""
+        return np.array([run.values[metric][first:] for run in self.runs[arm].values()], float)
 
 
 def final_score(run: CellData, last: int) -> float:
@@ -269,11 +269,11 @@ def _experiment(study: Study, name: str, results: Results) -> Section:
         section.notes.append(f"Paper: {paper.title}. {paper.source} Task, model and scale are not those of this study.")
     missing = len(experiment.arms) * len(experiment.seeds) - sum(map(len, results.runs.values()))
     if missing:
-        section.notes.append(f"{missing} of this experiment's runs are not finished and not in these figures.")
+        section.notes.append(f"Not finished, and so not in these figures: {missing} of this experiment's runs.")
     if experiment.compare in arms:
         section.tables.append(_comparison(study, experiment.compare, finals, earlies))
 
-    palette = dict(zip(experiment.arms, colors(len(experiment.arms), ordered=experiment.ordered), strict=True))
+    palette = _palette(experiment)
     section.pictures = [
         *_curves(study, name, results, palette),
         *_explanation(study, name, results, palette),
@@ -294,6 +294,12 @@ def _experiment(study: Study, name: str, results: Results) -> Section:
         ),
     ]
     return section
+
+
+def _palette(experiment: Experiment) -> dict[str, str]:
+    others = [arm for arm in experiment.arms if arm != experiment.compare or experiment.ordered]
+    palette = dict(zip(others, colors(len(others), ordered=experiment.ordered), strict=True))
+    return {arm: palette.get(arm, STRONG) for arm in experiment.arms}
 
 
 def _comparison(
@@ -331,9 +337,11 @@ def _curves(study: Study, name: str, results: Results, palette: Mapping[str, str
     ):
         series = []
         for arm in results.runs:
-            values = results.stacked(arm, metric)
+            # The start model is evaluated too, and draws no training samples.
+            first = 0 if metric == HELD_OUT else 1
+            values = results.stacked(arm, metric, first)
             known = ~np.isnan(values).any(axis=0)
-            steps = np.arange(1, values.shape[1] + 1, dtype=float)[known]
+            steps = np.arange(first, values.shape[1] + first, dtype=float)[known]
             smoothed = values[:, known] if metric == HELD_OUT else _smoothed(values)[:, known]
             if known.any():
                 series.append(_series(study, results, arm, palette[arm], steps, smoothed))
@@ -522,7 +530,10 @@ def _array(by_seed: BySeed) -> Floats:
 
 
 def _shown(estimate: Estimate, *, digits: int = 3, sign: bool = False) -> str:
-    form = f"{'+' if sign else ''}.{digits}f"
+    def number(value: float) -> str:
+        # Adding zero takes the sign off a rounded -0.0.
+        return f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:{form}} ({estimate.note})"
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+        return f"{number(estimate.value)} ({estimate.note})"
+    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"

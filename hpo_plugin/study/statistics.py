@@ -113,9 +113,10 @@ def _estimate(samples: Strata, statistic: Callable[..., Any]) -> Estimate:
     few = min(map(len, samples))
     if few < 2:
         return Estimate(value, note="no interval: one seed")
-    if all(np.ptp(sample) == 0 for sample in samples):
-        return Estimate(value, note="no interval: all seeds equal")
     interval = _bootstrap(samples, statistic, axis=-1)
+    if np.isclose(interval.low, interval.high, rtol=0, atol=1e-12):
+        # Equal scores; or, for a probability, every run of the one above every run of the other.
+        return Estimate(value, note="no interval: resamples do not differ")
     return Estimate(value, float(interval.low), float(interval.high))
 
 
