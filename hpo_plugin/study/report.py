@@ -13,6 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jinja2
+import markdown
 import numpy as np
 import numpy.typing as npt
 
@@ -477,6 +479,24 @@ def _how_to_read(study: Study) -> Section:
 # --- writing it ----------------------------------------------------------------------------------------------------
 
 
+def to_markdown(report: Report) -> str:
+    """The page's text; its pictures are in a directory named as the report."""
+    text = _templates().get_template("report.md.j2").render(report=report)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("hpo_plugin.study"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        # The text of STUDY.yaml is Markdown, and the HTML page's body is made from it.
+        autoescape=False,
+    )
+
+
 def write_report(report: Report, output: Path, *, png: bool = True) -> list[Path]:
     """Write ``<name>.md``, ``<name>.html`` and the pictures in ``<name>/``.
 
@@ -488,25 +508,21 @@ def write_report(report: Report, output: Path, *, png: bool = True) -> list[Path
     Returns:
         The two pages.
     """
-    import jinja2
-    import markdown
-
     pictures = output / report.name
     pictures.mkdir(parents=True, exist_ok=True)
     inline = {}
     for section in report.sections:
         for picture in section.pictures:
             inline[picture.name] = (picture.alt, save(picture.figure, pictures / picture.name, png=png))
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpo_plugin.study"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        # Markdown has no escapes of HTML, and the page's body is made from it.
-        autoescape=False,
-    )
-    text = re.sub(r"\n{3,}", "\n\n", templates.get_template("report.md.j2").render(report=report)).rstrip() + "\n"
+    text = to_markdown(report)
+    written = [output / f"{report.name}.md", output / f"{report.name}.html"]
+    for path, content in zip(written, (text, _to_html(report, text, inline)), strict=True):
+        atomic_write(path, content.encode())
+    return written
+
+
+def _to_html(report: Report, text: str, inline: Mapping[str, tuple[str, str]]) -> str:
+    """The Markdown page as HTML, with the pictures in it: name -> what it shows, SVG."""
     body = markdown.markdown(text, extensions=["tables", "fenced_code"])
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     # A section's pictures stand beside each other where there is room.
@@ -518,11 +534,7 @@ def write_report(report: Report, output: Path, *, png: bool = True) -> list[Path
         return f"<div>{svg.replace('<svg ', described, 1)}</div>"
 
     body = re.sub(rf'<p><img [^>]*src="{re.escape(report.name)}/([^"]+)\.svg"[^>]*></p>', embed, body)
-    page = templates.get_template("report.html.j2").render(report=report, body=body)
-    written = [output / f"{report.name}.md", output / f"{report.name}.html"]
-    for path, content in zip(written, (text, page), strict=True):
-        atomic_write(path, content.encode())
-    return written
+    return _templates().get_template("report.html.j2").render(report=report, body=body)
 
 
 def _array(by_seed: BySeed) -> Floats:

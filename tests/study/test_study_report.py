@@ -1,0 +1,151 @@
+"""The report: from declaration and data alone, the same bytes every time, and it says what it is made of."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from hpo_plugin.study import report as module
+from hpo_plugin.study.data import write_data
+from hpo_plugin.study.report import build_report, early_score, final_score, to_markdown, write_report
+from hpo_plugin.study.spec import StudyError, paper_numbers
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    monkeypatch.setattr(module.statistics, "RESAMPLES", 200)
+
+
+@pytest.fixture
+def page(declared, load, data):
+    """The Markdown page, without its pictures."""
+    return to_markdown(build_report(load(declared), data))
+
+
+@pytest.fixture
+def written(tmp_path, declared, load, data):
+    """The directory of a whole report."""
+    write_report(build_report(load(declared), data), tmp_path / "out", png=False)
+    return tmp_path / "out"
+
+
+def rows_of(markdown, title):
+    """The rows of the first table of a section, as lists of cells."""
+    section = markdown.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.partition("\n**")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_scores_of_one_run(data):
+    (run, *_) = data.values()
+    # Held out 0.2 and 0.3; rewards 0.1, 0.2, 0.3, 0.4.
+    assert final_score(run, 1) == pytest.approx(0.3)
+    assert final_score(run, 2) == pytest.approx(0.25)
+    assert early_score(run, 0.5) == pytest.approx(0.15)
+    assert early_score(run, 1) == pytest.approx(0.25)
+    with pytest.raises(StudyError, match=r"easy/grpo/seed0 has 2 evaluations, scores.final_evaluations=3"):
+        final_score(run, 3)
+
+
+def test_the_table_of_an_experiment(page):
+    grpo, ahpo = rows_of(page, "One")
+    # Final scores of GRPO's seeds: 0.25, 0.26, 0.27. A-HPO is better by 0.05.
+    assert grpo[:2] == ["GRPO", "3"]
+    assert grpo[2].startswith("0.260 [0.25")
+    assert ahpo[2].startswith("0.310 [0.30")
+    # Early scores: (0.1 + 0.2) / 2, and 0.01 more for each seed.
+    assert grpo[3].startswith("0.160 [0.15")
+    comparison = page.partition("**A-HPO against the others**")[2]
+    assert "| GRPO | 3 | 1.00 (no interval: resamples do not differ) | +0.050 " in comparison
+
+
+def test_the_settings_together(page):
+    grpo, ahpo = rows_of(page, "Over all settings")
+    # Five scores: 0.25, 0.25, 0.26, 0.26, 0.27; the lowest and the highest are left out.
+    assert grpo[1] == "3 + 2"
+    assert grpo[2].startswith("0.257 ")
+    assert ahpo[3] == "–"
+
+
+def test_what_was_run_can_be_read_off(page):
+    easy, hard = rows_of(page, "What was run")
+    assert easy[0] == "Easy"
+    assert easy[3:6] == ["4", "6 of 6", "0, 1, 2"]
+    # Four steps of two seconds.
+    assert easy[6] == "0.1 (0.1 to 0.1)"
+    assert hard[5] == "0, 1"
+    assert "10 of 10 runs are finished" in page
+
+
+def test_an_unfinished_study_says_how_many_runs_its_figures_hold(declared, load, data):
+    study = load(declared)
+    missing = study.cells()[-1]
+    del data[missing.key]
+    page = to_markdown(build_report(study, data))
+    assert "9 of 10 runs are finished" in page
+    assert "Not finished, and so not in these figures: 1 of this experiment's runs." in page
+    assert rows_of(page, "One")[1][1] == "2"
+
+
+def test_the_papers_numbers_stand_beside_ours_with_their_source(declared, load, data):
+    declared["experiments"]["one"]["paper"] = "telelogs-qwen2.5-1.5b"
+    page = to_markdown(build_report(load(declared), data))
+    assert [row[-1] for row in rows_of(page, "One")] == ["0.73", "0.84"]
+    assert paper_numbers()["telelogs-qwen2.5-1.5b"].source in page
+    assert [len(row) for row in rows_of(page, "Two")] == [4, 4]
+
+
+def test_the_same_data_give_the_same_bytes(tmp_path, declared, load, data):
+    del declared["experiments"]["two"], declared["settings"]["hard"]
+    made = []
+    for name in ("one", "two"):
+        write_report(build_report(load(declared), data), tmp_path / name)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        made.append({path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in files})
+    assert made[0] == made[1]
+    assert {path.rpartition(".")[2] for path in made[0]} == {"md", "html", "svg", "png"}
+    assert not any(b"20" + b"26" in content for path, content in made[0].items() if path.endswith(("svg", "md")))
+
+
+def test_every_picture_of_the_page_is_there_and_described(written):
+    pictures = re.findall(r"!\[(.+?)\]\((.+?)\)\n", (written / "small.md").read_text())
+    names = {path.rpartition("/")[2] for _, path in pictures}
+    kinds = ("reward", "time", "held-out", "length", "alpha", "final", "early")
+    assert names == {f"{experiment}-{kind}.svg" for experiment in ("one", "two") for kind in kinds}
+    assert all((written / path).is_file() for _, path in pictures)
+    # The start model: 0.15, 0.16, 0.17 of the three seeds.
+    assert any("A-HPO 0.16 at first" in alt for alt, path in pictures if path.endswith("one-held-out.svg"))
+
+
+def test_the_html_page_needs_nothing_else(written):
+    html = (written / "small.html").read_text()
+    assert html.count("<svg ") == html.count('role="img" aria-label="') == 14
+    # Names of namespaces are not fetched.
+    assert not re.search(r"""(?:src|href)=["'](?!#)""", html)
+    assert not re.search(r"url\((?!#)|@import|<script|<link", html)
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
+    assert "prefers-color-scheme: dark" in html
+    assert "currentColor" in html
+
+
+def test_cells_of_other_studies_are_left_out_and_no_cell_at_all_is_an_error(declared, load, data):
+    study = load(declared)
+    with pytest.raises(StudyError, match="no cell of this study is in the data"):
+        build_report(study, {"foreign": next(iter(data.values()))})
+
+
+def test_a_report_needs_neither_verl_nor_ray(tmp_path, declared, load, data):
+    load(declared)
+    write_data(tmp_path / "study.parquet", data.values())
+    code = (
+        "import sys; from hpo_plugin.cli.app import app\n"
+        f"try: app(['study', 'report', {str(tmp_path / 'study.yaml')!r}, '--output', {str(tmp_path / 'out')!r}])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'verl', 'ray', 'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "out" / "small.md"), str(tmp_path / "out" / "small.html")]
