@@ -14,7 +14,7 @@ import hpo_plugin
 from hpo_plugin.cli._laptop import Inputs
 from hpo_plugin.cli._runs import Run, write_json
 from hpo_plugin.cli._verl_log import Metrics, StepView
-from hpo_plugin.study.spec import Cell, Study, StudyError
+from hpo_plugin.study.spec import Cell, Prepare, Study, StudyError
 
 
 class State(str, Enum):
@@ -70,22 +70,15 @@ class Workspace:
         self.study = study
         self.directory = output / study.name
 
-    def data(self, setting: str) -> Path:
-        """Where the data of a setting are made."""
-        return self.directory / "data" / setting
+    def inputs_directory(self, prepare: Prepare) -> Path:
+        """Where inputs are made."""
+        return self.directory / "inputs" / prepare.name
 
-    def model(self, setting: str) -> Path:
-        """Where the start model of a setting is made."""
-        return self.directory / "models" / setting
-
-    def _inputs_file(self, setting: str) -> Path:
-        return self.directory / "inputs" / f"{setting}.json"
-
-    def save_inputs(self, setting: str, made: SettingInputs) -> None:
+    def save_inputs(self, prepare: Prepare, digests: Mapping[str, str], start: Mapping[str, Any]) -> None:
         """Note what was made, after it was."""
-        path = self._inputs_file(setting)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"digests": dict(made.digests), "start": dict(made.start)})
+        directory = self.inputs_directory(prepare)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "inputs.json", {"digests": dict(digests), "start": dict(start)})
 
     def inputs(self, setting: str) -> SettingInputs | None:
         """The inputs of a setting; None if its overrides name them.
@@ -93,15 +86,18 @@ class Workspace:
         Raises:
             StudyError: They have not been made.
         """
-        if self.study.settings[setting].prepare is None:
+        prepare = self.study.settings[setting].prepare
+        if prepare is None:
             return None
-        path = self._inputs_file(setting)
+        directory = self.inputs_directory(prepare)
         try:
-            noted = json.loads(path.read_bytes())
+            noted = json.loads((directory / "inputs.json").read_bytes())
         except FileNotFoundError:
-            raise StudyError(f"{path} does not exist: `hpo-plugin study prepare` makes the inputs") from None
-        data = self.data(setting)
-        where = Inputs(data / "train.parquet", data / "test.parquet", self.model(setting))
+            raise StudyError(
+                f"{directory / 'inputs.json'} does not exist: `hpo-plugin study prepare` makes the inputs"
+            ) from None
+        data = directory / "data"
+        where = Inputs(data / "train.parquet", data / "test.parquet", directory / "model")
         return SettingInputs(where, noted["digests"], noted["start"])
 
     def run(self, cell: Cell) -> Run:

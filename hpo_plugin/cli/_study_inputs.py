@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo_plugin.cli._laptop import make_countdown_inputs, note
-from hpo_plugin.cli._study_cells import SettingInputs, Workspace
+from hpo_plugin.cli._study_cells import Workspace
 from hpo_plugin.study.spec import Cell, Prepare, StudyError, setting_problems
 from hpo_plugin.tasks._files import sha256_of_file
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 def prepare_in_child(study_file: Path, output: Path, only: Sequence[str], *, check: bool) -> None:
-    """Run ``hpo-plugin study prepare`` and wait for it.
+    """Run ``hpo-plugin study prepare`` and wait for it; what it says goes to standard error.
 
     Raises:
         StudyError: It failed; it has said why.
     """
     command = [sys.executable, "-m", "hpo_plugin.cli", "study", "prepare", str(study_file), f"--output={output}"]
     command += [f"--only={text}" for text in only] + ([] if check else ["--no-check"])
-    done = subprocess.run(command, check=False)
+    done = subprocess.run(command, check=False, stdout=sys.stderr)
     if done.returncode:
         raise StudyError("the study cannot run like this; nothing was trained")
 
@@ -50,18 +50,18 @@ def make_inputs(workspace: Workspace, cells: Sequence[Cell], console: Console) -
         if prepare is not None:
             console.print(workspace.study.settings[setting].title, style="bold", markup=False)
             try:
-                made = _make_countdown(workspace, setting, prepare, console)
+                _make_countdown(workspace, prepare, console)
             except (TypeError, ValueError, OSError) as error:
                 raise StudyError(f"settings.{setting}.prepare: {error}") from error
-            workspace.save_inputs(setting, made)
 
 
-def _make_countdown(workspace: Workspace, setting: str, prepare: Prepare, console: Console) -> SettingInputs:
+def _make_countdown(workspace: Workspace, prepare: Prepare, console: Console) -> None:
     from hpo_plugin.cpu.start_model import MANIFEST_NAME, StartModelConfig
 
+    directory = workspace.inputs_directory(prepare)
     inputs = make_countdown_inputs(
-        workspace.data(setting),
-        workspace.model(setting),
+        directory / "data",
+        directory / "model",
         config=setting_problems(prepare),
         train_size=prepare.train_size,
         test_size=prepare.test_size,
@@ -70,13 +70,8 @@ def _make_countdown(workspace: Workspace, setting: str, prepare: Prepare, consol
         console=console,
     )
     manifest: dict[str, Any] = json.loads((inputs.model / MANIFEST_NAME).read_bytes())
-    files = {
-        "train": inputs.train_file,
-        "test": inputs.test_file,
-        "model": inputs.model / "model.safetensors",
-    }
-    digests = {name: sha256_of_file(path) for name, path in files.items()}
-    return SettingInputs(inputs, digests, manifest["results"])
+    files = {"train": inputs.train_file, "test": inputs.test_file, "model": inputs.model / "model.safetensors"}
+    workspace.save_inputs(prepare, {name: sha256_of_file(path) for name, path in files.items()}, manifest["results"])
 
 
 def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -> None:

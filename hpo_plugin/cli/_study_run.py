@@ -166,10 +166,11 @@ class StudyRun:
             pass
         except RunBusyError:
             self._tell(f"{cell.name}: another process is running it")
-        except (TrainingError, StudyError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             run = self._workspace.run(cell)
             run.directory.mkdir(parents=True, exist_ok=True)
-            run.fail(f"{'' if isinstance(error, TrainingError) else type(error).__name__ + ': '}{error}")
+            known = isinstance(error, TrainingError | StudyError)
+            run.fail(str(error) if known else f"{type(error).__name__}: {error}")
             self._tell(f"{cell.name}: failed: {_cause(str(error))}")
         return True
 

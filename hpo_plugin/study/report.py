@@ -362,7 +362,9 @@ def _curves(study: Study, name: str, results: Results, palette: Mapping[str, str
 
 def _explanation(study: Study, name: str, results: Results, palette: Mapping[str, str]) -> list[Picture]:
     """α and the sign shares it is made of, where an arm's α moves."""
-    arms = [arm for arm in results.runs if np.nanstd(results.stacked(arm, ALPHA)) > 0]
+    stacked = {arm: results.stacked(arm, ALPHA) for arm in results.runs}
+    # Without the losses and presets of this package, no α is logged.
+    arms = [arm for arm, values in stacked.items() if not np.isnan(values).any() and np.ptp(values) > 0]
     if not arms:
         return []
     panels: list[Panel] = []

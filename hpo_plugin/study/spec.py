@@ -61,6 +61,11 @@ class Prepare:
     seed: int = 0
     start_model: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Of the directory: other inputs go elsewhere, and settings with the same ones share them."""
+        return f"{self.task}-{_digest(asdict(self))}"
+
 
 @dataclass
 class Setting:
@@ -366,7 +371,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Identity: a digest of :meth:`request`. What changes the training makes another cell."""
-        return hashlib.sha256(json.dumps(self.request(), sort_keys=True).encode()).hexdigest()[:12]
+        return _digest(self.request())
 
 
 def load_study(path: Path) -> Study:
@@ -442,6 +447,10 @@ def select(cells: Iterable[Cell], only: Iterable[str]) -> list[Cell]:
         if not any(wanted <= _words(cell) for cell in cells):
             raise StudyError(f"--only {'/'.join(sorted(wanted))} fits no cell; cells are called like {cells[0].name}")
     return [cell for cell in cells if not filters or any(wanted <= _words(cell) for wanted in filters)]
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _words(cell: Cell) -> set[str]:

@@ -16,8 +16,8 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hpo_plugin.cli import _study_inputs
-from hpo_plugin.cli._study_cells import SettingInputs, State, Workspace, status
+from hpo_plugin.cli import _study_inputs, _study_run
+from hpo_plugin.cli._study_cells import State, Workspace, status
 from hpo_plugin.cli._study_collect import collect
 from hpo_plugin.cli._study_run import StudyRun
 from hpo_plugin.cli.app import app
@@ -70,6 +70,7 @@ def _stand_in(tmp_path, monkeypatch):
     paths = [str(package.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setattr(_study_inputs, "prepare_in_child", lambda *arguments, **options: None)
+    monkeypatch.setattr(_study_run, "INTERVAL", 0.05)
 
 
 @pytest.fixture
@@ -238,8 +239,9 @@ def test_a_cell_begun_from_other_inputs_is_refused(declared, workspace, tmp_path
     found = workspace(declared)
     with pytest.raises(StudyError, match="`hpo-plugin study prepare` makes the inputs"):
         found.start(found.study.cells()[0])
+    prepare = found.study.settings["easy"].prepare
     for digest in ("aaaa", "bbbb"):
-        found.save_inputs("easy", SettingInputs(None, {"model": digest}, {}))
+        found.save_inputs(prepare, {"model": digest}, {})
         if digest == "aaaa":
             found.start(found.study.cells()[0])
     with pytest.raises(StudyError, match=r"easy/grpo/seed0 was begun from other inputs \(model aaaa, now model bbbb\)"):
@@ -249,9 +251,10 @@ def test_a_cell_begun_from_other_inputs_is_refused(declared, workspace, tmp_path
     work.run(jobs=1)
     assert [entry.cell.arm for entry in work.failed] == ["grpo"]
     assert states(found)[:2] == [State.FAILED, State.FINISHED]
+    inputs = tmp_path / "runs" / "small" / "inputs" / prepare.name
     options = dict(override.split("=", 1) for override in _study_inputs.full_overrides(found, found.study.cells()[0]))
-    assert options["data.train_files"] == str(tmp_path / "runs" / "small" / "data" / "easy" / "train.parquet")
-    assert options["actor_rollout_ref.model.path"] == str(tmp_path / "runs" / "small" / "models" / "easy")
+    assert options["data.train_files"] == str(inputs / "data" / "train.parquet")
+    assert options["actor_rollout_ref.model.path"] == str(inputs / "model")
 
 
 def test_a_renamed_arm_keeps_its_runs_and_a_changed_one_does_not(declared, study_file, workspace):
@@ -261,6 +264,17 @@ def test_a_renamed_arm_keeps_its_runs_and_a_changed_one_does_not(declared, study
     assert states(workspace(declared)) == [State.FINISHED] * 2 + [State.WAITING] * 2
     declared["arms"]["grpo"]["overrides"].append("+other=1")
     assert states(workspace(declared)) == [State.WAITING, State.FINISHED, State.WAITING, State.WAITING]
+
+
+def test_other_inputs_are_made_elsewhere(declared, workspace):
+    places = []
+    for size in (8, 9):
+        declared["settings"]["easy"]["prepare"] = {
+            **{"task": "countdown", "problems": {"counts": [3]}, "train_size": size, "test_size": 8}
+        }
+        found = workspace(declared)
+        places.append(found.inputs_directory(found.study.settings["easy"].prepare))
+    assert places[0] != places[1]
 
 
 # --- collecting ----------------------------------------------------------------------------------------------------
@@ -331,10 +345,11 @@ def test_inputs_other_than_those_of_the_collected_cells_stop_the_study(declared,
         **{"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "test_size": 8}
     }
     found = workspace(declared)
-    found.save_inputs("easy", SettingInputs(None, {"model": "aaaa"}, {"sampled": {"correct": 0.05}}))
+    prepare = found.study.settings["easy"].prepare
+    found.save_inputs(prepare, {"model": "aaaa"}, {"sampled": {"correct": 0.05}})
     run(study_file(declared), "--only", "seed0")
     call("collect", study_file(declared), "--output", tmp_path / "runs")
-    found.save_inputs("easy", SettingInputs(None, {"model": "bbbb"}, {}))
+    found.save_inputs(prepare, {"model": "bbbb"}, {})
     done = run(study_file(declared))
     assert done.exit_code == 1
     assert states(found)[2:] == [State.WAITING] * 2
