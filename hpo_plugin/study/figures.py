@@ -182,7 +182,5 @@ def _for_page(svg: str, prefix: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", svg, count=1)
-    # Names must be unique in a page; most are never referred to.
-    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda name: f' id="{prefix}-{name[1]}"' if name[1] in used else "", svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    # Names must be unique in a page.
+    return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)

@@ -134,3 +134,12 @@ def test_an_attempt_that_died_before_it_logged_changes_nothing(tmp_path):
     run.new_attempt(10)
     assert list(run.rows()) == list(range(11))
     assert run.resume_step() == 10
+
+
+def test_a_failure_is_noted_until_the_next_attempt(tmp_path):
+    run, _ = choose_run(tmp_path, AHPO)
+    assert run.failure is None
+    run.fail("out of luck")
+    assert run.failure == "out of luck"
+    run.new_attempt(None)
+    assert run.failure is None

@@ -191,6 +191,16 @@ def test_a_killed_study_goes_on_where_it_was(declared, study_file, workspace):
     assert states(found) == [State.FINISHED, State.FINISHED, State.WAITING, State.WAITING]
 
 
+def test_a_cell_killed_after_its_last_step_is_finished_without_training_again(declared, study_file, workspace):
+    run(study_file(declared), "--only", "grpo/seed0")
+    found = workspace(declared)
+    trained = found.run(found.study.cells()[0])
+    (trained.directory / "result.json").unlink()
+    assert run(study_file(declared), "--only", "grpo/seed0").exit_code == 0
+    assert trained.finished
+    assert len(trained.attempts()) == 1
+
+
 def test_cells_in_parallel_are_at_work_at_once_in_sessions_of_their_own(declared, study_file, workspace):
     for arm in declared["arms"].values():
         arm["overrides"].append("+stand_in.seconds=0.5")

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -135,6 +136,14 @@ def test_cells_of_other_studies_are_left_out_and_no_cell_at_all_is_an_error(decl
     study = load(declared)
     with pytest.raises(StudyError, match="no cell of this study is in the data"):
         build_report(study, {"foreign": next(iter(data.values()))})
+
+
+def test_runs_that_began_from_other_inputs_are_not_reported_together(declared, load, data):
+    study = load(declared)
+    key = study.cells()[0].key
+    data[key] = replace(data[key], info={**data[key].info, "inputs": "other"})
+    with pytest.raises(StudyError, match="began from other inputs"):
+        build_report(study, data)
 
 
 def test_a_report_needs_neither_verl_nor_ray(tmp_path, declared, load, data):
