@@ -268,7 +268,7 @@ def _experiment(study: Study, name: str, results: Results) -> Section:
         rows.append(row)
     section = Section(experiment.title, [text for text in [experiment.text.strip()] if text], [Table(header, rows)])
     if paper:
-        section.notes.append(f"Paper: {paper.title}. {paper.source} Task, model and scale are not those of this study.")
+        section.notes.append(f"Paper: {paper.title}. {paper.source} Look at its task and model before comparing.")
     missing = len(experiment.arms) * len(experiment.seeds) - sum(map(len, results.runs.values()))
     if missing:
         section.notes.append(f"Not finished, and so not in these figures: {missing} of this experiment's runs.")
@@ -278,7 +278,6 @@ def _experiment(study: Study, name: str, results: Results) -> Section:
     palette = _palette(experiment)
     section.pictures = [
         *_curves(study, name, results, palette),
-        *_explanation(study, name, results, palette),
         *(
             Picture(
                 f"{name}-{kind}",
@@ -294,6 +293,7 @@ def _experiment(study: Study, name: str, results: Results) -> Section:
                 ("early", "Early score", "training reward", early_iqm, earlies),
             )
         ),
+        *_explanation(study, name, results, palette),
     ]
     return section
 
@@ -367,20 +367,23 @@ def _explanation(study: Study, name: str, results: Results, palette: Mapping[str
     arms = [arm for arm, values in stacked.items() if not np.isnan(values).any() and np.ptp(values) > 0]
     if not arms:
         return []
-    panels: list[Panel] = []
-    shares = ((ALPHA, "", "-"), (SHARE_POSITIVE, "positive advantage, p̂⁺", "-"), (SHARE_NEGATIVE, "negative, p̂⁻", "--"))
+    shares = (
+        (ALPHA, "α", "-"),
+        (SHARE_POSITIVE, "positive advantage, p̂⁺", "-"),
+        (SHARE_NEGATIVE, "negative, p̂⁻", "--"),
+    )
     weights: list[Series] = []
     signs: list[Series] = []
     for arm in arms:
         for metric, label, style in shares:
             values = _smoothed(results.stacked(arm, metric))
             steps = np.arange(1, values.shape[1] + 1, dtype=float)
-            title = f"{study.arms[arm].title}: {label}" if label else study.arms[arm].title
+            title = f"{study.arms[arm].title}: {label}"
             color = palette[arm]
             if len(arms) == 1 and metric != ALPHA:
                 color = "#009e73" if metric == SHARE_POSITIVE else "#595959"
             mean, low, high = statistics.mean_band(values)
-            (signs if label else weights).append(Series(title, color, steps, mean, low, high, style))
+            (weights if metric == ALPHA else signs).append(Series(title, color, steps, mean, low, high, style))
     panels = [Panel("α", weights, 1.05), Panel("share of responses", signs)]
     alt = "; ".join(f"{line.title}: {line.mean[0]:.2f} at first, {line.mean[-1]:.2f} at the end" for line in weights)
     alt += "; " + "; ".join(f"{line.title}: {line.mean[0]:.2f}, {line.mean[-1]:.2f}" for line in signs)
