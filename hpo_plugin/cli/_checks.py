@@ -22,11 +22,13 @@ from hpo_plugin.cli._cluster import Cluster
 from hpo_plugin.cli._probe import PACKAGES, probe
 from hpo_plugin.cli._report import Finding, Report
 from hpo_plugin.glue.arms import ConfigError, resolve_arm
+from hpo_plugin.glue.layout import KEY_RECIPE, check_layout
+from hpo_plugin.sizing import GIB, Sizes
 
 Progress = Callable[[str], None]
 
-#: ``hpo_plugin.glue.seams.ALLOW_UNTESTED``. Nothing of the glue but the arms is imported here: where the glue cannot be
-#: imported, the check has to say why.
+#: ``hpo_plugin.glue.seams.ALLOW_UNTESTED``. Nothing of the glue but arms and layout is imported here: where the
+#: glue cannot be imported, the check has to say why.
 _ALLOW_UNTESTED = "HPO_PLUGIN_ALLOW_UNTESTED_VERL"
 
 
@@ -229,9 +231,9 @@ def _searched_too(config_dir: Path | None) -> Iterator[None]:
 
 def check_config(config: DictConfig) -> list[Finding]:
     """Arm, verl's own validation, model, data and reward of a composed config."""
-    findings = [check_arm(config)]
-    # verl's validation resolves the arm too: the same complaint twice helps nobody.
-    if findings[0].ok:
+    findings = [check_arm(config), *check_recipe(config)]
+    # verl's validation resolves arm and recipe too: the same complaint twice helps nobody.
+    if all(finding.ok for finding in findings):
         findings.append(check_by_verl(config))
     findings.append(check_model(config))
     findings += check_data(config)
@@ -257,6 +259,26 @@ def check_arm(config: DictConfig) -> Finding:
         f"{selected}{arm.label}; adv_estimator {arm.adv_estimator}, loss_mode {arm.loss_mode}, "
         f"aggregation {arm.loss_agg_mode}, clip range [1-{low:g}, 1+{high:g}]",
     )
+
+
+def check_recipe(config: DictConfig) -> list[Finding]:
+    """How a config composed from ``hpo_recipe`` is cut over GPUs, with the memory it takes; nothing for another."""
+    if OmegaConf.select(config, KEY_RECIPE) is None:
+        return []
+    try:
+        check_layout(config)
+    except ConfigError as error:
+        return [Finding("recipe", "cannot run on these GPUs", False, str(error))]
+    sizes = Sizes.of(config)
+    layout, recipe = sizes.layout, config[KEY_RECIPE]
+    return [
+        Finding(
+            "recipe",
+            f"{recipe.task}, {recipe.model}, {recipe.engine} on {layout.gpus} GPUs: {layout.ranks} data-parallel ranks "
+            f"with {layout.rows_of_rank} rows of a mini-batch; estimated GiB of a GPU: "
+            f"{sizes.update_peak / GIB:.0f} to update, {sizes.rollout_peak / GIB:.0f} to generate",
+        )
+    ]
 
 
 def check_by_verl(config: DictConfig) -> Finding:

@@ -1,7 +1,8 @@
 """The places where verl 0.9.1 has no extension point. There are two; each is one assignment, and each has a test.
 
-1. ``verl.utils.config.validate_config`` is wrapped, so that a contradictory config stops the driver before Ray starts,
-   and so that ``algorithm.hpo`` of verl's *stock* config reaches the actor, whose config is a closed dataclass.
+1. ``verl.utils.config.validate_config`` is wrapped, so that a contradictory config, or a recipe that cannot be cut over
+   its GPUs, stops the driver before Ray starts, and so that ``algorithm.hpo`` of verl's *stock* config reaches the
+   actor, whose config is a closed dataclass.
 2. ``ActorRolloutRefWorker.actor_worker_cls`` (verl/workers/engine_workers.py) names the class of the actor's worker.
    Ours sees every row of the step on its rank before the first micro-batch: the only place where α can be computed.
 
@@ -18,7 +19,7 @@ from typing import Any
 import wrapt
 from omegaconf import DictConfig, open_dict
 
-from hpo_plugin.glue import arms
+from hpo_plugin.glue import arms, layout
 from hpo_plugin.glue.registration import RegistrationError, require_registered
 
 __all__ = ["SUPPORTED_VERL", "check_arm_before_run", "hand_down", "use_hysteresis_worker"]
@@ -81,11 +82,12 @@ def _validate_config(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
         require_supported_verl()
         require_registered(arm.adv_estimator, arm.loss_mode)
         hand_down(config, arm)
+    layout.check_layout(config)
     return wrapped(*args, **kwargs)
 
 
 def check_arm_before_run(verl_utils_config: ModuleType) -> None:
-    """Seam 1: resolve and check the arm whenever verl validates a config.
+    """Seam 1: resolve and check the arm, and a recipe's layout, whenever verl validates a config.
 
     Args:
         verl_utils_config: the module ``verl.utils.config``.

@@ -1,0 +1,195 @@
+"""Computes the tables of docs/hardware.md from the recipes' configs.
+
+    python scripts/hardware_page.py           # prints the page as it should be
+    python scripts/hardware_page.py --write   # and puts it there
+
+A table stands between two comments that name it: ``<!-- table: models -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from hpo_plugin.cli._checks import compose
+from hpo_plugin.glue.arms import ConfigError
+from hpo_plugin.glue.layout import check_cut
+from hpo_plugin.sizing import BF16, GIB, Sizes
+
+PAGE = Path(__file__).parents[1] / "docs" / "hardware.md"
+GROUPS = Path(__file__).parents[1] / "hpo_plugin" / "configs" / "recipe"
+ENGINES = ("fsdp2", "megatron")
+
+Recipe = tuple[str, str, str]
+"""Task, model, engine."""
+
+
+def choices(group: str) -> list[str]:
+    """The names in a group of configs; clusters and models by the size in their names."""
+    names = [path.stem for path in (GROUPS / group).glob("*.yaml")]
+    size = {"cluster": r"^(\d+)x", "model": r"([\d.]+)b$"}.get(group)
+    return sorted(names, key=lambda name: (float(re.search(size, name)[1]) if size else 0, name))
+
+
+def recipes() -> dict[Recipe, DictConfig]:
+    """Every task with every model and engine, on one node."""
+    composed = {}
+    for recipe in itertools.product(choices("task"), choices("model"), ENGINES):
+        names = zip(("task", "model", "engine"), recipe, strict=True)
+        config, finding = compose("hpo_recipe", [f"recipe/{group}={name}" for group, name in names])
+        if config is None:
+            raise RuntimeError(f"{recipe}: {finding.found}")
+        composed[recipe] = config
+    return composed
+
+
+def on(sizes: Sizes, nodes: int, gpus_per_node: int) -> Sizes | None:
+    """The same recipe on another cluster, or None if its batch and model cannot be cut over it."""
+    layout = dataclasses.replace(sizes.layout, nodes=nodes, gpus_per_node=gpus_per_node)
+    try:
+        check_cut(layout, sizes.architecture)
+    except ConfigError:
+        return None
+    return dataclasses.replace(sizes, layout=layout)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """In Markdown."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def gib(size: float) -> str:
+    """One decimal."""
+    return f"{size / GIB:.1f}"
+
+
+def models(composed: Mapping[Recipe, DictConfig]) -> str:
+    """What a model is, whatever runs it."""
+    rows = []
+    for model in choices("model"):
+        fsdp2, megatron = (Sizes.of(composed["telelogs", model, engine]) for engine in ENGINES)
+        known = fsdp2.architecture
+        rows.append(
+            [
+                f"`{model}`",
+                f"{known.parameters:,}",
+                gib(BF16 * known.parameters),
+                f"{known.kv_bytes:,}",
+                gib(fsdp2.checkpoint),
+                gib(megatron.checkpoint),
+                gib(fsdp2.weight_sync),
+                gib(megatron.weight_sync),
+            ]
+        )
+    return table(
+        (
+            "model",
+            "parameters P",
+            "bf16 weights",
+            "keys and values of a token [B]",
+            "checkpoint, FSDP2",
+            "checkpoint, Megatron",
+            "weight sync, FSDP2",
+            "weight sync, Megatron",
+        ),
+        rows,
+    )
+
+
+def tokens(composed: Mapping[Recipe, DictConfig]) -> str:
+    """What a step is, whatever model runs it."""
+    rows = []
+    for task in choices("task"):
+        sizes = Sizes.of(composed[task, "qwen2.5-1.5b", "fsdp2"])
+        layout = sizes.layout
+        rows.append(
+            [
+                f"`{task}`",
+                f"{layout.prompts} x {layout.responses} = {sizes.rows:,}",
+                f"{layout.prompts // layout.mini_batch_prompts} x {layout.mini_batch_rows}",
+                f"{layout.prompt_tokens:,} + {layout.response_tokens:,}",
+                f"{sizes.expected_tokens:,}",
+                f"{sizes.most_tokens:,}",
+            ]
+        )
+    return table(
+        (
+            "task",
+            "prompts x n = rows of a step",
+            "mini-batches x rows",
+            "longest prompt + response",
+            "expected tokens of a step",
+            "at most",
+        ),
+        rows,
+    )
+
+
+def memory(composed: Mapping[Recipe, DictConfig]) -> str:
+    """A GPU's memory on one node of eight; the same for all tasks but for the rows that vLLM holds."""
+    rows = []
+    for model, engine in itertools.product(choices("model"), ENGINES):
+        sizes = Sizes.of(composed["telelogs", model, engine])
+        countdown = Sizes.of(composed["countdown3", model, engine])
+        parts = (sizes.weights, sizes.gradients, sizes.optimizer, sizes.gathered, sizes.activations)
+        logits = (sizes.update_logits, sizes.log_prob_logits)
+        peaks = (sizes.update_peak, sizes.rollout_peak)
+        held = f"{countdown.kv_rows:,} / {sizes.kv_rows:,}"
+        rows.append([f"`{model}`", f"`{engine}`", *map(gib, (*parts, *logits)), *map(gib, peaks), held])
+    return table(
+        (
+            "model",
+            "engine",
+            "parameters",
+            "gradients",
+            "optimizer",
+            "gathered",
+            "activations",
+            "logits, update",
+            "logits, log-probs",
+            "**to update**",
+            "**to generate**",
+            "full rows in a replica: Countdown / TeleLogs",
+        ),
+        rows,
+    )
+
+
+def gpus(composed: Mapping[Recipe, DictConfig]) -> str:
+    """The fewest GPUs of 80 GB, and the clusters that a batch can be divided over."""
+    names = {"countdown3": "`countdown3`, `countdown4`", "telelogs": "`telelogs`"}
+    rows = []
+    for task, model, engine in itertools.product(names, choices("model"), ENGINES):
+        sizes = Sizes.of(composed[task, model, engine])
+        fewest = next((n for n in (1, 2, 4, 8) if (moved := on(sizes, 1, n)) and moved.fits), "more than 8")
+        moves = [on(sizes, *map(int, cluster.split("x"))) for cluster in choices("cluster")]
+        per_rank = [moved.layout.rows_of_rank if moved else "refused" for moved in moves]
+        rows.append([names[task], f"`{model}`", f"`{engine}`", fewest, *per_rank])
+    return table(("task", "model", "engine", "fewest GPUs", *(f"`{name}`" for name in choices("cluster"))), rows)
+
+
+TABLES = {"models": models, "tokens": tokens, "memory": memory, "gpus": gpus}
+
+
+def page(text: str, composed: Mapping[Recipe, DictConfig]) -> str:
+    """A page with its tables computed anew; an unknown name is an error."""
+    tables = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+    return tables.sub(lambda found: f"<!-- table: {found[1]} -->\n\n{TABLES[found[1]](composed)}\n\n<!-- end -->", text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="replace docs/hardware.md")
+    computed = page(PAGE.read_text(), recipes())
+    if parser.parse_args().write:
+        PAGE.write_text(computed)
+    else:
+        print(computed, end="")
