@@ -12,6 +12,7 @@ import yaml
 pytest.importorskip("verl")
 
 from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.utils import need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass
 
 from hpo_plugin.cli._checks import check_arm, check_by_verl, check_config, check_recipe, compose
@@ -110,6 +111,8 @@ def test_every_recipe_passes_verls_dataclasses_and_validation(recipes, arm):
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         assert actor.strategy == actor.engine.strategy == engine
         assert config.actor_rollout_ref.ref.strategy == engine
+        # docs/hardware.md counts no reference model.
+        assert not need_reference_policy(config)
         assert omega_conf_to_dataclass(config.actor_rollout_ref.rollout).seed == config.data.seed == 1
         # A step has two mini-batches at least, each cut evenly, and a micro-batch holds the longest row.
         batch, mini_batch = config.data.train_batch_size, actor.ppo_mini_batch_size
