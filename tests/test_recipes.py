@@ -18,6 +18,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from hpo_plugin.cli._checks import check_arm, check_by_verl, check_config, check_recipe, compose
 from hpo_plugin.glue.arms import ConfigError
 from hpo_plugin.glue.layout import Layout, check_layout
+from hpo_plugin.study.spec import load_study
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -263,6 +264,26 @@ def test_the_overview_command_is_a_recipe():
     words = shlex.split((RECIPES / "README.md").read_text().split("```bash")[1].split("```")[0].replace("\\\n", ""))
     assert words[:4] == ["python", "-m", "verl.trainer.main_ppo", "--config-name=hpo_recipe"]
     assert check_by_verl(composed("hpo_recipe", *words[4:])).ok
+
+
+@pytest.mark.parametrize("name", ["paper-countdown", "paper-telelogs"])
+def test_the_cells_of_the_papers_studies_are_recipes(name):
+    """One cell of each setting; its arms change algorithm.policy_loss and α, as tested above."""
+    study = load_study(ROOT / "studies" / f"{name}.yaml")
+    cells = list({cell.setting: cell for cell in study.cells()}.values())
+    assert len(cells) == len(study.settings)
+    for cell in cells:
+        config = composed(cell.config_name, *cell.overrides)
+        for checked in (check_arm(config), check_by_verl(config)):
+            assert checked.ok, checked
+        stock = composed(cell.config_name, *study.overrides, *study.settings[cell.setting].overrides)
+        assert (study.test_every, study.save_every) == (stock.trainer.test_freq, stock.trainer.save_freq)
+        # The step at which the paper reports, or the RCA paper's number of steps.
+        assert cell.steps == {"telelogs": 1_500}.get(config.recipe.task, 200)
+    assert {key for arm in study.arms.values() for key in (o.partition("=")[0] for o in arm.overrides)} <= {
+        "algorithm.policy_loss",
+        "algorithm.hpo.alpha",
+    }
 
 
 def test_countdown_takes_200_steps_of_the_data_there_is(recipes):
