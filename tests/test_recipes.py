@@ -267,23 +267,21 @@ def test_the_overview_command_is_a_recipe():
 
 
 @pytest.mark.parametrize("name", ["paper-countdown", "paper-telelogs"])
-def test_the_cells_of_the_papers_studies_are_recipes(name):
-    """One cell of each setting; its arms change algorithm.policy_loss and α, as tested above."""
+def test_the_cells_of_the_papers_studies_are_recipes(recipes, name):
+    """They choose among what is validated above, and set nothing else but α, the seed, and what the recipe has anyway."""
     study = load_study(ROOT / "studies" / f"{name}.yaml")
-    cells = list({cell.setting: cell for cell in study.cells()}.values())
-    assert len(cells) == len(study.settings)
-    for cell in cells:
-        config = composed(cell.config_name, *cell.overrides)
-        for checked in (check_arm(config), check_by_verl(config)):
-            assert checked.ok, checked
-        stock = composed(cell.config_name, *study.overrides, *study.settings[cell.setting].overrides)
-        assert (study.test_every, study.save_every) == (stock.trainer.test_freq, stock.trainer.save_freq)
+    for cell in study.cells():
+        assert cell.config_name == "hpo_recipe"
+        values = dict(override.split("=", 1) for override in cell.overrides)
+        assert values.pop("recipe/cluster") in CLUSTERS
+        assert values.pop("algorithm.policy_loss") in ARMS
+        recipe = recipes[tuple(values.pop(f"recipe/{group}") for group in ("task", "model", "engine"))]
+        assert values.pop("trainer.test_freq") == str(recipe.trainer.test_freq)
         # The step at which the paper reports, or the RCA paper's number of steps.
-        assert cell.steps == {"telelogs": 1_500}.get(config.recipe.task, 200)
-    assert {key for arm in study.arms.values() for key in (o.partition("=")[0] for o in arm.overrides)} <= {
-        "algorithm.policy_loss",
-        "algorithm.hpo.alpha",
-    }
+        assert int(values.pop("trainer.total_training_steps")) == (1_500 if recipe.recipe.task == "telelogs" else 200)
+        assert values.pop("data.seed") == str(cell.seed)
+        assert set(values) <= {"algorithm.hpo.alpha"}
+        assert study.save_every == recipe.trainer.save_freq
 
 
 def test_countdown_takes_200_steps_of_the_data_there_is(recipes):
