@@ -268,7 +268,7 @@ def test_the_overview_command_is_a_recipe():
 
 @pytest.mark.parametrize("name", ["paper-countdown", "paper-telelogs"])
 def test_the_cells_of_the_papers_studies_are_recipes(recipes, name):
-    """They choose among what is validated above, and set nothing else but α, the seed, and what the recipe has anyway."""
+    """They choose among what is validated above; they set α and the seed, and else what the recipe has anyway."""
     study = load_study(ROOT / "studies" / f"{name}.yaml")
     for cell in study.cells():
         assert cell.config_name == "hpo_recipe"
