@@ -39,6 +39,7 @@ def run_checks(
     config_dir: Path | None = None,
     timeout: float = 120.0,
     local: bool = False,
+    shared: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Run every check.
@@ -50,6 +51,7 @@ def run_checks(
         config_dir: A further directory of configs.
         timeout: Seconds a node has to answer.
         local: Leave Ray alone.
+        shared: A file in a directory that all nodes have to share, and to be able to write.
         progress: Told what is being done.
 
     Returns:
@@ -74,7 +76,7 @@ def run_checks(
     tell("starting or joining Ray")
     with nullcontext(None) if local else Cluster.join(config) as cluster:
         if cluster is not None:
-            cluster.ask_every_node()
+            cluster.ask_every_node(local_files(config) if config is not None else (), shared)
         tell("importing verl")
         here = probe()
         report.findings += check_registration(here)
@@ -319,6 +321,21 @@ def _files(value: Any) -> list[str]:
     if value is None:
         return []
     return [str(item) for item in value] if isinstance(value, ListConfig | list | tuple) else [str(value)]
+
+
+def local_files(config: DictConfig) -> list[tuple[str, str]]:
+    """The files and directories that verl's processes read on whichever node they run: (config key, path) pairs.
+
+    What is not on this machine, a model of the hub for instance, is left out.
+    """
+    keys = (
+        "actor_rollout_ref.model.path",
+        "data.train_files",
+        "data.val_files",
+        "reward.custom_reward_function.path",
+    )
+    named = [(key, name) for key in keys for name in _files(OmegaConf.select(config, key))]
+    return [(key, name) for key, name in named if Path(name).expanduser().exists()]
 
 
 def check_data(config: DictConfig) -> list[Finding]:

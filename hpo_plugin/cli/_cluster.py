@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from hpo_plugin.cli import _probe
 from hpo_plugin.cli._report import Finding
+from hpo_plugin.cli._trainer import signal_handlers_kept
+from hpo_plugin.cpu.checks import CPUS_PER_RANK
 
 #: Seconds to reach the head of a cluster before giving up; Ray itself tries for a minute or more.
 CONNECT_TIMEOUT = 5.0
+#: TransferQueue's actor (transfer_queue/interface.py, ``init``): its name and namespace are fixed, and a trainer that
+#: finds one takes it for its own.
+QUEUE_ACTOR = {"name": "TransferQueueController", "namespace": "transfer_queue"}
 #: What Ray says when its raylet did not come up within 15 seconds, on a busy or freshly booted machine.
 SLOW_START = "timed out during startup"
 
@@ -25,7 +31,7 @@ class Cluster:
 
     def __init__(self, failure: Finding | None = None) -> None:
         """Remember why there is no cluster, if there is none."""
-        self._failure = failure
+        self.failure = failure
         self._answers: dict[str, Any] = {}
         self._nodes: dict[str, dict[str, Any]] = {}
         self._begin = 0.0
@@ -67,9 +73,14 @@ class Cluster:
             if failure is None:
                 ray.shutdown()
 
-    def ask_every_node(self) -> None:
-        """Start the probe on each node that is alive, in a fresh worker process."""
-        if self._failure is not None:
+    def ask_every_node(self, files: Sequence[tuple[str, str]] = (), shared: Path | None = None) -> None:
+        """Start the probe on each node that is alive, in a fresh worker process.
+
+        Args:
+            files: See :func:`hpo_plugin.cli._probe.probe`.
+            shared: The same.
+        """
+        if self.failure is not None:
             return
         import ray
         from ray import cloudpickle
@@ -85,7 +96,9 @@ class Cluster:
                 if node["Alive"]:
                     pinned = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
                     self._nodes[node["NodeID"]] = node
-                    self._answers[node["NodeID"]] = task.options(scheduling_strategy=pinned).remote()
+                    self._answers[node["NodeID"]] = task.options(scheduling_strategy=pinned).remote(
+                        files, None if shared is None else str(shared)
+                    )
         finally:
             cloudpickle.unregister_pickle_by_value(_probe)
 
@@ -96,8 +109,8 @@ class Cluster:
             here: What :func:`hpo_plugin.cli._probe.probe` found in this process.
             timeout: Seconds each node has, from when it was asked.
         """
-        if self._failure is not None:
-            return [self._failure]
+        if self.failure is not None:
+            return [self.failure]
         import ray
 
         remaining = max(0.0, timeout - (time.monotonic() - self._begin))
@@ -123,21 +136,74 @@ class Cluster:
 
     def check_devices(self, config: DictConfig) -> list[Finding]:
         """Compare the accelerators that the config asks for with what the cluster has."""
-        if self._failure is not None:
+        if self.failure is not None:
             return []
         import ray
 
-        nodes, per_node = (int(OmegaConf.select(config, f"trainer.{key}")) for key in ("nnodes", "n_gpus_per_node"))
-        have = sorted(
-            (int(node["Resources"].get("GPU", 0) or node["Resources"].get("NPU", 0)) for node in ray.nodes()),
-            reverse=True,
-        )
-        asked = f"{nodes} x {per_node} asked for"
-        fits = sum(count // per_node for count in have) >= nodes if per_node else True
-        found = f"{asked}; the cluster's nodes have {', '.join(map(str, have)) or 'none'}"
-        if fits:
-            return [Finding("accelerators", found)]
-        return [Finding("accelerators", found, False, "correct trainer.nnodes and trainer.n_gpus_per_node")]
+        nodes, per_node = _asked(config)
+        have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        counts = ", ".join(map(str, sorted((_accelerators(resources) for resources in have), reverse=True)))
+        found = f"{nodes} x {per_node} asked for; the cluster's nodes have {counts or 'none'}"
+        if not _holds(have, nodes, per_node, cpus=0):
+            return [Finding("accelerators", found, False, "correct trainer.nnodes and trainer.n_gpus_per_node")]
+        if not _holds(have, nodes, per_node, cpus=CPUS_PER_RANK):
+            cpus = ", ".join(str(int(resources.get("CPU", 0))) for resources in have)
+            found = f"{per_node * CPUS_PER_RANK} of each node's logical CPUs are needed; the nodes have {cpus}"
+            remedy = "give `ray start` a larger --num-cpus: verl waits for ever for CPUs that are not there"
+            return [Finding("accelerators", found, False, remedy)]
+        return [Finding("accelerators", found)]
+
+    def lacks(self, config: DictConfig) -> str | None:
+        """What a run has to wait for: nodes, accelerators that are still in use, the end of another run.
+
+        Returns:
+            It, in a line; None where a run can start.
+        """
+        import ray
+
+        nodes, per_node = _asked(config)
+        have = [_accelerators(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        fit = sum(count // per_node for count in have) if per_node else nodes
+        if fit < nodes:
+            return f"{nodes} nodes with {per_node} accelerators each; the cluster has {fit} of them"
+        free = _accelerators(ray.available_resources())
+        if free < nodes * per_node:
+            return f"{nodes * per_node} free accelerators; {free} of the cluster's {sum(have)} are"
+        if QUEUE_ACTOR in ray.util.list_named_actors(all_namespaces=True):
+            return f"the end of another run of verl, whose {QUEUE_ACTOR['name']} is on the cluster: it would be shared"
+        return None
+
+    def living_nodes(self) -> set[str]:
+        """Ids of the nodes that are alive."""
+        import ray
+
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def dead_nodes(self) -> dict[str, str]:
+        """Ids and addresses of the nodes that were part of the cluster and died."""
+        import ray
+
+        return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}
+
+
+def _asked(config: DictConfig) -> tuple[int, int]:
+    nodes, per_node = (int(OmegaConf.select(config, f"trainer.{key}")) for key in ("nnodes", "n_gpus_per_node"))
+    return nodes, per_node
+
+
+def _accelerators(resources: Mapping[str, float]) -> int:
+    return int(resources.get("GPU", 0) or resources.get("NPU", 0))
+
+
+def _holds(nodes: Iterable[Mapping[str, float]], asked: int, per_node: int, *, cpus: int) -> bool:
+    """Whether the nodes hold so many placement groups of so many ranks, each of which takes so many CPUs."""
+    if not per_node:
+        return True
+    room = 0
+    for resources in nodes:
+        held = _accelerators(resources) // per_node
+        room += min(held, int(resources.get("CPU", 0)) // (cpus * per_node)) if cpus else held
+    return room >= asked
 
 
 def _reason(error: Exception) -> str:
@@ -153,7 +219,9 @@ def _init_ray(arguments: dict[str, Any]) -> None:
 
     for last in (False, True):
         try:
-            ray.init(**arguments)
+            # Ray replaces the handler of SIGTERM.
+            with signal_handlers_kept():
+                ray.init(**arguments)
             return
         except Exception as error:
             if last or SLOW_START not in str(error):

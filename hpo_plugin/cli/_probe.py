@@ -5,14 +5,19 @@ A node may lack the package, or have another version of it: that is what the pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 #: Distributions whose versions are compared between nodes.
 PACKAGES = ("hpo-plugin", "verl", "torch", "ray", "tensordict", "transformers", "TransferQueue")
 
 
-def probe() -> dict[str, Any]:
+def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> dict[str, Any]:
     """Look at this process.
+
+    Args:
+        files: Config keys and their local files or directories, each of which has to be there.
+        shared: A file in a directory that all nodes have to share, and to be able to write.
 
     Returns:
         ``host`` and ``python`` (str), ``versions`` (distribution -> version, None where it is not installed), ``code``
@@ -24,7 +29,7 @@ def probe() -> dict[str, Any]:
     import time
 
     begin = time.monotonic()
-    problems = _registration_problems()
+    problems = _registration_problems() + _file_problems(files, shared)
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -33,6 +38,30 @@ def probe() -> dict[str, Any]:
         "problems": problems,
         "seconds": time.monotonic() - begin,
     }
+
+
+def _file_problems(files: Sequence[tuple[str, str]], shared: str | None) -> list[tuple[str, str]]:
+    import os
+    import tempfile
+
+    problems = [
+        (f"{key}={path} is not there", "put it where every node finds it, under the same absolute path")
+        for key, path in files
+        if not os.path.exists(os.path.expanduser(path))
+    ]
+    if shared is None:
+        return problems
+    directory = os.path.dirname(shared)
+    # trainer.default_local_dir lies in it: every rank writes its part of a checkpoint, and all of them read it again.
+    remedy = "take a --run-dir on a file system that all nodes share and can write to"
+    if not os.path.exists(shared):
+        return [*problems, (f"the run directory {directory} is another one here, or not there", remedy)]
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        problems.append((f"the run directory {directory} cannot be written to: {_one_line(error)}", remedy))
+    return problems
 
 
 def _version(distribution: str) -> str | None:

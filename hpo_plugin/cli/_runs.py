@@ -126,10 +126,15 @@ class Run:
         """The metrics of every completed step, each once."""
         return merge_attempts((attempt.resumed_from, read_rows(attempt.metrics)) for attempt in self.attempts())
 
-    def missing_steps(self, last: int) -> list[int]:
-        """The steps from 0, the evaluation before training, to the last one whose metrics are not logged."""
+    def missing_steps(self, last: int, first: int = 0) -> list[int]:
+        """The steps from the first to the last one whose metrics are not logged.
+
+        Args:
+            last: The last step of the training.
+            first: 0, the evaluation before training, or 1 where there is none.
+        """
         rows = self.rows()
-        return [step for step in range(last + 1) if step not in rows]
+        return [step for step in range(first, last + 1) if step not in rows]
 
     def resume_step(self) -> int | None:
         """The newest checkpoint that is complete and whose steps are all logged.
@@ -152,13 +157,17 @@ class Run:
         return sorted(
             int(path.parent.name.removeprefix("global_step_"))
             for path in self.checkpoints.glob("global_step_*/data.pt")
-            if re.fullmatch(r"global_step_\d+", path.parent.name) and any(path.parent.glob("actor/*.pt"))
+            if re.fullmatch(r"global_step_\d+", path.parent.name) and _holds_actor(path.parent / "actor")
         )
+
+    @property
+    def _tracker(self) -> Path:
+        return self.checkpoints / "latest_checkpointed_iteration.txt"
 
     def _latest_checkpoint(self) -> int:
         """The step verl wrote down after its last complete save."""
         try:
-            return int((self.checkpoints / "latest_checkpointed_iteration.txt").read_text())
+            return int(self._tracker.read_text())
         except FileNotFoundError:
             return 0
         except ValueError:
@@ -166,7 +175,11 @@ class Run:
             return max(self._checkpoint_steps()[:-1], default=0)
 
     def new_attempt(self, resumed_from: int | None) -> Attempt:
-        """Make the directory of the next attempt."""
+        """Make the directory of the next attempt; checkpoints beyond the one it goes on from count no longer.
+
+        Args:
+            resumed_from: See :class:`Attempt`.
+        """
         number = max((_number(attempt.directory) for attempt in self.attempts()), default=0) + 1
         directory = self.directory / f"attempt-{number}"
         directory.mkdir(exist_ok=True)
@@ -174,6 +187,9 @@ class Run:
         # Left by a call that was killed right here.
         for name in ("metrics.jsonl", "trainer.log"):
             (directory / name).unlink(missing_ok=True)
+        # The attempt writes them again: until verl says so, one that stands there may be half old and half new.
+        if self._latest_checkpoint() > (resumed_from or 0):
+            atomic_write(self._tracker, str(resumed_from or 0).encode())
         write_json(directory / "attempt.json", {"resumed_from": resumed_from})
         return Attempt(directory, resumed_from)
 
@@ -262,6 +278,15 @@ def choose_run(output: Path, request: Request, *, new: bool = False) -> tuple[Ru
             number += 1
     write_json(directory / "request.json", request.as_json())
     return Run(directory), False
+
+
+def _holds_actor(directory: Path) -> bool:
+    """Whether a checkpoint's ``actor/`` was written, and not removed to make room.
+
+    The FSDP engine writes ``*.pt`` for each rank; Megatron's writes a manifest after everything else
+    (``MegatronCheckpointManager._finalize_save``), and shards in ``model/``, ``optimizer/`` and ``extra/``.
+    """
+    return (directory / "ckpt_contents.json").exists() or any(directory.glob("*.pt"))
 
 
 def _number(directory: Path) -> int:

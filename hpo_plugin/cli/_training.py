@@ -33,7 +33,21 @@ TAIL_LINES = 15
 
 
 class TrainingError(RuntimeError):
-    """Why a training could not be made or finished, and what to do, for a person to read."""
+    """Why a training could not be made or finished, and what to do, for a person to read.
+
+    Attributes:
+        cause: In a line, without what to do; empty where the text says all.
+    """
+
+    def __init__(self, text: str, cause: str = "") -> None:
+        """Keep both.
+
+        Args:
+            text: All of it.
+            cause: See the class.
+        """
+        super().__init__(text)
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -44,16 +58,22 @@ class Training:
         config_name: verl's or our config.
         overrides: What makes it this training: arm, seed, steps, data, model. They come last, so that they win over
             those of :func:`bookkeeping_overrides`.
-        steps: ``trainer.total_training_steps``.
+        steps: ``trainer.total_training_steps``; None where verl derives it from epochs and data.
         environment: What the trainer needs beside this process's own environment.
         save_every: Steps between checkpoints.
+        first_step: 0, the evaluation before training, or 1 where there is none.
     """
 
     config_name: str
     overrides: tuple[str, ...]
-    steps: int
+    steps: int | None
     environment: Mapping[str, str] = field(default_factory=dict)
     save_every: int = SAVE_EVERY
+    first_step: int = 0
+
+    def done(self, run: Run) -> bool:
+        """Whether every step of this training is in the run's log. Without a number of steps that is never known."""
+        return self.steps is not None and not run.missing_steps(self.steps, self.first_step)
 
 
 class Screen(Protocol):
@@ -67,9 +87,13 @@ class Screen(Protocol):
 OpenScreen = Callable[[Attempt], contextlib.AbstractContextManager[Screen]]
 #: Takes what a person should know, in a line.
 Tell = Callable[[str], None]
+#: Says whether to start the trainer again, after an attempt that failed; it may wait for what that needs.
+Again = Callable[[Attempt, TrainingError], bool]
 
 
-def train(run: Run, training: Training, *, stall: float, screen: OpenScreen, tell: Tell) -> None:
+def train(
+    run: Run, training: Training, *, stall: float, screen: OpenScreen, tell: Tell, again: Again | None = None
+) -> None:
     """Train to the last step, going on from the newest usable checkpoint. The caller holds the run's lock.
 
     Args:
@@ -78,34 +102,47 @@ def train(run: Run, training: Training, *, stall: float, screen: OpenScreen, tel
         stall: Seconds without progress after which to give up.
         screen: See :data:`OpenScreen`.
         tell: See :data:`Tell`.
+        again: See :data:`Again`; by default, where Ray was too slow to start.
 
     Raises:
         TrainingError: It failed; the text holds the cause and the end of the log.
     """
-    drive(train_in_turns(run, training, stall=stall, screen=screen, tell=tell))
+    drive(train_in_turns(run, training, stall=stall, screen=screen, tell=tell, again=again))
 
 
 def train_in_turns(
-    run: Run, training: Training, *, stall: float, screen: OpenScreen, tell: Tell
+    run: Run, training: Training, *, stall: float, screen: OpenScreen, tell: Tell, again: Again | None = None
 ) -> Generator[None, None, None]:
     """Do what :func:`train` does, a look at a time. Closing the generator ends the trainer with all its processes."""
-    if not run.missing_steps(training.steps):
-        return
-    for left in reversed(range(STARTS)):
-        attempt, status = yield from _train_once(run, training, stall=stall, screen=screen, tell=tell)
-        if status == 0 and training.steps in run.rows():
+    again = again or _where_ray_was_slow(tell)
+    while not training.done(run):
+        attempt = run.new_attempt(run.resume_step())
+        try:
+            yield from _train_once(run, attempt, training, stall=stall, screen=screen, tell=tell)
             return
+        except TrainingError as error:
+            if not again(attempt, error):
+                raise
+
+
+def _where_ray_was_slow(tell: Tell) -> Again:
+    left = STARTS
+
+    def again(attempt: Attempt, _error: TrainingError) -> bool:
+        nonlocal left
+        left -= 1
         if not left or SLOW_START not in attempt.log.read_text(encoding="utf-8", errors="replace"):
-            raise _failure(attempt, why(status))
+            return False
         tell("Ray did not start within its 15 seconds, so the machine is busy; trying again")
+        return True
+
+    return again
 
 
 def _train_once(
-    run: Run, training: Training, *, stall: float, screen: OpenScreen, tell: Tell
-) -> Generator[None, None, tuple[Attempt, int]]:
-    """One process of verl's trainer; returns what it left and its exit status."""
-    resumed_from = run.resume_step()
-    attempt = run.new_attempt(resumed_from)
+    run: Run, attempt: Attempt, training: Training, *, stall: float, screen: OpenScreen, tell: Tell
+) -> Generator[None, None, None]:
+    """One process of verl's trainer, to its end."""
     overrides = [*bookkeeping_overrides(run, attempt, training), *training.overrides]
     environment = {
         **training.environment,
@@ -116,8 +153,8 @@ def _train_once(
     shown = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in environment.items()), shlex.join(command)])
     (attempt.directory / "command.sh").write_text(f"cd {shlex.quote(str(Path.cwd()))}\n{shown}\n", encoding="utf-8")
     tell(f"log: {attempt.log}")
-    if resumed_from is not None:
-        tell(f"goes on after step {resumed_from}, from its checkpoint")
+    if attempt.resumed_from is not None:
+        tell(f"goes on after step {attempt.resumed_from}, from its checkpoint")
     with (
         screen(attempt) as shows,
         Trainer([sys.executable, *command[1:]], environment, log=attempt.log, record=run.processes) as trainer,
@@ -127,17 +164,21 @@ def _train_once(
             status = yield from trainer.turns(lambda: shows.show(metrics), stall=stall)
         except StalledError as error:
             raise _failure(attempt, f"The trainer was ended: {error} (--stall).") from error
-    return attempt, status
+    if status != 0 or (training.steps is not None and not training.done(run)):
+        raise _failure(attempt, why(status))
 
 
 def bookkeeping_overrides(run: Run, attempt: Attempt, training: Training) -> list[str]:
     """Where this run's log, config copy and checkpoints go, and where it goes on; nothing that changes the training."""
+    save_every = training.save_every if training.steps is None else min(training.save_every, training.steps)
     overrides = [
         "trainer.logger=[console,file]",
         f"trainer.experiment_name={run.directory.name}",
         f"trainer.default_local_dir={run.checkpoints.resolve()}",
-        f"trainer.save_freq={min(training.save_every, training.steps)}",
+        f"trainer.save_freq={save_every}",
         f"hydra.run.dir={attempt.directory.resolve() / 'hydra'}",
+        # On a cluster, the process that logs runs on any of the nodes, and its environment is that of the node's Ray.
+        f"++ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={attempt.metrics.resolve()}",
     ]
     if attempt.resumed_from is None:
         return [*overrides, "trainer.resume_mode=disable"]
@@ -163,17 +204,18 @@ def python_for_shell() -> str:
     return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
 
 
-def write_metrics(run: Run, steps: int) -> None:
+def write_metrics(run: Run, steps: int, first: int = 0) -> None:
     """Write ``metrics.jsonl`` of a run that has trained: every step of all attempts, each once.
 
     Args:
         run: Its directory.
         steps: The last step.
+        first: See :meth:`Run.missing_steps`.
 
     Raises:
         TrainingError: A step is missing.
     """
-    missing = run.missing_steps(steps)
+    missing = run.missing_steps(steps, first)
     if missing:
         raise TrainingError(f"{run.directory}: the metrics of step {missing[0]} are missing")
     lines = [json.dumps({"step": step, "data": dict(metrics)}) for step, metrics in run.rows().items()]
@@ -200,7 +242,7 @@ def failure(log: Path, what: str, advice: str) -> TrainingError:
         parts.append(f"Cause: {cause}")
     parts += [f"The end of {log}:", *(f"  {line[:300]}" for line in lines[-TAIL_LINES:])]
     parts.append(advice)
-    return TrainingError("\n".join(parts))
+    return TrainingError("\n".join(parts), cause or what)
 
 
 def _failure(attempt: Attempt, what: str) -> TrainingError:

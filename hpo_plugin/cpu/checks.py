@@ -5,6 +5,9 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig, OmegaConf
 
+# Logical CPUs that verl reserves for each training rank (verl/single_controller/ray/base.py, max_colocate_count).
+CPUS_PER_RANK = 3
+
 # Logical CPUs for verl's actors that train nothing: they hold one each while they start.
 RAY_CPU_SLACK = 3
 
@@ -80,10 +83,11 @@ def check_config(config: DictConfig) -> None:
             f"set ray_kwargs.ray_init.num_gpus={ranks}"
         )
     cpus = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus")
-    needed = 3 * ranks + RAY_CPU_SLACK
+    needed = CPUS_PER_RANK * ranks + RAY_CPU_SLACK
     if cpus is not None and cpus < needed:
         raise ValueError(
-            f"ray_kwargs.ray_init.num_cpus={cpus} logical CPUs cannot hold {ranks} ranks: verl reserves 3 per rank, "
-            f"and its other actors need {RAY_CPU_SLACK}; set ray_kwargs.ray_init.num_cpus={needed} or more "
+            f"ray_kwargs.ray_init.num_cpus={cpus} logical CPUs cannot hold {ranks} ranks: verl reserves "
+            f"{CPUS_PER_RANK} per rank, and its other actors need {RAY_CPU_SLACK}; "
+            f"set ray_kwargs.ray_init.num_cpus={needed} or more "
             "(they are logical: it may exceed the machine's cores)"
         )

@@ -151,7 +151,7 @@ def test_a_machine_too_slow_to_start_ray_gets_a_second_try(monkeypatch, failures
     slow = Exception("The current node timed out during startup.")
     ray_init_that_fails(monkeypatch, *[slow] * failures)
     with Cluster.join(None) as cluster:
-        assert (cluster._failure is None) is ok
+        assert (cluster.failure is None) is ok
 
 
 @pytest.mark.parametrize("address", [None, "auto", "local", ""])
