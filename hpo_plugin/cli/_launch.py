@@ -250,7 +250,9 @@ class _Launcher:
         self._wait()
         # Addresses, ids and times of the same failure differ.
         cause = re.sub(r"[0-9a-f]{8,}|\d+", "#", error.cause)
-        if not self.lost_nodes() and cause == self._cause and not any(read_rows(attempt.metrics)):
+        if lost := self.lost_nodes():
+            self.tell(f"Ray has lost {lost}")
+        elif cause == self._cause and not any(read_rows(attempt.metrics)):
             self.tell("gives up: the same failure twice, no node lost, and no step completed in between")
             return False
         self._cause = cause

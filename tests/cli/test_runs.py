@@ -143,3 +143,40 @@ def test_a_failure_is_noted_until_the_next_attempt(tmp_path):
     assert run.failure == "out of luck"
     run.new_attempt(None)
     assert run.failure is None
+
+
+def test_a_checkpoint_of_megatron_is_complete_when_its_manifest_is_written(tmp_path):
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), *range(25))
+    for step in (10, 20):
+        checkpoint(run, step)
+        actor = run.checkpoints / f"global_step_{step}" / "actor"
+        (actor / "model_world_size_1_rank_0.pt").unlink()
+        (actor / "optimizer" / "dist_ckpt").mkdir(parents=True)
+    (run.checkpoints / "global_step_10" / "actor" / "ckpt_contents.json").touch()
+    assert run.resume_step() == 10
+    (run.checkpoints / "global_step_20" / "actor" / "ckpt_contents.json").touch()
+    assert run.resume_step() == 20
+
+
+def test_a_checkpoint_that_an_attempt_goes_back_behind_counts_only_when_it_is_written_again(tmp_path):
+    """Its directory is written once more: killed in between, half of it would be old."""
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), *range(20))
+    checkpoint(run, 10)
+    checkpoint(run, 20)
+    again = run.new_attempt(run.resume_step())
+    assert again.resumed_from == 10
+    # Asynchronous saving: step 20 is logged before its checkpoint is complete.
+    log(again, *range(11, 22))
+    assert run.resume_step() == 10
+    checkpoint_again = run.checkpoints / "latest_checkpointed_iteration.txt"
+    checkpoint_again.write_text("20")
+    assert run.resume_step() == 20
+
+
+def test_a_run_without_an_evaluation_before_training_begins_with_step_1(tmp_path):
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), 1, 2, 4)
+    assert run.missing_steps(4) == [0, 3]
+    assert run.missing_steps(4, first=1) == [3]
