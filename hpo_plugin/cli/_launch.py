@@ -212,7 +212,8 @@ class _Launcher:
         if not report.ok:
             report.show(self.console)
             raise TrainingError("The checks failed; what to do stands below each of them. The trainer was not started.")
-        self.tell(f"checked {'this node and the config' if shared is None else 'every node'}: {report.summary}")
+        checked = "this node and the config" if shared is None else f"{len(self._cluster.living_nodes())} nodes"
+        self.tell(f"checked {checked}: {report.summary}")
 
     # --- while it trains, and after a failure ---
 

@@ -32,6 +32,14 @@ RAY_ENVIRONMENT = {
 #: Logical ones: three for a training rank, and some for verl's other actors.
 RAY_RESOURCES = ("--num-cpus=8", "--num-gpus=1", "--object-store-memory=200000000")
 
+_SET_UP = """
+hostname "$1"
+mount --bind "$2" /etc/hosts
+mount --bind "$3" /tmp/ray
+touch "$4"
+exec sleep infinity
+"""
+
 
 def run_as_root(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -125,11 +133,13 @@ class NamespacedHost(Host):
 
     def boot(self) -> None:
         booted = self.work.with_suffix(".booted")
+        # What Ray keeps under its default directory is each host's own.
+        for directory in (self.work, Path("/tmp/ray")):
+            directory.mkdir(parents=True, exist_ok=True)
         self._holder = subprocess.Popen(
             [
                 *["unshare", "--net", "--uts", "--mount"],
-                *["sh", "-c", 'hostname "$1" && mount --bind "$2" /etc/hosts && touch "$3" && exec sleep infinity'],
-                *["sh", self.name, str(self._hosts_file), str(booted)],
+                *["sh", "-ec", _SET_UP, "sh", self.name, str(self._hosts_file), str(self.work), str(booted)],
             ]
         )
         wait_for(booted.exists, f"the namespaces of {self.name}", 10)
@@ -219,3 +229,17 @@ def wait_for(condition, what: str, seconds: float = 180.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
         time.sleep(0.1)
+
+
+def launch_arguments(inputs: Path, run_dir: Path, steps: int) -> list[str]:
+    """Arguments of ``hpo-plugin launch``: a short training over two nodes, with a checkpoint after each second step."""
+    return [
+        *["--config-name=countdown_cpu", f"--run-dir={run_dir}", "--wait-for-nodes=300"],
+        f"actor_rollout_ref.model.path={inputs / 'model'}",
+        f"data.train_files={inputs / 'data' / 'train.parquet'}",
+        f"data.val_files={inputs / 'data' / 'test.parquet'}",
+        f"reward.custom_reward_function.path={inputs / 'reward.py'}",
+        *["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=4"],
+        *[f"trainer.total_training_steps={steps}", "trainer.save_freq=2", "trainer.test_freq=-1"],
+        *["trainer.nnodes=2", "trainer.n_gpus_per_node=1"],
+    ]

@@ -11,7 +11,9 @@ import pytest
 
 pytest.importorskip("ray")
 
-from hosts import BIN, two_hosts, wait_for
+from hosts import BIN, launch_arguments, two_hosts, wait_for
+
+from hpo_plugin.cli._runs import Run
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "recipes" / "cluster" / "slurm.sbatch"
@@ -193,3 +195,36 @@ def test_shellcheck_has_nothing_to_say():
         pytest.skip("shellcheck is not installed")
     done = subprocess.run(["shellcheck", *map(str, SCRIPT.parent.glob("*.s*"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+# --- with Ray, the launcher and verl's trainer ---------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(2400)
+def test_a_training_that_is_preempted_goes_on_in_the_requeued_job_and_nothing_is_left_of_either(job, inputs, tmp_path):
+    pytest.importorskip("verl")
+    steps, run = 4, Run(tmp_path / "run")
+    # The script adds the nodes and the accelerators.
+    arguments = launch_arguments(inputs, run.directory, steps)[:-2]
+    batch = job.start(*arguments)
+
+    def third_step():
+        assert batch.poll() is None, job.said()
+        return 3 in run.rows()
+
+    wait_for(third_step, "step 3", 900)
+    batch.send_signal(signal.SIGTERM)
+    assert batch.wait(120) == 143, job.said()
+    assert job.called("scontrol", "requeue", "17")
+    assert job.nothing_is_left()
+    assert not run.finished
+
+    again = job.start(*arguments, SLURM_RESTART_COUNT="1")
+    assert again.wait(900) == 0, job.said()
+    assert [attempt.resumed_from for attempt in run.attempts()] == [None, 2]
+    done = [json.loads(line)["step"] for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    assert done == list(range(steps + 1))
+    assert job.said().count("checked 2 nodes: all checks passed") == 2
+    assert len(job.called("requeue")) == 1
+    assert job.nothing_is_left()
