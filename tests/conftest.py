@@ -1,6 +1,13 @@
 """What several folders of tests use."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +44,18 @@ def inputs(tmp_path_factory):
         "def compute_score(solution_str, **other):\n    return float(sum(map(ord, solution_str)) % 4 == 0)\n"
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel_file(tmp_path_factory) -> Path:
+    """The wheel of the files as they are, built with the environment's setuptools."""
+    pytest.importorskip("setuptools", minversion="77", reason="building the wheel needs setuptools 77 or newer")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("hpo_plugin", "hydra_plugins"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(source)], cwd=source, check=True, capture_output=True)
+    (path,) = source.glob("*.whl")
+    return path

@@ -40,18 +40,8 @@ def pinned(name: str) -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of the files as they are, built with the environment's setuptools."""
-    pytest.importorskip("setuptools", minversion="77", reason="building the wheel needs setuptools 77 or newer")
-    source = tmp_path_factory.mktemp("source")
-    for name in ("hpo_plugin", "hydra_plugins"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(source)], cwd=source, check=True, capture_output=True)
-    (path,) = source.glob("*.whl")
-    return zipfile.ZipFile(path)
+def wheel(wheel_file: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(wheel_file)
 
 
 def test_the_version_is_written_in_one_place():

@@ -174,6 +174,31 @@ def test_sigterm_ends_the_launcher_first_and_puts_the_job_back_in_the_queue(job)
     assert job.nothing_is_left()
 
 
+def test_sigterm_while_ray_starts_puts_the_job_back_in_the_queue_too(job):
+    job.program("ray", "[[ $1 == start ]] && touch starting && exec sleep 600; exit 1")
+    batch = job.start()
+    wait_for((job.work / "starting").exists, "Ray", 60)
+    batch.send_signal(signal.SIGTERM)
+    assert batch.wait(60) == 143, job.said()
+    assert job.called("scontrol", "requeue", "17")
+    assert job.nothing_is_left()
+
+
+def test_a_canceled_job_stays_away(job):
+    """SLURM sends its steps SIGTERM, and the script sees them end."""
+    job.program("ray", QUICK_RAY)
+    job.program("hpo-plugin", "touch launched; exec sleep 601")
+    batch = job.start(HPO_TEST_JOB_STATE="CANCELLED")
+    wait_for((job.work / "launched").exists, "the launcher", 60)
+    for host in job.hosts:
+        for process in host.processes():
+            if process.cmdline() == ["sleep", "600"]:
+                process.terminate()
+    assert batch.wait(60) != 0, job.said()
+    assert not job.called("requeue")
+    assert job.nothing_is_left()
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
