@@ -21,7 +21,7 @@ from hpo_plugin.cli._checks import compose, run_checks, stderr_to
 from hpo_plugin.cli._cluster import Cluster
 from hpo_plugin.cli._runs import Attempt, Run, RunBusyError, write_json
 from hpo_plugin.cli._trainer import end_leftovers
-from hpo_plugin.cli._training import SAVE_EVERY, Training, TrainingError, train, trainer_command, write_metrics
+from hpo_plugin.cli._training import SAVE_EVERY, Training, TrainingError, outcome, train, trainer_command, write_metrics
 from hpo_plugin.cli._verl_log import MetricsFile, StepView, read_rows
 
 #: Seconds between two looks at the cluster.
@@ -271,8 +271,7 @@ class _Launcher:
         self.run.finish(
             {
                 "request": self.launch.request(),
-                "steps": steps,
-                "wall_seconds": round(self.run.wall_seconds(), 1),
+                **outcome(self.run, steps),
                 "attempts_resumed_from": attempts,
                 "command": command,
             }

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import shlex
 import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import psutil
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -24,14 +19,12 @@ from hpo_plugin.cli._runs import Attempt, RunBusyError
 from hpo_plugin.cli._study_cells import CellStatus, State, Workspace, status, submitted_file
 from hpo_plugin.cli._study_inputs import full_overrides
 from hpo_plugin.cli._trainer import end_leftovers
-from hpo_plugin.cli._training import Training, TrainingError, train_in_turns, write_metrics
+from hpo_plugin.cli._training import Training, TrainingError, outcome, train_in_turns, write_metrics
 from hpo_plugin.cli._verl_log import MetricsFile, StepView, held_out_success
 from hpo_plugin.study.spec import Cell, Study, StudyError
 
 #: Seconds between two looks at all running cells.
 INTERVAL = 0.5
-#: Whose versions a finished cell notes.
-PACKAGES = ("hpo-plugin", "verl", "torch", "transformers", "ray")
 
 _STYLES = {
     State.WAITING: "dim",
@@ -199,7 +192,7 @@ class StudyRun:
                 tell = lambda text: self._tell(f"{cell.name}: {text}")  # noqa: E731
                 yield from train_in_turns(run, training, stall=self._stall, screen=screen, tell=tell)
                 write_metrics(run, cell.steps)
-                run.finish(_result(cell, run.wall_seconds()))
+                run.finish(outcome(run, cell.steps))
                 if done < 1:
                     self._seconds.append((time.monotonic() - begin) / (1 - done) / cell.steps)
                 self._tell(f"{cell.name}: finished")
@@ -257,29 +250,6 @@ def _cause(text: str) -> str:
     """The line of a failure that says why."""
     lines = text.splitlines()
     return next((line for line in lines if line.startswith("Cause: ")), lines[0])
-
-
-def _result(cell: Cell, wall_seconds: float) -> dict[str, Any]:
-    """What a finished cell notes beside its metrics."""
-    return {
-        "steps": cell.steps,
-        "wall_seconds": round(wall_seconds, 1),
-        "machine": {
-            "system": platform.system(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "memory_gb": round(psutil.virtual_memory().total / 1e9),
-            "python": platform.python_version(),
-        },
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def state_table(study: Study, entries: Sequence[CellStatus], running: dict[Cell, str] | None = None) -> Table:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import platform
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import psutil
 
 from hpo_plugin.cli._cluster import SLOW_START
 from hpo_plugin.cli._runs import Attempt, Run
@@ -30,6 +35,8 @@ SAVE_EVERY = 10
 #: Starts of the trainer before giving up where Ray is too slow to come up.
 STARTS = 3
 TAIL_LINES = 15
+#: Whose versions a finished run notes.
+PACKAGES = ("hpo-plugin", "verl", "torch", "transformers", "ray")
 
 
 class TrainingError(RuntimeError):
@@ -220,6 +227,37 @@ def write_metrics(run: Run, steps: int, first: int = 0) -> None:
         raise TrainingError(f"{run.directory}: the metrics of step {missing[0]} are missing")
     lines = [json.dumps({"step": step, "data": dict(metrics)}) for step, metrics in run.rows().items()]
     atomic_write(run.directory / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def outcome(run: Run, steps: int) -> dict[str, Any]:
+    """What a finished run notes beside its metrics: how far it went, how long it took, and on what.
+
+    Args:
+        run: Its directory.
+        steps: The last step.
+
+    Returns:
+        For :meth:`Run.finish`, as JSON values. The machine is this process's.
+    """
+    return {
+        "steps": steps,
+        "wall_seconds": round(run.wall_seconds(), 1),
+        "machine": {
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9),
+            "python": platform.python_version(),
+        },
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 # --- why it failed -------------------------------------------------------------------------------------------------
