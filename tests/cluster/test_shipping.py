@@ -1,6 +1,7 @@
 """Ray brings the plugin to nodes that lack it: in a way in which verl finds it, and in one that the check refuses."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -36,7 +37,8 @@ def submit(bare, tmp_path_factory):
     with two_hosts() as (head, _):
         if not head.namespaced:
             pytest.skip("needs a host of namespaces, that is root on Linux: Ray's dashboard takes a fixed port")
-        clean = {"PYTHONPATH": "", "VERL_PLATFORM": ""}
+        # As where the environment is activated.
+        clean = {"PYTHONPATH": "", "VERL_PLATFORM": "", "PATH": f"{bare.parent}{os.pathsep}{os.environ['PATH']}"}
         ray = [str(bare), "-m", "ray.scripts.scripts"]
         address = [f"--address=http://{head.address}:8265"]
         head.start(

@@ -77,8 +77,7 @@ class Job:
         return [call for call in found if all(any(word in part for part in call) for word in words)]
 
     def nothing_is_left(self):
-        left = [process for host in self.hosts for process in host.processes()]
-        return not left or print([process.cmdline() for process in left])
+        return not any(host.processes() for host in self.hosts)
 
 
 @pytest.fixture
@@ -242,7 +241,8 @@ def test_a_training_that_is_preempted_goes_on_in_the_requeued_job_and_nothing_is
     batch.send_signal(signal.SIGTERM)
     assert batch.wait(120) == 143, job.said()
     assert job.called("scontrol", "requeue", "17")
-    assert job.nothing_is_left()
+    # Ray's agents end when they see that their node has.
+    wait_for(job.nothing_is_left, "the end of all processes", 20)
     assert not run.finished
 
     again = job.start(*arguments, SLURM_RESTART_COUNT="1")
@@ -252,4 +252,4 @@ def test_a_training_that_is_preempted_goes_on_in_the_requeued_job_and_nothing_is
     assert done == list(range(steps + 1))
     assert job.said().count("checked 2 nodes: all checks passed") == 2
     assert len(job.called("requeue")) == 1
-    assert job.nothing_is_left()
+    wait_for(job.nothing_is_left, "the end of all processes", 20)
