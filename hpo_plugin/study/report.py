@@ -394,7 +394,7 @@ def _explanation(study: Study, name: str, results: Results, palette: Mapping[str
 def _series(study: Study, results: Results, arm: str, color: str, x: Floats, values: Floats) -> Series:
     mean, low, high = statistics.mean_band(values)
     title, seeds = study.arms[arm].title, len(values)
-    label = title if seeds == len(results.experiment.seeds) else f"{title} ({seeds} seeds)"
+    label = title if seeds == len(results.experiment.seeds) else f"{title} ({seeds} seed{'' if seeds == 1 else 's'})"
     return Series(label, color, x, mean, low, high, strong=arm == results.experiment.compare)
 
 
