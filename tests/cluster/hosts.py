@@ -19,7 +19,8 @@ from pathlib import Path
 
 import psutil
 
-NETWORK = "10.231.77"
+#: Its own for each run of the tests: `ray start` looks for another head at its address among all processes.
+NETWORK = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
 #: Where this interpreter's scripts are: ``ray`` and ``hpo-plugin``.
 BIN = Path(sys.executable).parent
 #: Ray 2.60 asks for a token where one lies in the home directory: one of our own makes the tests the same everywhere.

@@ -103,7 +103,7 @@ def test_the_exit_status_of_the_launcher_is_the_jobs_and_nothing_is_left(job):
     job.program("hpo-plugin", 'printf "%s\\n" "$RAY_ADDRESS" "$RAY_AUTH_MODE" "$@" >launched; exit 7')
     assert job.start("--config-name=hpo_trainer", "algorithm.policy_loss=ahpo").wait(60) == 7, job.said()
     assert (job.work / "launched").read_text().splitlines() == [
-        *["10.231.77.1:20000", "token", "launch", "--run-dir=runs/hpo-17", "--config-name=hpo_trainer"],
+        *[f"{job.head.address}:20000", "token", "launch", "--run-dir=runs/hpo-17", "--config-name=hpo_trainer"],
         *["algorithm.policy_loss=ahpo", "trainer.nnodes=2", "trainer.n_gpus_per_node=1"],
     ]
     assert job.nothing_is_left()
@@ -114,7 +114,7 @@ def test_the_head_answers_before_a_worker_is_started_and_all_of_rays_ports_are_g
     job.program("ray", QUICK_RAY.replace("touch", "sleep 3; touch"))
     job.program("hpo-plugin", "exit 0")
     assert job.start().wait(60) == 0, job.said()
-    (head,), (worker,) = job.called("start", "--head"), job.called("start", "--address=10.231.77.1:20000")
+    (head,), (worker,) = job.called("start", "--head"), job.called("start", f"--address={job.head.address}:20000")
     assert (head[1], worker[1]) == ("hpo-1", "hpo-2")
     assert job.called("srun").index(head) < job.called("srun").index(worker)
     assert job.said().index("Ray's head on hpo-1") < job.said().index("a worker on hpo-2")
