@@ -125,6 +125,7 @@ class NamespacedHost(Host):
         super().__init__(name, address, work)
         self._bridge = bridge
         self._hosts_file = hosts_file
+        self._cable = f"{bridge}-{address.rpartition('.')[2]}"
         # Keeps the namespaces while nothing else is in them.
         self._holder: subprocess.Popen[bytes] | None = None
 
@@ -145,11 +146,9 @@ class NamespacedHost(Host):
         )
         wait_for(booted.exists, f"the namespaces of {self.name}", 10)
         booted.unlink()
-        # The end of the cable in the host vanishes with the host, and the other end with it.
-        cable = f"{self._bridge}-{self.address.rpartition('.')[2]}"
         peer = ["peer", "name", "eth0", "netns", str(self._holder.pid)]
-        run_as_root("ip", "link", "add", cable, "type", "veth", *peer)
-        run_as_root("ip", "link", "set", cable, "master", self._bridge, "up")
+        run_as_root("ip", "link", "add", self._cable, "type", "veth", *peer)
+        run_as_root("ip", "link", "set", self._cable, "master", self._bridge, "up")
         for command in (f"addr add {self.address}/24 dev eth0", "link set eth0 up", "link set lo up"):
             run_as_root(*self.enter(), "ip", *command.split())
 
@@ -170,6 +169,8 @@ class NamespacedHost(Host):
             self._holder.kill()
             self._holder.wait()
             self._holder = None
+            # It vanishes with the host's namespace, a moment later.
+            subprocess.run(["ip", "link", "delete", self._cable], capture_output=True, check=False)
 
 
 @contextlib.contextmanager
