@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -105,9 +106,17 @@ def line_figure(title: str, xlabel: str, panels: Sequence[Panel]) -> Figure:
         all_axes[0].set_title(title)
         all_axes[-1].set_xlabel(xlabel)
         all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        handles = [handle for axes in all_axes for handle in axes.get_legend_handles_labels()[0]]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        _add_legend(figure, [handle for axes in all_axes for handle in axes.get_legend_handles_labels()[0]])
         return figure
+
+
+def _add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend below the axes, of as many columns as fit the figure: matplotlib cuts one off that is too wide."""
+    for columns in (3, 2, 1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def score_figure(title: str, rows: Sequence[tuple[str, str, Estimate, Sequence[float]]], xlabel: str) -> Figure:

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hpo_plugin.study import report as module
 from hpo_plugin.study.data import write_data
+from hpo_plugin.study.figures import Panel, Series, line_figure
 from hpo_plugin.study.report import build_report, early_score, final_score, to_markdown, write_report
 from hpo_plugin.study.spec import StudyError, paper_numbers
 
@@ -158,3 +160,13 @@ def test_a_report_needs_neither_verl_nor_ray(tmp_path, declared, load, data):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "out" / "small.md"), str(tmp_path / "out" / "small.html")]
+
+
+@pytest.mark.parametrize("title", ["A-HPO", "HPO (α = 0.6) (3 seeds)", "an arm with a title that nobody would give it"])
+def test_a_legend_is_inside_of_the_picture(title):
+    lines = [Series(f"{title} {index}", "black", np.array([1.0, 2.0]), np.array([0.1, 0.2])) for index in range(6)]
+    figure = line_figure("title", "update", [Panel("reward", lines)])
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0
+    assert box.x1 <= figure.bbox.x1
