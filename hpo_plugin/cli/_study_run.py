@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -300,8 +299,14 @@ def duration(seconds: float) -> str:
 
 
 def submit_command(workspace: Workspace, cell: Cell) -> str:
-    """The shell command that hands a cell to a cluster: the study's ``submit`` with the cell's arguments."""
-    study, run = workspace.study, workspace.run(cell)
+    """The shell command that hands a cell to a cluster: the study's ``submit`` with the cell's arguments.
+
+    The cell's run directory notes what the cell is, so that its run is collected, whoever executes the command.
+
+    Raises:
+        StudyError: The cell was begun from other inputs.
+    """
+    study, (run, _) = workspace.study, workspace.start(cell)
     words = [f"--run-dir={run.directory.resolve()}", f"--config-name={cell.config_name}"]
     words += [*full_overrides(workspace, cell), f"trainer.save_freq={min(study.save_every, cell.steps)}"]
     environment = "".join(f"{key}={shlex.quote(value)} " for key, value in cell.environment.items())
@@ -318,11 +323,10 @@ def submit(workspace: Workspace, cell: Cell) -> str:
     Raises:
         StudyError: The command failed.
     """
-    run, _ = workspace.start(cell)
     command = submit_command(workspace, cell)
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
         raise StudyError(f"{cell.name}: the submit command failed (exit status {done.returncode}): {said}\n  {command}")
-    Path(submitted_file(run)).write_text(f"{command}\n", encoding="utf-8")
+    submitted_file(workspace.run(cell)).write_text(f"{command}\n", encoding="utf-8")
     return done.stdout.strip()

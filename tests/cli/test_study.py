@@ -1,5 +1,6 @@
 """Studies on a stand-in for verl's trainer: what runs, what goes on, what is listed; and a real one (e2e)."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hpo_plugin.cli import _study_inputs, _study_run
+from hpo_plugin.cli import _launch, _study_inputs, _study_run
+from hpo_plugin.cli._report import Finding, Report
 from hpo_plugin.cli._study_cells import State, Workspace, status
 from hpo_plugin.cli._study_collect import collect
 from hpo_plugin.cli._study_run import StudyRun
@@ -28,7 +30,7 @@ from hpo_plugin.study.spec import StudyError, load_study
 STAND_IN = """
 import json, os, pathlib, sys, time
 
-given = dict(word.lstrip("+").split("=", 1) for word in sys.argv[2:])
+given = dict(word.lstrip("+").split("=", 1) for word in sys.argv[2:] if "=" in word)
 steps, every = int(given["trainer.total_training_steps"]), int(given["trainer.save_freq"])
 checkpoints = pathlib.Path(given["trainer.default_local_dir"])
 first = int(given.get("trainer.resume_from_path", "_0").rpartition("_")[2])
@@ -396,6 +398,32 @@ def test_cells_are_submitted_once_unless_asked_again(declared, study_file, works
     assert queued == [f"small-easy-{cell}" for cell in ("ahpo-seed0", "ahpo-seed1", "grpo-seed0", "grpo-seed1")] + [
         "small-easy-ahpo-seed1"
     ]
+
+
+def test_a_cell_trained_by_its_printed_command_is_collected(declared, study_file, workspace, tmp_path, monkeypatch):
+    class OneNode:
+        failure = None
+        join = staticmethod(lambda config: contextlib.nullcontext(OneNode()))
+        lacks = staticmethod(lambda config: None)
+        living_nodes = staticmethod(lambda: {"a"})
+        dead_nodes = staticmethod(dict)
+
+    monkeypatch.setattr(_launch, "Cluster", OneNode)
+    monkeypatch.setattr(_launch, "run_checks", lambda *arguments, **options: Report([Finding("all", "fine")]))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    path = study_file(declared)
+    printed = run(path, "--print", "--only", "ahpo/seed1")
+    assert states(workspace(declared)) == [State.WAITING] * 4
+    program, *arguments = shlex.split(printed.output)
+    assert program == "hpo-plugin"
+    launched = CliRunner().invoke(app, arguments)
+    assert launched.exit_code == 0, launched.output
+    found = workspace(declared)
+    assert states(found) == [State.WAITING] * 3 + [State.FINISHED]
+    assert collect(found, tmp_path / "study.parquet", prune=False).added == ["easy/ahpo/seed1"]
+    (data,) = read_data(tmp_path / "study.parquet").values()
+    assert data.values[REWARD][4] == pytest.approx(0.4)
+    assert data.values[HELD_OUT][4] == pytest.approx(0.2)
 
 
 def test_a_submit_command_that_fails_is_shown(declared, study_file):
