@@ -60,7 +60,6 @@ def run_checks(
     begin = time.monotonic()
     report = Report()
     tell = progress or (lambda _: None)
-    report.findings += check_versions()
 
     config: DictConfig | None = None
     composing = Finding("config", "none given: the installation only", remedy="")
@@ -79,6 +78,7 @@ def run_checks(
             cluster.ask_every_node(local_files(config) if config is not None else (), shared)
         tell("importing verl")
         here = probe()
+        report.findings += check_versions(built_in=here["built_in"])
         report.findings += check_registration(here)
         if cluster is not None:
             tell("waiting for the nodes")
@@ -127,8 +127,12 @@ def required_versions(name: str) -> SpecifierSet:
     return asked
 
 
-def check_versions() -> list[Finding]:
-    """One finding for Python and one for each package of :data:`PACKAGES`."""
+def check_versions(built_in: bool = False) -> list[Finding]:
+    """One finding for Python and one for each package of :data:`PACKAGES`.
+
+    Args:
+        built_in: verl has HPO itself, and may then be of any version.
+    """
     findings = []
     try:
         pythons = SpecifierSet(metadata.metadata("hpo-plugin")["Requires-Python"] or "")
@@ -151,7 +155,7 @@ def check_versions() -> list[Finding]:
         except metadata.PackageNotFoundError:
             findings.append(Finding(name, "not installed", False, f"pip install '{name}{asked}'"))
             continue
-        if asked.contains(version, prereleases=True):
+        if asked.contains(version, prereleases=True) or (name == "verl" and built_in):
             findings.append(Finding(name, version))
         elif name == "verl" and os.environ.get(_ALLOW_UNTESTED) == "1":
             findings.append(Finding(name, f"{version}, untested: {_ALLOW_UNTESTED}=1 lets it pass"))
@@ -162,6 +166,8 @@ def check_versions() -> list[Finding]:
 
 def check_registration(here: dict[str, Any]) -> list[Finding]:
     """What :func:`probe` found in this process."""
+    if here["built_in"]:
+        return [Finding("this process", "hpo and ahpo are built into this verl; hpo_plugin steps aside")]
     if not here["problems"]:
         return [Finding("this process", "hpo and ahpo are registered: estimators, policy losses, actor worker")]
     return [Finding("this process", what, False, remedy) for what, remedy in here["problems"]]

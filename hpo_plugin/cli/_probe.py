@@ -22,7 +22,8 @@ def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> d
     Returns:
         ``host`` and ``python`` (str), ``versions`` (distribution -> version, None where it is not installed), ``code``
         (a short hash of the mathematics and the glue: two copies of one version may differ), ``seconds`` (float), and
-        ``problems``: (what is wrong, what to do) pairs, empty if HPO and A-HPO can be used here.
+        ``problems``: (what is wrong, what to do) pairs, empty if HPO and A-HPO can be used here, and ``built_in``:
+        whether they are verl's own.
     """
     import platform
     import socket
@@ -36,6 +37,7 @@ def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> d
         "versions": {name: _version(name) for name in PACKAGES},
         "code": _code_hash(),
         "problems": problems,
+        "built_in": not problems and _is_built_in(),
         "seconds": time.monotonic() - begin,
     }
 
@@ -62,6 +64,14 @@ def _file_problems(files: Sequence[tuple[str, str]], shared: str | None) -> list
     except OSError as error:
         problems.append((f"the run directory {directory} cannot be written to: {_one_line(error)}", remedy))
     return problems
+
+
+def _is_built_in() -> bool:
+    from verl.trainer.ppo import core_algos
+
+    from hpo_plugin.glue.registration import is_built_in
+
+    return is_built_in(core_algos)
 
 
 def _version(distribution: str) -> str | None:
@@ -147,6 +157,8 @@ def _registration_problems() -> list[tuple[str, str]]:
     if problems or plugin:
         # The cause, once: what follows from it would only be more text.
         return plugin + problems
+    if _is_built_in():
+        return []
     try:
         from hpo_plugin.glue.registration import require_registered
         from hpo_plugin.glue.worker import HysteresisTrainingWorker

@@ -143,7 +143,8 @@ def resolve_arm(config: DictConfig) -> Arm:
         settings = OmegaConf.create({})
     if not isinstance(settings, DictConfig):
         raise ConfigError(f"{KEY_HPO}={settings!r} must be a mapping with alpha, alpha_min, weigh.")
-    unknown = sorted(set(map(str, settings)) - {"alpha", "alpha_min", "weigh"})
+    # A verl that has HPO built in names its dataclass here.
+    unknown = sorted(set(map(str, settings)) - {"alpha", "alpha_min", "weigh", "_target_"})
     if unknown:
         raise ConfigError(f"{KEY_HPO}.{unknown[0]} is not a setting. There are: alpha, alpha_min, weigh.")
     alpha = _number(settings, "alpha", DEFAULT_ALPHA)

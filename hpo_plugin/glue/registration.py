@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import ModuleType
 
 from hpo_plugin.glue.arms import HYSTERETIC, entrance
 
-__all__ = ["RegistrationError", "register", "require_registered"]
+__all__ = ["RegistrationError", "is_built_in", "register", "require_registered"]
 
 
 class RegistrationError(RuntimeError):
     """HPO cannot be, or has not been, registered in this process."""
 
 
+def is_built_in(core_algos: ModuleType) -> bool:
+    """Whether this verl registers ``hpo`` and ``ahpo`` itself, as estimators and as losses.
+
+    Args:
+        core_algos: the module ``verl.trainer.ppo.core_algos``, completely imported.
+
+    Returns:
+        True if nothing of this package is needed for HPO.
+    """
+    return all(
+        getattr(registry.get(name), "__module__", None) == core_algos.__name__
+        for registry in (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY)
+        for name in HYSTERETIC
+    )
+
+
 def register(core_algos: ModuleType) -> None:
-    """Register ``hpo`` and ``ahpo``, as estimators and as losses.
+    """Register ``hpo`` and ``ahpo``, as estimators and as losses; step aside where verl has them built in.
 
     Called by the post-import hook of ``verl.trainer.ppo.core_algos``: an error surfaces in the process that imports it.
 
@@ -25,6 +42,9 @@ def register(core_algos: ModuleType) -> None:
     Raises:
         RegistrationError: if another package holds one of the names; nothing is overwritten.
     """
+    if is_built_in(core_algos):
+        logging.getLogger(__name__).warning("verl has HPO and A-HPO built in: hpo_plugin steps aside in their favor")
+        return
     from hpo_plugin.glue.estimators import ESTIMATORS
     from hpo_plugin.glue.losses import LOSSES
 
@@ -47,7 +67,7 @@ def register(core_algos: ModuleType) -> None:
 
 
 def require_registered(adv_estimator: str, loss_mode: str) -> None:
-    """Raise unless what the two keys select is in verl's registries, and is ours.
+    """Raise unless what the two keys select is in verl's registries, and is ours or verl's own.
 
     Args:
         adv_estimator: value of ``algorithm.adv_estimator``.
@@ -61,6 +81,8 @@ def require_registered(adv_estimator: str, loss_mode: str) -> None:
         return
     from verl.trainer.ppo import core_algos
 
+    if is_built_in(core_algos):
+        return
     from hpo_plugin.glue.estimators import ESTIMATORS
     from hpo_plugin.glue.losses import LOSSES
 

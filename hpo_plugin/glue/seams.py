@@ -6,7 +6,7 @@
 2. ``ActorRolloutRefWorker.actor_worker_cls`` (verl/workers/engine_workers.py) names the class of the actor's worker.
    Ours sees every row of the step on its rank before the first micro-batch: the only place where α can be computed.
 
-``tests/glue/test_seams.py`` fails when verl moves either.
+``tests/glue/test_seams.py`` fails when verl moves either. A verl that has HPO built in is left as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import wrapt
 from omegaconf import DictConfig, open_dict
 
 from hpo_plugin.glue import arms, layout
-from hpo_plugin.glue.registration import RegistrationError, require_registered
+from hpo_plugin.glue.registration import RegistrationError, is_built_in, require_registered
 
 __all__ = ["SUPPORTED_VERL", "check_arm_before_run", "hand_down", "use_hysteresis_worker"]
 
@@ -76,12 +76,15 @@ def hand_down(config: DictConfig, arm: arms.Arm) -> None:
 
 
 def _validate_config(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from verl.trainer.ppo import core_algos
+
     config = kwargs["config"] if "config" in kwargs else args[0]
-    arm = arms.resolve_arm(config)
-    if arm.hysteresis is not None:
-        require_supported_verl()
-        require_registered(arm.adv_estimator, arm.loss_mode)
-        hand_down(config, arm)
+    if not is_built_in(core_algos):
+        arm = arms.resolve_arm(config)
+        if arm.hysteresis is not None:
+            require_supported_verl()
+            require_registered(arm.adv_estimator, arm.loss_mode)
+            hand_down(config, arm)
     layout.check_layout(config)
     return wrapped(*args, **kwargs)
 
@@ -104,6 +107,10 @@ def use_hysteresis_worker(engine_workers: ModuleType) -> None:
     Raises:
         RegistrationError: if another package has already put its own class there.
     """
+    from verl.trainer.ppo import core_algos
+
+    if is_built_in(core_algos):
+        return
     from hpo_plugin.glue.worker import HysteresisTrainingWorker
 
     owner = engine_workers.ActorRolloutRefWorker

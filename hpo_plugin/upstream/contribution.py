@@ -1,0 +1,251 @@
+"""What the contribution to verl consists of, and how it gets into a source tree of verl.
+
+Two kinds of text, both written by this project: whole files (``files/``, at their place in verl with ``.in`` appended)
+and texts that are inserted into verl's own files (``snippets/``, :data:`INSERTIONS`). The flattened configs
+``verl/trainer/config/_generated_*.yaml`` are composed anew. A tree without ``docs``, ``examples`` or ``tests``, such as
+that of verl's wheel, gets the rest.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo_plugin.upstream.edits import (
+    AfterDefinition,
+    AfterField,
+    AfterKey,
+    AfterLine,
+    AfterStatement,
+    Anchor,
+    AnchorError,
+    InList,
+)
+
+__all__ = ["BRANCH", "TITLE", "UnknownTreeError", "changes", "commit", "patch", "write"]
+
+TITLE = "[algo, trainer, cfg, doc] feat: add HPO and A-HPO (Hysteretic Policy Optimization)"
+"""Of the commit and of the pull request, in the form that verl's tests/special_sanity/check_pr_title.py asks for."""
+
+BRANCH = "hpo"
+
+HERE = Path(__file__).parent
+FILES = HERE / "files"
+SNIPPETS = HERE / "snippets"
+CONFIGS = "verl/trainer/config"
+
+
+class UnknownTreeError(ValueError):
+    """The tree is not one that the contribution fits; the message names the file and what is missing there."""
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One text, and where it goes."""
+
+    file: str
+    anchor: Anchor
+    snippet: str
+
+    @property
+    def text(self) -> str:
+        """What is inserted, without base indentation."""
+        return (SNIPPETS / f"{self.snippet}.in").read_text(encoding="utf-8")
+
+    def is_in(self, source: str) -> bool:
+        """Whether the text is there already, at any indentation."""
+        return self._unindented(self.text) in self._unindented(source)
+
+    @staticmethod
+    def _unindented(text: str) -> str:
+        return "\n".join(line.strip() for line in text.strip().splitlines())
+
+
+KNOWN = "verl 0.9.0, 0.9.1 and its main branch as of August 2026"
+
+CORE_ALGOS = "verl/trainer/ppo/core_algos.py"
+
+INSERTIONS = (
+    Insertion(CORE_ALGOS, AfterField("AdvantageEstimator"), "enum.py"),
+    Insertion(CORE_ALGOS, AfterDefinition("AdvantageEstimator"), "group_relative.py"),
+    Insertion(CORE_ALGOS, AfterDefinition("compute_grpo_vectorized_outcome_advantage"), "estimator.py"),
+    Insertion(CORE_ALGOS, AfterDefinition("compute_policy_loss_cispo"), "policy_loss.py"),
+    Insertion(CORE_ALGOS, AfterDefinition("compute_pf_ppo_reweight_data"), "batch_info.py"),
+    Insertion(f"{CONFIGS}/algorithm.py", InList("__all__", "FilterGroupsConfig"), "all.py"),
+    Insertion(f"{CONFIGS}/algorithm.py", AfterDefinition("FilterGroupsConfig"), "hpo_config.py"),
+    Insertion(f"{CONFIGS}/algorithm.py", AfterField("AlgoConfig"), "algo_field.py"),
+    Insertion(f"{CONFIGS}/ppo_trainer.yaml", AfterKey("algorithm.norm_adv_by_std_in_grpo"), "algorithm.yaml"),
+    Insertion(
+        "verl/trainer/ppo/v1/trainer_base.py",
+        AfterStatement("_compute_advantage", "batch = tq.kv_batch_put("),
+        "trainer.py",
+    ),
+    Insertion("verl/utils/config.py", AfterStatement("validate_config", "actor_config.validate("), "validate.py"),
+    Insertion("verl/workers/config/actor.py", AfterField("ActorConfig", "global_batch_info"), "actor_field.py"),
+    Insertion("verl/workers/utils/losses.py", AfterStatement("ppo_loss", "config.global_batch_info["), "ppo_loss.py"),
+    Insertion("docs/index.rst", AfterLine("   algo/"), "index.rst"),
+    Insertion("examples/README.md", AfterLine("| `sapo_trainer/`"), "examples.md"),
+)
+
+
+def changes(tree: Path) -> dict[str, str]:
+    """What the contribution changes in a source tree of verl; the tree itself is left as it is.
+
+    Args:
+        tree: a git checkout, an unpacked source distribution, or the directory that holds an installed ``verl``.
+
+    Returns:
+        Path in the tree (posix) -> the whole new text; empty if the tree has the contribution already.
+
+    Raises:
+        UnknownTreeError: if an anchor is missing, or the tree has HPO in another form.
+    """
+    if not (tree / "verl/__init__.py").is_file():
+        raise UnknownTreeError(f"{tree} is not a source tree of verl: it holds no verl/__init__.py")
+    texts = _new_files(tree) | _edited_files(tree)
+    texts |= _generated_configs(tree, texts)
+    return {name: text for name, text in texts.items() if _read(tree / name) != text}
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _has_place_for(tree: Path, name: str) -> bool:
+    """Whether the tree has the top directory of a file: verl's wheel is ``verl`` alone."""
+    return (tree / name.split("/")[0]).is_dir()
+
+
+def _new_files(tree: Path) -> dict[str, str]:
+    names = {path.relative_to(FILES).as_posix().removesuffix(".in"): path for path in FILES.rglob("*.in")}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in names.items() if _has_place_for(tree, name)}
+    for name, text in texts.items():
+        if _read(tree / name) not in (None, text):
+            raise UnknownTreeError(f"{tree / name} exists with another content; the contribution does not replace it")
+    return texts
+
+
+def _edited_files(tree: Path) -> dict[str, str]:
+    insertions = [i for i in INSERTIONS if i.file.split("/")[0] == "verl" or (tree / i.file).is_file()]
+    sources: dict[str, str] = {}
+    for name in {insertion.file for insertion in insertions}:
+        source = _read(tree / name)
+        if source is None:
+            raise UnknownTreeError(
+                f"{tree} has no {name}; the contribution knows verl 0.9.0, 0.9.1 and its main branch"
+            )
+        sources[name] = source
+    there = [insertion for insertion in insertions if insertion.is_in(sources[insertion.file])]
+    if len(there) == len(insertions):
+        return {}
+    if there or re.search(r"""["']a?hpo["']""", sources[CORE_ALGOS]):
+        missing = next(insertion for insertion in insertions if insertion not in there)
+        raise UnknownTreeError(
+            f"{tree} has HPO, but not this contribution: {missing.file} lacks the text of {missing.snippet}. "
+            "Start from a tree without HPO; a verl that has it built in needs no contribution."
+        )
+    for insertion in insertions:
+        try:
+            sources[insertion.file] = insertion.anchor.insert(sources[insertion.file], insertion.text)
+        except (AnchorError, SyntaxError) as error:
+            raise UnknownTreeError(
+                f"{tree / insertion.file}: {error}. The contribution knows {KNOWN}; adapt INSERTIONS in "
+                "hpo_plugin/upstream/contribution.py to this tree."
+            ) from error
+    return sources
+
+
+_HEADER = re.compile(r"print_cfg\.py --cfg job ?(?P<overrides>[^']*)' to flatten the '[^']*/(?P<config>\w+)\.yaml'")
+
+
+def _generated_configs(tree: Path, texts: dict[str, str]) -> dict[str, str]:
+    """The flattened configs, as verl's scripts/generate_trainer_config.sh writes them; each names its own command."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    generated = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        configs = Path(temporary) / "config"
+        shutil.copytree(tree / CONFIGS, configs)
+        for name, text in texts.items():
+            if name.startswith(f"{CONFIGS}/"):
+                (configs / name.removeprefix(f"{CONFIGS}/")).write_text(text, encoding="utf-8")
+        for path in sorted(configs.glob("_generated_*.yaml")):
+            header = path.read_text(encoding="utf-8").partition("\n\n")[0]
+            command = _HEADER.search(header)
+            if command is None:
+                raise UnknownTreeError(f"{tree / CONFIGS / path.name} does not say how it was generated")
+            GlobalHydra.instance().clear()
+            with initialize_config_dir(str(configs), version_base=None):
+                config = compose(command["config"], overrides=command["overrides"].split())
+            body = OmegaConf.to_yaml(config)
+            generated[f"{CONFIGS}/{path.name}"] = f"{header}\n\n{body[body.index('actor_rollout_ref:') :]}"
+    return generated
+
+
+def write(directory: Path, texts: dict[str, str]) -> None:
+    """Write files below a directory.
+
+    Args:
+        directory: a tree, or an empty directory.
+        texts: what :func:`changes` returned.
+    """
+    for name, text in texts.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def patch(tree: Path, texts: dict[str, str]) -> str:
+    """The changes as a diff in git's format, for ``git apply``.
+
+    Args:
+        tree: the tree before.
+        texts: what :func:`changes` returned for it.
+
+    Returns:
+        The diff; empty without changes.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        before, after = Path(temporary) / "a", Path(temporary) / "b"
+        before.mkdir()
+        after.mkdir()
+        write(before, {name: source for name in texts if (source := _read(tree / name)) is not None})
+        write(after, texts)
+        # Exit status 1 means that there are differences.
+        command = ["git", "diff", "--no-index", "--no-prefix", "--no-color", "--no-ext-diff", "a", "b"]
+        done = subprocess.run(command, cwd=temporary, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(done.stderr)
+        return done.stdout
+
+
+def commit(tree: Path, texts: dict[str, str], branch: str) -> None:
+    """Make a branch of a git checkout with the changes as one commit, and check it out.
+
+    Args:
+        tree: a checkout without changes of its own.
+        texts: what :func:`changes` returned.
+        branch: its name.
+
+    Raises:
+        UnknownTreeError: with git's own words, if the branch exists, the checkout has changes, or git has no identity.
+    """
+    if _git(tree, "status", "--porcelain", "--untracked-files=no"):
+        raise UnknownTreeError(f"{tree} has changes that are not committed; commit or stash them first")
+    _git(tree, "switch", "--quiet", "--create", branch)
+    write(tree, texts)
+    _git(tree, "add", "--", *texts)
+    _git(tree, "commit", "--quiet", "--message", TITLE)
+
+
+def _git(tree: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(tree), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UnknownTreeError(f"git {arguments[0]} in {tree}: {done.stderr.strip()}")
+    return done.stdout
