@@ -2,7 +2,7 @@
 
 import typer
 
-from hpo_plugin.cli import check, explain, launch, prepare, quickstart, score, study
+from hpo_plugin.cli import check, explain, launch, prepare, quickstart, score, study, upstream
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="HPO and A-HPO for verl.")
 app.add_typer(prepare.app, name="prepare")
@@ -12,3 +12,4 @@ app.add_typer(study.app, name="study")
 app.command()(check.check)
 app.command()(launch.launch)
 app.command()(quickstart.quickstart)
+app.command()(upstream.upstream)

@@ -11,6 +11,10 @@ from hpo_plugin.glue.arms import HYSTERETIC, entrance
 __all__ = ["RegistrationError", "is_built_in", "register", "require_registered"]
 
 
+CORE_ALGOS = "verl.trainer.ppo.core_algos"
+"""Where verl defines what it registers itself."""
+
+
 class RegistrationError(RuntimeError):
     """HPO cannot be, or has not been, registered in this process."""
 
@@ -25,7 +29,7 @@ def is_built_in(core_algos: ModuleType) -> bool:
         True if nothing of this package is needed for HPO.
     """
     return all(
-        getattr(registry.get(name), "__module__", None) == core_algos.__name__
+        getattr(registry.get(name), "__module__", None) == CORE_ALGOS
         for registry in (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY)
         for name in HYSTERETIC
     )

@@ -26,12 +26,14 @@ from hpo_plugin.upstream.edits import (
     InList,
 )
 
-__all__ = ["BRANCH", "TITLE", "UnknownTreeError", "changes", "commit", "patch", "write"]
+__all__ = ["TITLE", "UnknownTreeError", "changes", "commit", "patch", "write"]
 
 TITLE = "[algo, trainer, cfg, doc] feat: add HPO and A-HPO (Hysteretic Policy Optimization)"
 """Of the commit and of the pull request, in the form that verl's tests/special_sanity/check_pr_title.py asks for."""
 
-BRANCH = "hpo"
+ATTRIBUTION = (
+    "Written with AI assistance; see the pull request. To be reviewed and signed off by the human who submits it."
+)
 
 HERE = Path(__file__).parent
 FILES = HERE / "files"
@@ -225,13 +227,14 @@ def patch(tree: Path, texts: dict[str, str]) -> str:
         return done.stdout
 
 
-def commit(tree: Path, texts: dict[str, str], branch: str) -> None:
+def commit(tree: Path, texts: dict[str, str], branch: str, title: str = TITLE) -> None:
     """Make a branch of a git checkout with the changes as one commit, and check it out.
 
     Args:
         tree: a checkout without changes of its own.
         texts: what :func:`changes` returned.
         branch: its name.
+        title: of the commit.
 
     Raises:
         UnknownTreeError: with git's own words, if the branch exists, the checkout has changes, or git has no identity.
@@ -241,7 +244,7 @@ def commit(tree: Path, texts: dict[str, str], branch: str) -> None:
     _git(tree, "switch", "--quiet", "--create", branch)
     write(tree, texts)
     _git(tree, "add", "--", *texts)
-    _git(tree, "commit", "--quiet", "--message", TITLE)
+    _git(tree, "commit", "--quiet", "--message", title, "--message", ATTRIBUTION)
 
 
 def _git(tree: Path, *arguments: str) -> str:

@@ -1,0 +1,66 @@
+"""``hpo-plugin upstream``: HPO as a contribution to verl, or to verl's recipe collection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def upstream(
+    verl: Annotated[
+        Path | None,
+        typer.Option(help="A source tree of verl: a git checkout, or what a wheel holds.", show_default=False),
+    ] = None,
+    recipes: Annotated[
+        Path | None, typer.Option(help="A checkout of verl's recipe collection, instead of verl.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write a patch for `git apply`, and leave the tree as it is.", show_default=False),
+    ] = None,
+    branch: Annotated[str, typer.Option(help="In a git checkout: the branch to make.")] = "hpo",
+    pull_request: Annotated[
+        Path | None, typer.Option(help="Write the text of the pull request to verl here.", show_default=False)
+    ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(help="STUDY.yaml whose collected data fill the results of the text.", show_default=False),
+    ] = None,
+) -> None:
+    """Write HPO as a contribution: a commit on a branch of a git checkout, else into the files, or a patch with --out.
+
+    Nothing is sent anywhere. A tree that has the contribution already is left as it is; one that is not known is
+    refused.
+    """
+    from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.tasks._files import atomic_write
+    from hpo_plugin.upstream import contribution, recipe
+    from hpo_plugin.upstream import pull_request as text
+
+    tree = verl if recipes is None else recipes
+    if (verl is None) == (recipes is None):
+        raise typer.BadParameter("give one of --verl and --recipes")
+    assert tree is not None
+    try:
+        if recipes is None:
+            title, changes = contribution.TITLE, contribution.changes(tree)
+        else:
+            title, changes = recipe.TITLE, recipe.changes(tree, study)
+        if out is not None:
+            atomic_write(out, contribution.patch(tree, changes).encode())
+            print(f"{out}: {len(changes)} files")
+        elif not changes:
+            print(f"{tree} has all of it already: nothing to do")
+        elif (tree / ".git").exists():
+            contribution.commit(tree, changes, branch, title)
+            print(f"{tree}: {len(changes)} files, one commit on branch {branch}")
+        else:
+            contribution.write(tree, changes)
+            print(f"{tree}: {len(changes)} files")
+        if pull_request is not None:
+            atomic_write(pull_request, text.pull_request(study, pull_request).encode())
+            print(f"{pull_request}: to be read, signed and sent by a human")
+    except (ValueError, OSError) as error:
+        raise stopped(error) from None

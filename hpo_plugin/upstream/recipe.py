@@ -1,0 +1,93 @@
+"""The folder ``hpo`` of verl's recipe collection, made from this project's recipes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hpo_plugin
+from hpo_plugin.upstream.contribution import UnknownTreeError
+from hpo_plugin.upstream.edits import AfterLine, AnchorError
+from hpo_plugin.upstream.pull_request import study_results
+
+__all__ = ["TITLE", "changes"]
+
+TITLE = "[recipe] feat: add HPO and A-HPO (Hysteretic Policy Optimization)"
+
+HERE = Path(__file__).parent
+TEMPLATES = HERE / "recipe"
+CONFIGS = HERE.parent / "configs"
+FOLDER = "hpo"
+
+ROW = f"| {FOLDER} | [`recipe/{FOLDER}/REQUIRED_VERL.txt`]({FOLDER}/REQUIRED_VERL.txt) |\n"
+
+
+def changes(collection: Path, study_file: Path | None) -> dict[str, str]:
+    """What is added to the recipe collection; the collection itself is left as it is.
+
+    Args:
+        collection: a checkout of verl-recipe.
+        study_file: STUDY.yaml whose report goes into the README, with its collected data beside it; None: no report.
+
+    Returns:
+        Path in the collection (posix) -> the whole new text; empty if all of it is there already.
+
+    Raises:
+        UnknownTreeError: if it is not the recipe collection.
+        StudyError: if the study or its data are not what they should be.
+    """
+    readme = collection / "README.md"
+    try:
+        index = readme.read_text(encoding="utf-8")
+        if ROW not in index:
+            index = AfterLine("| gvpo |").insert(index, ROW)
+    except (OSError, AnchorError) as error:
+        raise UnknownTreeError(f"{collection} is not a checkout of verl's recipe collection: {error}") from error
+    texts = {"README.md": index} | {f"{FOLDER}/{name}": text for name, text in _folder(study_file)}
+    return {name: text for name, text in texts.items() if not _same(collection / name, text)}
+
+
+def _same(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def _folder(study_file: Path | None) -> Iterator[tuple[str, str]]:
+    for path in [CONFIGS / "hpo.yaml", CONFIGS / "hpo_recipe.yaml", *sorted(CONFIGS.glob("recipe/**/*.yaml"))]:
+        yield f"config/{path.relative_to(CONFIGS).as_posix()}", path.read_text(encoding="utf-8")
+    study = ""
+    if study_file is not None:
+        with tempfile.TemporaryDirectory() as directory:
+            study = study_results(study_file, Path(directory), heading="###")
+            for path in sorted(Path(directory).glob("*/*.svg")):
+                yield f"{path.parent.name}/{path.name}", path.read_text(encoding="utf-8")
+    filled = {
+        "@VERSION@": hpo_plugin.__version__,
+        "@CHOICES@": "\n".join(_choices()),
+        "@RESULTS@": "\n".join(_results()),
+        "@STUDY@": study,
+    }
+    for path in sorted(TEMPLATES.glob("*.in")):
+        text = path.read_text(encoding="utf-8")
+        for mark, value in filled.items():
+            text = text.replace(mark, value)
+        yield path.name.removesuffix(".in"), text.rstrip() + "\n"
+
+
+def _choices() -> Iterator[str]:
+    for group in ("task", "model", "engine", "cluster"):
+        names = sorted(path.stem for path in (CONFIGS / "recipe" / group).glob("*.yaml"))
+        yield f"| `{group.upper()}` | {', '.join(f'`{name}`' for name in names)} |"
+
+
+def _results() -> Iterator[str]:
+    from hpo_plugin.study.spec import paper_numbers
+
+    yield "| | algorithm | paper | this recipe |"
+    yield "|---|---|---|---|"
+    for numbers in paper_numbers().values():
+        for arm, value in numbers.values.items():
+            yield f"| {numbers.title} | `{arm}` | {value:.2f} | |"
+    yield ""
+    for numbers in paper_numbers().values():
+        yield f"- {numbers.title}: {numbers.source}"

@@ -1,0 +1,144 @@
+"""Runs verl's own CPU tests and gates on source trees of verl, before and after the contribution, and writes the table.
+
+    python scripts/upstream_gates.py v0.9.0=PATH main=PATH 0.9.1=PATH
+
+A tree is a git checkout, or an unpacked source distribution; it is copied, and left as it is. The gates are the local
+hooks of the tree's .pre-commit-config.yaml, word for word, and those of its workflows that need neither a network nor a
+GPU; ruff and mypy are this environment's, with the tree's settings. The table goes to hpo_plugin/upstream/gates.md (the
+text of the pull request has it) and into docs/upstream.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from hpo_plugin.upstream import contribution
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "hpo_plugin/upstream/gates.md"
+PAGE = ROOT / "docs/upstream.md"
+BEGIN, END = "<!-- begin: scripts/upstream_gates.py -->", "<!-- end -->"
+
+PYTEST = "python3 -m pytest -q -p no:cacheprovider --asyncio-mode=auto"
+
+# Gates of .github/workflows/{cpu_unit_tests,sanity,type-coverage-check}.yml, beside the pre-commit hooks.
+WORKFLOWS = {
+    "CPU tests of `trainer`": f"{PYTEST} -o python_files='*_on_cpu.py' tests/trainer",
+    "CPU tests of configs": f"{PYTEST} tests/test_base_config_on_cpu.py tests/utils/test_config_on_cpu.py "
+    "$(ls tests/workers/config/*_on_cpu.py)",
+    "sanity tests": f"{PYTEST} tests/special_sanity",
+    "docstrings of imports": "python3 tests/special_sanity/validate_imported_docs.py",
+    "type annotations": "python3 tests/special_sanity/type_coverage_check.py",
+    "docstrings of `__all__`": "python3 tests/special_sanity/check_api_docs.py verl",
+}
+
+
+def gates(tree: Path) -> Iterator[tuple[str, str]]:
+    """Name and command of each gate that the tree has."""
+    for name, command in WORKFLOWS.items():
+        files = re.findall(r"(?:tests|verl)/[\w/.*]+", command)
+        if all(list(tree.glob(file)) for file in files):
+            yield name, command
+    yield "ruff check", "ruff check --force-exclude {files}"
+    yield "ruff format", "ruff format --check --force-exclude {files}"
+    yield "mypy on the files it enforces", "mypy verl/trainer/config/algorithm.py verl/trainer/ppo/core_algos.py"
+    hooks = tree / ".pre-commit-config.yaml"
+    if hooks.is_file():
+        for repository in yaml.safe_load(hooks.read_text())["repos"]:
+            if repository["repo"] == "local":
+                yield from ((hook["name"], hook["entry"]) for hook in repository["hooks"])
+    else:
+        yield "compileall", "python3 -m compileall -q verl tests"
+
+
+def run(tree: Path, command: str) -> str:
+    """What a gate says: the count of pytest, ``passes``, or ``fails``; the whole output of a failure on stderr."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(tree),
+        # verl alone, as its maintainers run it.
+        "VERL_USE_EXTERNAL_PLUGINS": "none",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+    done = subprocess.run(
+        command, shell=True, cwd=tree, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
+        print(f"--- {tree}: {command}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}", file=sys.stderr)
+    counted = re.search(r"((?:\d+ (?:failed|passed|skipped|error|errors|warnings?|xfailed)(?:, )?)+) in ", done.stdout)
+    if "pytest" in command and counted:
+        return ", ".join(part for part in counted[1].split(", ") if "warning" not in part)
+    return "fails" if done.returncode else "passes"
+
+
+def measure(source: Path, only: str | None) -> dict[str, tuple[str, str]]:
+    """Each gate's answer before and after."""
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory) / "verl"
+        git = ["git", "-C", str(tree)]
+        if (source / ".git").exists():
+            subprocess.run(["git", "clone", "--quiet", "--shared", str(source), str(tree)], check=True)
+        else:
+            subprocess.run(["cp", "-r", str(source), str(tree)], check=True)
+            subprocess.run([*git, "init", "--quiet"], check=True)
+            subprocess.run([*git, "add", "--all"], check=True)
+            subprocess.run([*git, "commit", "--quiet", "--message", "source distribution"], check=True)
+        # What the type gate compares with.
+        subprocess.run([*git, "update-ref", "refs/remotes/origin/main", "HEAD"], check=True)
+        changes = contribution.changes(tree)
+        names = [name for name in changes if name.endswith(".py")]
+        selected = {name: command for name, command in gates(tree) if only is None or re.search(only, name)}
+        answers = []
+        for applied in (False, True):
+            if applied:
+                contribution.commit(tree, changes, "contribution")
+            files = " ".join(name for name in names if (tree / name).exists())
+            answers.append({name: run(tree, command.replace("{files}", files)) for name, command in selected.items()})
+        before, after = answers
+        return {name: (before[name], after[name]) for name in selected}
+
+
+def table(answers: dict[str, dict[str, tuple[str, str]]]) -> str:
+    """One row a gate, one column a tree."""
+    names = list(dict.fromkeys(name for tree in answers.values() for name in tree))
+    lines = [f"| gate | {' | '.join(answers)} |", f"|---|{'---|' * len(answers)}"]
+    for name in names:
+        cells = []
+        for tree in answers.values():
+            before, after = tree.get(name, ("—", "—"))
+            cells.append(before if before == after else f"{before} → {after}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trees", nargs="+", metavar="NAME=PATH")
+    parser.add_argument("--only", help="a regular expression: only these gates, and nothing is written")
+    arguments = parser.parse_args()
+    answers = {}
+    for tree in arguments.trees:
+        name, _, path = tree.partition("=")
+        answers[name] = measure(Path(path).resolve(), arguments.only)
+    text = table(answers)
+    print(text)
+    if arguments.only is None:
+        TABLE.write_text(text + "\n", encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        head, rest = page.split(BEGIN)
+        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

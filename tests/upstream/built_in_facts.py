@@ -1,0 +1,77 @@
+"""Run with a verl that has the contribution: what is registered there, and what it computes, as one line of JSON."""
+
+import json
+
+import numpy as np
+import torch
+import verl
+from omegaconf import OmegaConf
+from verl.trainer.ppo import core_algos
+from verl.workers import engine_workers
+from verl.workers.config.actor import ActorConfig, PolicyLossConfig
+
+from hpo_plugin.cli._checks import check_config, check_registration, compose
+from hpo_plugin.cli._probe import probe
+
+facts = {
+    "verl": verl.__file__,
+    "registered": {
+        f"{kind} {name}": function.__module__
+        for kind, registry in (
+            ("estimator", core_algos.ADV_ESTIMATOR_REGISTRY),
+            ("loss", core_algos.POLICY_LOSS_REGISTRY),
+        )
+        for name, function in registry.items()
+        if "hpo" in name
+    },
+    "worker": engine_workers.ActorRolloutRefWorker.actor_worker_cls.__module__,
+    "check": [finding.found for finding in check_registration(probe())],
+}
+
+# The command lines of docs/configuration.md, with our config and with verl's own.
+sizes = ["actor_rollout_ref.actor.use_dynamic_bsz=True", "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True"]
+facts["configs"] = {}
+for name, *overrides in (
+    ("hpo_trainer", "algorithm.policy_loss=ahpo", "algorithm.hpo.alpha_min=0.2"),
+    ("hpo_trainer", "algorithm.policy_loss=hpo", "algorithm.hpo.alpha=0.3"),
+    ("hpo_trainer", "algorithm.policy_loss=gspo"),
+    ("hpo_megatron_trainer", "algorithm.policy_loss=ahpo"),
+    ("hpo_recipe", "recipe/task=countdown4"),
+    ("ppo_trainer", "algorithm.adv_estimator=hpo", "++algorithm.hpo.alpha=0.3"),
+    ("ppo_trainer", "algorithm.adv_estimator=hpo", "actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"),
+):
+    config, finding = compose(name, [*overrides, *sizes])
+    assert config is not None, finding
+    refused = [finding for finding in check_config(config)[:2] if not finding.ok]
+    facts["configs"][" ".join([name, *overrides])] = refused[0].remedy if refused else "passed"
+
+# A batch of three prompts with eight responses each: sparse, shaped, and equal rewards.
+generator = torch.Generator().manual_seed(3)
+n, length = 24, 6
+lengths = torch.randint(1, length + 1, (n,), generator=generator)
+mask = (torch.arange(length) < lengths.unsqueeze(1)).long()
+scores = torch.cat([torch.tensor([1.0] + [0.0] * 7), torch.rand(8, generator=generator), torch.full((8,), 0.1)])
+rewards = torch.zeros(n, length)
+rewards[:, 0] = scores
+uids = np.array([f"prompt-{i // 8}" for i in range(n)], dtype=object)
+config, _ = compose("hpo_trainer", ["algorithm.policy_loss=ahpo", "algorithm.hpo.alpha=0.3"])
+facts["batch"] = {"scores": scores.tolist(), "mask": mask.tolist()}
+facts["advantages"] = {}
+for name in ("hpo", "ahpo"):
+    algorithm = OmegaConf.merge(config.algorithm, {"adv_estimator": name})
+    advantages, returns = core_algos.get_adv_estimator_fn(name)(
+        token_level_rewards=rewards, response_mask=mask, index=uids, config=algorithm
+    )
+    facts["advantages"][name] = advantages.tolist()
+    facts["plain"] = returns.tolist()
+
+old = -torch.rand(n, length, generator=generator)
+new = (old + 0.5 * torch.randn(n, length, generator=generator)).requires_grad_()
+actor = ActorConfig(
+    strategy="fsdp", rollout_n=8, ppo_micro_batch_size_per_gpu=1, policy_loss=PolicyLossConfig(loss_mode="hpo")
+)
+actor.rollout_batch_info["hpo_alpha"] = 0.3
+loss, _ = core_algos.get_policy_loss_fn("hpo")(old, new, torch.tensor(facts["plain"]), mask, "token-mean", actor)
+loss.backward()
+facts["loss"] = {"old": old.tolist(), "new": new.tolist(), "value": loss.item(), "gradient": new.grad.tolist()}
+print(json.dumps(facts))

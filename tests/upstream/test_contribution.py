@@ -1,0 +1,218 @@
+"""The contribution fits verl as its wheel has it, computes there what the plugin computes, and refuses other trees."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hpo_plugin import algorithm
+from hpo_plugin.cli.app import app
+from hpo_plugin.upstream import contribution
+from hpo_plugin.upstream.contribution import CORE_ALGOS, FILES, INSERTIONS, SNIPPETS, UnknownTreeError
+
+
+@pytest.fixture(scope="module")
+def changes(wheel):
+    return contribution.changes(wheel)
+
+
+@pytest.fixture
+def checkout(wheel, tmp_path):
+    """A git checkout with the folders that a wheel lacks."""
+    tree = tmp_path / "checkout"
+    shutil.copytree(wheel, tree)
+    (tree / "docs").mkdir()
+    (tree / "docs/index.rst").write_text("Algorithms\n\n   algo/ppo.md\n   algo/grpo.md\n\nWorkers\n")
+    (tree / "examples").mkdir()
+    (tree / "examples/README.md").write_text("| Dir |\n|---|\n| `sapo_trainer/` |\n| `otb_trainer/` |\n")
+    (tree / "tests").mkdir()
+    for command in ("init", "config user.name A", "config user.email a@b.c", "add .", "commit --message verl"):
+        subprocess.run(["git", "-C", str(tree), *command.split()], check=True, capture_output=True)
+    return tree
+
+
+def git(tree, *arguments):
+    return subprocess.run(["git", "-C", str(tree), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_wheel_gets_the_code_and_the_configs_and_nothing_else(changes):
+    generated = {name for name in changes if "_generated_" in name}
+    assert len(generated) == 4
+    assert set(changes) - generated == {i.file for i in INSERTIONS if i.file.startswith("verl/")}
+
+
+def test_running_it_twice_changes_nothing(patched):
+    assert contribution.changes(patched) == {}
+
+
+def test_the_tree_is_only_read(wheel, changes):
+    assert changes[CORE_ALGOS] != (wheel / CORE_ALGOS).read_text()
+
+
+def test_flattened_configs_are_composed_as_verl_does(wheel):
+    for name, text in contribution._generated_configs(wheel, {}).items():
+        assert text == (wheel / name).read_text(), name
+
+
+def test_flattened_configs_have_the_settings(changes):
+    text = changes["verl/trainer/config/_generated_ppo_megatron_trainer.yaml"]
+    assert "  hpo:\n    _target_: verl.trainer.config.HPOConfig\n    alpha: 0.6\n    alpha_min: 0.1\n" in text
+
+
+def test_the_patch_makes_of_the_tree_what_the_command_makes(tmp_path, wheel, patched, changes):
+    tree = tmp_path / "tree"
+    shutil.copytree(wheel, tree)
+    out = tmp_path / "hpo.patch"
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(tree), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert contribution.changes(tree).keys() == changes.keys()
+    subprocess.run(["git", "apply", str(out)], cwd=tree, check=True)
+    for name in changes:
+        assert (tree / name).read_text() == (patched / name).read_text()
+
+
+def test_a_checkout_gets_one_commit_on_a_branch_with_documentation_examples_and_tests(checkout):
+    run = CliRunner()
+    first = run.invoke(app, ["upstream", "--verl", str(checkout)])
+    assert first.exit_code == 0, first.output
+    assert git(checkout, "branch", "--show-current").strip() == "hpo"
+    assert git(checkout, "log", "--format=%s").splitlines() == [contribution.TITLE, "verl"]
+    assert git(checkout, "status", "--porcelain") == ""
+    written = set(git(checkout, "diff", "--name-only", "HEAD~").splitlines())
+    assert {path.relative_to(FILES).as_posix().removesuffix(".in") for path in FILES.rglob("*.in")} <= written
+    assert "   algo/grpo.md\n   algo/hpo.md\n" in (checkout / "docs/index.rst").read_text()
+    assert "| `sapo_trainer/` |\n| `hpo_trainer/`" in (checkout / "examples/README.md").read_text()
+    second = run.invoke(app, ["upstream", "--verl", str(checkout)])
+    assert second.exit_code == 0
+    assert "nothing to do" in second.output
+    assert len(git(checkout, "log", "--format=%h").split()) == 2
+
+
+def test_work_in_progress_is_not_committed(checkout):
+    (checkout / "docs/index.rst").write_text("   algo/mine.md\n")
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout)])
+    assert done.exit_code == 1
+    assert git(checkout, "branch", "--show-current").strip() != "hpo"
+
+
+def test_a_directory_without_verl_is_refused(tmp_path):
+    with pytest.raises(UnknownTreeError, match=r"holds no verl/__init__\.py"):
+        contribution.changes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (CORE_ALGOS, "compute_policy_loss_cispo"),
+        ("verl/trainer/config/algorithm.py", "FilterGroupsConfig"),
+        ("verl/trainer/config/ppo_trainer.yaml", "norm_adv_by_std_in_grpo"),
+        ("verl/trainer/ppo/v1/trainer_base.py", "kv_batch_put"),
+        ("verl/utils/config.py", "validate_config"),
+        ("verl/workers/config/actor.py", "global_batch_info"),
+        ("verl/workers/utils/losses.py", "ppo_loss"),
+    ],
+)
+def test_a_tree_without_an_anchor_is_refused_with_file_and_name_and_left_alone(tmp_path, wheel, file, name):
+    shutil.copytree(wheel, tmp_path / "tree")
+    path = tmp_path / "tree" / file
+    damaged = path.read_text().replace(name, "renamed")
+    path.write_text(damaged)
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(tmp_path / "tree")])
+    assert done.exit_code == 1
+    assert file in done.output
+    assert name in done.output
+    assert path.read_text() == damaged
+
+
+def test_a_tree_without_a_file_is_refused(tmp_path, wheel):
+    shutil.copytree(wheel, tmp_path / "tree")
+    (tmp_path / "tree/verl/workers/utils/losses.py").unlink()
+    with pytest.raises(UnknownTreeError, match=r"no verl/workers/utils/losses\.py"):
+        contribution.changes(tmp_path / "tree")
+
+
+def test_a_tree_with_another_hpo_is_refused(tmp_path, patched):
+    shutil.copytree(patched, tmp_path / "tree")
+    path = tmp_path / "tree" / CORE_ALGOS
+    path.write_text(path.read_text().replace("without negative advantages", "Without negatives"))
+    with pytest.raises(UnknownTreeError, match=r"estimator\.py"):
+        contribution.changes(tmp_path / "tree")
+
+
+def test_another_file_at_the_place_of_ours_is_not_replaced(checkout):
+    (checkout / "docs/algo").mkdir()
+    (checkout / "docs/algo/hpo.md").write_text("another page\n")
+    with pytest.raises(UnknownTreeError, match="does not replace it"):
+        contribution.changes(checkout)
+
+
+def test_new_lines_fit_verls_style(changes, tmp_path):
+    contribution.write(tmp_path, changes)
+    settings = ["--config", "line-length = 120", "--config", "lint.isort.known-first-party = ['verl']"]
+    rules = ["--select", "E,F,UP,B,I,G", "--ignore", "F405,F403,E731,B007,UP032,G004,UP045,UP035"]
+    source = FILES / "tests/trainer/ppo/test_hpo_on_cpu.py.in"
+    shutil.copy(source, tmp_path / "verl/test_hpo_on_cpu.py")
+    for command in (["check", *rules], ["format", "--check"]):
+        done = subprocess.run(
+            ["ruff", *command, "--isolated", *settings, str(tmp_path / "verl")], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def test_every_text_is_used():
+    assert {f"{insertion.snippet}.in" for insertion in INSERTIONS} == {path.name for path in SNIPPETS.iterdir()}
+
+
+@pytest.mark.timeout(600)
+def test_the_contributed_tests_pass_in_the_tree(in_tree, patched, tmp_path):
+    shutil.copy(FILES / "tests/trainer/ppo/test_hpo_on_cpu.py.in", tmp_path / "test_hpo_on_cpu.py")
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", "/dev/null"]
+    done = in_tree(patched, "-m", "pytest", *options, str(tmp_path), plugins="none")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^19 passed", done.stdout, re.MULTILINE)
+
+
+# --- what the patched verl computes --------------------------------------------------------------------------------
+
+
+def batch(built_in):
+    return torch.tensor(built_in["batch"]["scores"]), torch.tensor(built_in["batch"]["mask"])
+
+
+def plugin_advantages(built_in, alpha):
+    scores, mask = batch(built_in)
+    advantage, _ = algorithm.group_relative_advantage(scores, torch.arange(24) // 8)
+    weighted = advantage * algorithm.hysteretic_weights(advantage.sign(), alpha)
+    return advantage.unsqueeze(-1) * mask, weighted.unsqueeze(-1) * mask
+
+
+@pytest.mark.timeout(600)
+def test_fixed_weights_are_the_plugins(built_in):
+    plain, weighted = plugin_advantages(built_in, 0.3)
+    torch.testing.assert_close(torch.tensor(built_in["plain"]), plain, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(built_in["advantages"]["hpo"]), weighted, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(600)
+def test_adaptive_weights_are_the_plugins_and_equal_rewards_are_not_counted(built_in):
+    scores, _ = batch(built_in)
+    advantage, degenerate = algorithm.group_relative_advantage(scores, torch.arange(24) // 8)
+    assert degenerate[16:].all()
+    assert not torch.tensor(built_in["plain"])[16:].any()
+    alpha = algorithm.adaptive_alpha(algorithm.count_signs(advantage), 0.1)
+    _, weighted = plugin_advantages(built_in, alpha)
+    torch.testing.assert_close(torch.tensor(built_in["advantages"]["ahpo"]), weighted, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(600)
+def test_loss_and_gradient_are_the_plugins(built_in):
+    _, mask = batch(built_in)
+    log_prob = torch.tensor(built_in["loss"]["new"], requires_grad=True)
+    old = torch.tensor(built_in["loss"]["old"])
+    loss = algorithm.hpo_loss(log_prob, old, torch.tensor(built_in["plain"]), mask, alpha=0.3)
+    loss.backward()
+    torch.testing.assert_close(torch.tensor(built_in["loss"]["value"]), loss.detach())
+    torch.testing.assert_close(torch.tensor(built_in["loss"]["gradient"]), log_prob.grad)
