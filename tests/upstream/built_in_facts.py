@@ -1,6 +1,10 @@
 """Run with a verl that has the contribution: what is registered there, and what it computes, as one line of JSON."""
 
 import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,8 +14,16 @@ from verl.trainer.ppo import core_algos
 from verl.workers import engine_workers
 from verl.workers.config.actor import ActorConfig, PolicyLossConfig
 
-from hpo_plugin.cli._checks import check_config, check_registration, compose
+from hpo_plugin.cli._checks import check_by_verl, check_registration, compose
 from hpo_plugin.cli._probe import probe
+from hpo_plugin.upstream.contribution import FILES
+
+
+def said(config):
+    """What verl's own validation says."""
+    finding = check_by_verl(config)
+    return "passed" if finding.ok else finding.remedy
+
 
 facts = {
     "verl": verl.__file__,
@@ -42,8 +54,26 @@ for name, *overrides in (
 ):
     config, finding = compose(name, [*overrides, *sizes])
     assert config is not None, finding
-    refused = [finding for finding in check_config(config)[:2] if not finding.ok]
-    facts["configs"][" ".join([name, *overrides])] = refused[0].remedy if refused else "passed"
+    facts["configs"][" ".join([name, *overrides])] = said(config)
+
+# The contributed scripts, run with a python3 that prints its arguments.
+facts["scripts"] = {}
+for script in sorted(FILES.glob("examples/hpo_trainer/*.sh.in")):
+    with tempfile.TemporaryDirectory() as directory:
+        stub = Path(directory) / "python3"
+        stub.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\"\n")
+        stub.chmod(0o755)
+        environment = os.environ | {"PATH": f"{directory}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=True)
+    module, *overrides = done.stdout.split("\0")[1:-1]
+    config, finding = compose("ppo_trainer", overrides)
+    assert module == "verl.trainer.main_ppo"
+    assert config is not None, finding
+    facts["scripts"][script.name.removesuffix(".in")] = [
+        config.algorithm.adv_estimator,
+        config.actor_rollout_ref.actor.strategy,
+        said(config),
+    ]
 
 # A batch of three prompts with eight responses each: sparse, shaped, and equal rewards.
 generator = torch.Generator().manual_seed(3)

@@ -38,14 +38,17 @@ def patched(tmp_path_factory):
     return tree
 
 
-def run_in_tree(tree: Path, *arguments: str, plugins: str = "hpo") -> subprocess.CompletedProcess[str]:
+def run_in_tree(
+    tree: Path, *arguments: str, plugins: str = "hpo", timeout: float = 500
+) -> subprocess.CompletedProcess[str]:
     """Run Python with verl from ``tree``."""
     root = HERE.parents[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tree), str(root)]),
         "VERL_USE_EXTERNAL_PLUGINS": plugins,
     }
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=500)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=timeout)
 
 
 @pytest.fixture(scope="session")

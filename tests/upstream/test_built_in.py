@@ -76,3 +76,21 @@ def test_nothing_is_registered_beside_the_built_in(caplog):
         registration.register(core_algos)
     assert before == core_algos.POLICY_LOSS_REGISTRY
     assert caplog.messages == [LINE]
+
+
+@pytest.mark.timeout(600)
+def test_the_contributed_scripts_select_what_they_are_called_after_and_verl_accepts_them(built_in):
+    assert built_in["scripts"] == {
+        "run_qwen3_8b_fsdp.sh": ["ahpo", "fsdp", "passed"],
+        "run_qwen3_8b_megatron.sh": ["ahpo", "megatron", "passed"],
+    }
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(1000)
+def test_verls_trainer_trains_with_the_built_in_algorithms(in_tree, patched):
+    """The run of tests/cpu: a policy loss without α of the batch would stop it, so α reaches the workers."""
+    test = "tests/cpu/test_e2e.py::test_default_rollout_trains_and_agrees_with_the_trainer_to_1e_5"
+    done = in_tree(patched, "-m", "pytest", "-q", "-m", "e2e", test, plugins="auto", timeout=900)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout

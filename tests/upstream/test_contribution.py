@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,13 +152,22 @@ def test_another_file_at_the_place_of_ours_is_not_replaced(checkout):
 
 def test_new_lines_fit_verls_style(changes, tmp_path):
     contribution.write(tmp_path, changes)
-    settings = ["--config", "line-length = 120", "--config", "lint.isort.known-first-party = ['verl']"]
+    settings = [
+        "--config",
+        "target-version = 'py310'",
+        "--config",
+        "line-length = 120",
+        "--config",
+        "lint.isort.known-first-party = ['verl']",
+    ]
     rules = ["--select", "E,F,UP,B,I,G", "--ignore", "F405,F403,E731,B007,UP032,G004,UP045,UP035"]
     source = FILES / "tests/trainer/ppo/test_hpo_on_cpu.py.in"
     shutil.copy(source, tmp_path / "verl/test_hpo_on_cpu.py")
     for command in (["check", *rules], ["format", "--check"]):
         done = subprocess.run(
-            ["ruff", *command, "--isolated", *settings, str(tmp_path / "verl")], capture_output=True, text=True
+            [sys.executable, "-m", "ruff", *command, "--isolated", *settings, str(tmp_path / "verl")],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout
 

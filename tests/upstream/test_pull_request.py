@@ -1,6 +1,8 @@
 """The text of the pull request: complete, honest about what is missing, and never sent by a machine."""
 
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +12,6 @@ from hpo_plugin.cli.app import app
 from hpo_plugin.study.data import write_data
 from hpo_plugin.upstream import contribution
 from hpo_plugin.upstream.pull_request import pull_request
-from tests.study.conftest import made_up
 
 STUDY = {
     "name": "small",
@@ -27,6 +28,16 @@ STUDY = {
         "main": {"title": "Two arms", "setting": "one", "arms": ["grpo", "ahpo"], "seeds": [0, 1], "compare": "ahpo"}
     },
 }
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    """What the tests of studies make data with."""
+    path = Path(__file__).parents[1] / "study/conftest.py"
+    spec = importlib.util.spec_from_file_location("study_conftest", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.made_up
 
 
 @pytest.fixture
@@ -64,7 +75,7 @@ def test_the_tests_it_names_are_there(text):
 
 
 @pytest.mark.timeout(300)
-def test_the_results_of_a_study_are_filled_in_with_their_pictures(tmp_path):
+def test_the_results_of_a_study_are_filled_in_with_their_pictures(tmp_path, made_up):
     from hpo_plugin.study.spec import load_study
 
     file = tmp_path / "small.yaml"
