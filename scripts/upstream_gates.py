@@ -2,6 +2,8 @@
 
     python scripts/upstream_gates.py v0.9.0=PATH main=PATH 0.9.1=PATH
 
+verl's tests need pytest-asyncio beside this project's development environment: `pip install pytest-asyncio`.
+
 A tree is a git checkout, or an unpacked source distribution; it is copied, and left as it is. The gates are the local
 hooks of the tree's .pre-commit-config.yaml, word for word, and those of its workflows that need neither a network nor a
 GPU; ruff and mypy are this environment's, with the tree's settings. The table goes to hpo_plugin/upstream/gates.md (the
@@ -11,6 +13,7 @@ text of the pull request has it) and into docs/upstream.md.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -69,6 +72,8 @@ def run(tree: Path, command: str) -> str:
         "VERL_USE_EXTERNAL_PLUGINS": "none",
         "HF_HUB_OFFLINE": "1",
         "TORCH_COMPILE_DISABLE": "1",
+        # verl's tests wait for ever where Ray has fewer CPUs than their actors ask for.
+        "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
     }
     done = subprocess.run(
         command, shell=True, cwd=tree, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -127,6 +132,8 @@ def main() -> None:
     parser.add_argument("trees", nargs="+", metavar="NAME=PATH")
     parser.add_argument("--only", help="a regular expression: only these gates, and nothing is written")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("pytest_asyncio") is None:
+        parser.error("verl's tests need pytest-asyncio: pip install pytest-asyncio")
     answers = {}
     for tree in arguments.trees:
         name, _, path = tree.partition("=")

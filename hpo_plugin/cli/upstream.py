@@ -42,6 +42,10 @@ def upstream(
     tree = verl if recipes is None else recipes
     if (verl is None) == (recipes is None):
         raise typer.BadParameter("give one of --verl and --recipes")
+    if pull_request is not None and recipes is not None:
+        raise typer.BadParameter("--pull-request is the text for verl, not for --recipes")
+    if study is not None and pull_request is None and recipes is None:
+        raise typer.BadParameter("--study fills the text of --pull-request or the README of --recipes: give one")
     assert tree is not None
     try:
         if recipes is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 __all__ = ["pull_request", "study_results"]
@@ -11,6 +12,9 @@ HERE = Path(__file__).parent
 
 GATES = HERE / "gates.md"
 """Written by scripts/upstream_gates.py: what verl's tests and gates said before and after."""
+
+PICTURES = ("-reward", "-alpha")
+"""Of a report's pictures, those that a reader of a pull request looks at: the curves, and α."""
 
 NO_STUDY = (
     "**Curves and final scores of the study belong here.** They are filled in by `hpo-plugin upstream --study "
@@ -37,7 +41,7 @@ def pull_request(study_file: Path | None, output: Path) -> str:
 
 
 def study_results(study_file: Path, directory: Path, *, heading: str) -> str:
-    """The report of a study as a part of another page.
+    """The report of a study as a part of another page: all of its tables, and a few of its pictures.
 
     Args:
         study_file: STUDY.yaml, with its collected data beside it.
@@ -55,6 +59,11 @@ def study_results(study_file: Path, directory: Path, *, heading: str) -> str:
     from hpo_plugin.study.spec import load_study
 
     report = build_report(load_study(study_file), read_data(study_file.with_suffix(".parquet")))
+    sections = [
+        replace(section, pictures=[picture for picture in section.pictures if picture.name.endswith(PICTURES)])
+        for section in report.sections
+    ]
+    report = replace(report, sections=sections)
     write_report(report, directory)
     text = re.sub(r"^## ", f"{heading} ", to_markdown(report), flags=re.MULTILINE)
     return re.sub(r"^# ", f"{heading.removesuffix('#')} ", text, count=1, flags=re.MULTILINE).strip()

@@ -85,11 +85,21 @@ def test_the_results_of_a_study_are_filled_in_with_their_pictures(tmp_path, made
     assert "Curves and final scores of the study belong here" not in text
     assert "### A small study" in text
     pictures = re.findall(r"!\[.*?\]\((.+?)\)", text)
-    assert pictures
+    assert pictures == ["small/main-reward.svg", "small/main-alpha.svg"]
     for picture in pictures:
         assert (tmp_path / "out" / picture).is_file()
 
 
-def test_one_of_the_two_repositories_has_to_be_named():
-    done = CliRunner().invoke(app, ["upstream"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --verl and --recipes"),
+        (["--verl=a", "--recipes=b"], "give one of --verl and --recipes"),
+        (["--recipes=b", "--pull-request=c.md"], "not for --recipes"),
+        (["--verl=a", "--study=c.yaml"], "--study fills"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(arguments, message):
+    done = CliRunner().invoke(app, ["upstream", *arguments])
     assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
