@@ -316,8 +316,7 @@ def _comparison(
             row.append(
                 _shown(statistics.probability_of_improvement([_array(scores[ours])], [_array(scores[arm])]), digits=2)
             )
-            difference = statistics.paired_difference(scores[ours], scores[arm])
-            row.append("no seed in common" if difference is None else _shown(difference, sign=True))
+            row.append(_difference([scores[ours]], [scores[arm]]))
         rows.append(row)
     header = [
         "compared with",
@@ -411,6 +410,11 @@ def _smoothed(values: Floats) -> Floats:
 # --- over all settings ---------------------------------------------------------------------------------------------
 
 
+def _difference(ours: Sequence[BySeed], theirs: Sequence[BySeed]) -> str:
+    difference = statistics.paired_difference(ours, theirs)
+    return "no seed in common" if difference is None else _shown(difference, sign=True)
+
+
 def _overall(study: Study, results: Mapping[str, Results]) -> Section | None:
     """Scores over several settings, where experiments compare the same arms in different ones."""
     compared = [result for result in results.values() if result.experiment.compare and result.runs]
@@ -422,11 +426,14 @@ def _overall(study: Study, results: Mapping[str, Results]) -> Section | None:
         return None
     scores = study.scores
 
-    def strata(arm: str, *, final: bool) -> list[Floats]:
+    def by_seed(arm: str, *, final: bool) -> list[BySeed]:
         return [
-            _array(r.finals(arm, scores.final_evaluations) if final else r.earlies(arm, scores.early_fraction))
+            r.finals(arm, scores.final_evaluations) if final else r.earlies(arm, scores.early_fraction)
             for r in compared
         ]
+
+    def strata(arm: str, *, final: bool) -> list[Floats]:
+        return [_array(found) for found in by_seed(arm, final=final)]
 
     rows = []
     for arm in arms:
@@ -435,18 +442,21 @@ def _overall(study: Study, results: Mapping[str, Results]) -> Section | None:
             mine = strata(arm, final=final)
             row.append(_shown(statistics.interquartile_mean(mine)))
             if arm == ours:
-                row.append("–")
+                row += ["–", "–"]
             else:
                 improvement = statistics.probability_of_improvement(strata(ours, final=final), mine)
                 row.append(_shown(improvement, digits=2))
+                row.append(_difference(by_seed(ours, final=final), by_seed(arm, final=final)))
         rows.append(row)
     title = study.arms[ours].title
-    header = ["arm", "seeds", "final score", f"final: {title} better", "early score", f"early: {title} better"]
+    header = ["arm", "seeds"]
+    for which in ("final", "early"):
+        header += [f"{which} score", f"{which}: probability that {title} is better", f"{which}: {title}'s difference"]
     settings = " and ".join(study.settings[result.experiment.setting].title for result in compared)
     text = (
         f"{settings} together. Scores of all runs are pooled as they are, since all are shares of answers that are "
-        "right; a setting with more seeds weighs more. Resampling is by setting, and the probability of improvement is "
-        "the mean over settings."
+        "right; a setting with more seeds weighs more. Resampling is by setting. The probability is the mean over "
+        "settings, the difference that of all pairs of runs with the same setting and seed."
     )
     return Section("Over all settings", [text], [Table(header, rows)])
 

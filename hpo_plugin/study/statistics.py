@@ -76,20 +76,27 @@ def probability_of_improvement(ours: Strata, theirs: Strata) -> Estimate:
     return _estimate([*ours, *theirs], statistic)
 
 
-def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """Mean difference of scores with the same seed.
+def paired_difference(ours: Sequence[Mapping[int, float]], theirs: Sequence[Mapping[int, float]]) -> Estimate | None:
+    """Mean difference of scores with the same seed, over all pairs; each setting is resampled by itself.
 
     Args:
-        ours: Seed -> score.
-        theirs: Seed -> score.
+        ours: Seed -> score, for each setting.
+        theirs: Seed -> score, in the same settings.
 
     Returns:
-        None if they have no seed in common.
+        None if they have no seed in common in a setting.
     """
-    seeds = sorted(set(ours) & set(theirs))
-    if not seeds:
-        return None
-    return _estimate([np.array([ours[seed] - theirs[seed] for seed in seeds])], np.mean)
+    strata = []
+    for mine, other in zip(ours, theirs, strict=True):
+        seeds = sorted(set(mine) & set(other))
+        if not seeds:
+            return None
+        strata.append(np.array([mine[seed] - other[seed] for seed in seeds]))
+
+    def statistic(*samples: Floats, axis: int = -1) -> Any:
+        return np.mean(np.concatenate(samples, axis=axis), axis=axis)
+
+    return _estimate(strata, statistic)
 
 
 def mean_band(runs: Floats) -> tuple[Floats, Floats | None, Floats | None]:

@@ -68,7 +68,9 @@ def test_the_settings_together(page):
     # Five scores: 0.25, 0.25, 0.26, 0.26, 0.27; the lowest and the highest are left out.
     assert grpo[1] == "3 + 2"
     assert grpo[2].startswith("0.257 ")
-    assert ahpo[3] == "–"
+    assert ahpo[3] == ahpo[4] == "–"
+    # Better by 0.05 in each of the five.
+    assert grpo[4].startswith("+0.050 ")
 
 
 def test_what_was_run_can_be_read_off(page):

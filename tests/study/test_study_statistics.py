@@ -70,12 +70,22 @@ def test_every_pair_won_is_no_interval_of_zero_width():
 
 
 def test_differences_are_between_runs_of_one_seed():
-    found = paired_difference({0: 0.5, 1: 0.4, 2: 0.9}, {1: 0.1, 0: 0.4, 7: 0.0})
+    found = paired_difference([{0: 0.5, 1: 0.4, 2: 0.9}], [{1: 0.1, 0: 0.4, 7: 0.0}])
     # (0.5 - 0.4 + 0.4 - 0.1) / 2
     assert found.value == pytest.approx(0.2)
     assert found.low == pytest.approx(0.1)
     assert found.high == pytest.approx(0.3)
-    assert paired_difference({0: 0.5}, {1: 0.4}) is None
+    assert paired_difference([{0: 0.5}], [{1: 0.4}]) is None
+
+
+def test_differences_over_settings_count_every_pair_once_and_are_resampled_within_a_setting():
+    one = {seed: 0.1 for seed in range(4)}
+    found = paired_difference([one, {0: 0.7, 1: 0.3}], [dict.fromkeys(one, 0.0), {0: 0.1, 1: 0.3}])
+    # (4 * 0.1 + 0.6 + 0) / 6, and at the ends twice the one pair of the second setting.
+    assert found.value == pytest.approx(1 / 6)
+    assert found.low == pytest.approx(0.4 / 6)
+    assert found.high == pytest.approx(1.6 / 6)
+    assert paired_difference([one, {0: 0.7}], [one, {1: 0.1}]) is None
 
 
 def test_a_band_holds_the_mean_at_every_point():
