@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import yaml
@@ -126,6 +128,22 @@ def table(answers: dict[str, dict[str, tuple[str, str]]]) -> str:
     return "\n".join(lines)
 
 
+def versions() -> str:
+    """What the gates ran with."""
+    names = ("torch", "transformers", "ray", "ruff", "mypy", "pytest", "pytest-asyncio")
+    found = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return f"Run on {machine}, Python {platform.python_version()}, {found}."
+
+
+def write(text: str) -> None:
+    """Put the table where it is shown."""
+    TABLE.write_text(text + "\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    head, rest = page.split(BEGIN)
+    PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,13 +156,10 @@ def main() -> None:
     for tree in arguments.trees:
         name, _, path = tree.partition("=")
         answers[name] = measure(Path(path).resolve(), arguments.only)
-    text = table(answers)
+    text = f"{table(answers)}\n\n{versions()}"
     print(text)
     if arguments.only is None:
-        TABLE.write_text(text + "\n", encoding="utf-8")
-        page = PAGE.read_text(encoding="utf-8")
-        head, rest = page.split(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+        write(text)
 
 
 if __name__ == "__main__":
