@@ -55,7 +55,8 @@ def study_results(study_file: Path, directory: Path, *, heading: str) -> str:
         StudyError: if there are no data of the study, or they are not its own.
     """
     from hpo_plugin.study.data import read_data
-    from hpo_plugin.study.report import build_report, to_markdown, write_report
+    from hpo_plugin.study.figures import save
+    from hpo_plugin.study.report import build_report, to_markdown
     from hpo_plugin.study.spec import load_study
 
     report = build_report(load_study(study_file), read_data(study_file.with_suffix(".parquet")))
@@ -64,6 +65,10 @@ def study_results(study_file: Path, directory: Path, *, heading: str) -> str:
         for section in report.sections
     ]
     report = replace(report, sections=sections)
-    write_report(report, directory)
+    folder = directory / report.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        for picture in section.pictures:
+            save(picture.figure, folder / picture.name, png=True)
     text = re.sub(r"^## ", f"{heading} ", to_markdown(report), flags=re.MULTILINE)
     return re.sub(r"^# ", f"{heading.removesuffix('#')} ", text, count=1, flags=re.MULTILINE).strip()

@@ -88,6 +88,7 @@ def test_the_results_of_a_study_are_filled_in_with_their_pictures(tmp_path, made
     assert pictures == ["small/main-reward.svg", "small/main-alpha.svg"]
     for picture in pictures:
         assert (tmp_path / "out" / picture).is_file()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"small"}
 
 
 @pytest.mark.parametrize(
