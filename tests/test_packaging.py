@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT_TEXT = (ROOT / "pyproject.toml").read_text()
 PYPROJECT = tomllib.loads(PYPROJECT_TEXT)
 
+#: Of what is packed.
+SUFFIXES = {".py", ".yaml", ".typed", ".j2", ".in", ".md"}
+
 
 def locked(name: str) -> dict[str, str]:
     """The requirements of a lock by distribution and marker, without the comment that says who asked for them."""
@@ -61,7 +64,7 @@ def test_verl_finds_the_plugins_and_the_shell_finds_the_command():
 
 def test_the_wheel_holds_every_module_and_config(wheel: zipfile.ZipFile):
     files = [path for top in ("hpo_plugin", "hydra_plugins") for path in (ROOT / top).rglob("*") if path.is_file()]
-    expected = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in {".py", ".yaml", ".typed", ".j2"}}
+    expected = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in SUFFIXES}
     assert {"hpo_plugin/py.typed", "hydra_plugins/hpo_plugin_searchpath.py"} <= expected
     assert any(name.endswith(".yaml") for name in expected)
     assert expected == {name for name in wheel.namelist() if ".dist-info/" not in name}
