@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.console import Console
 import hpo_plugin
 from hpo_plugin.cli._checks import compose, run_checks, stderr_to
 from hpo_plugin.cli._cluster import Cluster
+from hpo_plugin.cli._report import Report
 from hpo_plugin.cli._runs import Attempt, Run, RunBusyError, write_json
 from hpo_plugin.cli._trainer import end_leftovers
 from hpo_plugin.cli._training import SAVE_EVERY, Training, TrainingError, outcome, train, trainer_command, write_metrics
@@ -26,6 +27,9 @@ from hpo_plugin.cli._verl_log import MetricsFile, StepView, read_rows
 
 #: Seconds between two looks at the cluster.
 POLL = 5.0
+#: Seconds after which Ray has noticed the death of a node's processes: it asks for a sign of them every three seconds,
+#: and gives a node up after five without one. Until then the node counts as alive, beside the one in its place.
+DEATH_NOTICED = 30.0
 #: What the launcher sets in every attempt.
 OWN_KEYS = ("trainer.default_local_dir", "trainer.resume_mode", "trainer.resume_from_path", "hydra.run.dir")
 #: What may change between two calls for one run: how long it trains, where, and what is kept of it.
@@ -146,10 +150,9 @@ class _Launcher:
             return
         end_leftovers(self.run.processes)
         # What can be seen without a cluster, before one is waited for.
-        self._check()
+        self._require(self._report(), "this node and the config")
         with self._joined() as self._cluster:
             if not self.training.done(self.run):
-                self._wait()
                 self._check_nodes()
             train(
                 self.run,
@@ -193,26 +196,61 @@ class _Launcher:
             time.sleep(min(POLL, max(0.1, deadline - time.monotonic())))
 
     def _check_nodes(self) -> None:
+        """Wait for the nodes and check all of them; once more where one died meanwhile: that is no fault of the run."""
         token = self.run.directory / "shared"
         token.touch()
-        self._check(token.resolve())
+        losses = 0
+        while True:
+            known = self._cluster.dead_nodes().keys()
+            self._wait()
+            report = self._report(token.resolve())
+            lost = self._died_since(known, report)
+            if not lost:
+                break
+            losses += 1
+            if losses > self.launch.retries:
+                raise TrainingError(
+                    f"Ray lost {lost} while the nodes were checked, {losses} times in a row (--retries). "
+                    "The trainer was not started"
+                )
+            self.tell(f"Ray has lost {lost} while the nodes were checked; they are checked again")
         self._nodes = self._cluster.living_nodes()
+        self._require(report, f"{len(self._nodes)} nodes")
 
-    def _check(self, shared: Path | None = None) -> None:
+    def _died_since(self, known: Set[str], report: Report) -> str:
+        """Addresses of the nodes that died during the checks."""
+
+        def died() -> str:
+            dead = self._cluster.dead_nodes()
+            return ", ".join(sorted({dead[node] for node in dead.keys() - known}))
+
+        failed = any(finding.name.startswith("node ") for finding in report.findings if not finding.ok)
+        return self._once_noticed(died) if failed else died()
+
+    @staticmethod
+    def _once_noticed(lost: Callable[[], str]) -> str:
+        """Ask for lost nodes until there are some, or Ray would know of them."""
+        deadline = time.monotonic() + DEATH_NOTICED
+        while not (found := lost()) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        return found
+
+    def _report(self, shared: Path | None = None) -> Report:
         """Run the checks: on all nodes where a file is given that they have to share, else on this one."""
         log = self.run.directory / "check.log"
         with contextlib.redirect_stdout(sys.stderr), stderr_to(log):
-            report = run_checks(
+            return run_checks(
                 self.launch.config_name,
                 self.overrides,
                 timeout=self.launch.timeout,
                 local=shared is None,
                 shared=shared,
             )
+
+    def _require(self, report: Report, checked: str) -> None:
         if not report.ok:
             report.show(self.console)
             raise TrainingError("The checks failed; what to do stands below each of them. The trainer was not started.")
-        checked = "this node and the config" if shared is None else f"{len(self._cluster.living_nodes())} nodes"
         self.tell(f"checked {checked}: {report.summary}")
 
     # --- while it trains, and after a failure ---
@@ -251,9 +289,10 @@ class _Launcher:
         self._wait()
         # Addresses, ids and times of the same failure differ.
         cause = re.sub(r"[0-9a-f]{8,}|\d+", "#", error.cause)
-        if lost := self.lost_nodes():
+        repeated = cause == self._cause and not any(read_rows(attempt.metrics))
+        if lost := self._once_noticed(self.lost_nodes) if repeated else self.lost_nodes():
             self.tell(f"Ray has lost {lost}")
-        elif cause == self._cause and not any(read_rows(attempt.metrics)):
+        elif repeated:
             self.tell("gives up: the same failure twice, no node lost, and no step completed in between")
             return False
         self._cause = cause

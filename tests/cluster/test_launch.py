@@ -96,6 +96,7 @@ def cluster(monkeypatch):
     fake_class = type("Cluster", (), {"join": fake.join, "__new__": lambda cls: fake})
     monkeypatch.setattr(_launch, "Cluster", fake_class)
     monkeypatch.setattr(_launch, "POLL", 0.05)
+    monkeypatch.setattr(_launch, "DEATH_NOTICED", 1.0)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     return fake
@@ -181,9 +182,28 @@ def test_another_failure_is_tried_again(launch):
 
 
 def test_the_same_failure_twice_is_tried_again_where_a_node_was_lost(launch, cluster, monkeypatch):
-    # The death comes to light after the trainer's own error.
-    monkeypatch.setattr(cluster, "lacks", lambda config: cluster.die(max(cluster.nodes)))
+    # One for each attempt; the death comes to light after the trainer's own error.
+    def lacks(config):
+        if len(cluster.dead) < len(launch.run.attempts()):
+            cluster.die(max(cluster.nodes))
+
+    monkeypatch.setattr(cluster, "lacks", lacks)
     run = launch((-1, "connection reset"), (-1, "connection reset"), (STEPS, "done"))
+    assert len(run.attempts()) == 3
+
+
+def test_before_the_same_failure_ends_the_run_ray_gets_the_time_to_notice_a_dead_node(launch, cluster, monkeypatch):
+    tell = _launch._Launcher.tell
+
+    def after_the_second_failure(launcher, text):
+        if text.startswith("the trainer failed") and len(launcher.run.attempts()) == 2:
+            # Found by the watch of no attempt, nor by the first look after it.
+            cluster.dies_after = 3
+        tell(launcher, text)
+
+    monkeypatch.setattr(_launch._Launcher, "tell", after_the_second_failure)
+    run = launch((-1, "connection reset"), (-1, "connection reset"), (STEPS, "done"))
+    assert "Ray has lost 10.0.0.2" in launch.said
     assert len(run.attempts()) == 3
 
 
@@ -210,14 +230,81 @@ def test_nodes_that_do_not_come_are_an_error_that_names_the_keys(launch, cluster
     assert launch.run.attempts() == []
 
 
-def test_a_check_that_fails_on_a_node_stops_before_the_trainer_is_started(launch, monkeypatch):
+@pytest.fixture
+def dies_during_the_checks(cluster, monkeypatch):
+    """So many times, a node does not answer; Ray says some time after the checks that it is dead."""
+
+    def arrange(times, notices=1):
+        made = []
+
+        def run_checks(config_name, overrides, *, timeout, local, shared):
+            made.append("here" if local else "nodes")
+            if local or made.count("nodes") > times:
+                return Report([Finding("all", "fine")])
+            cluster.dies_after = notices
+            return Report([Finding("node 10.0.0.2", "not schedulable", False, "look at its logs")])
+
+        monkeypatch.setattr(_launch, "run_checks", run_checks)
+        # As where another node is there in its place already.
+        monkeypatch.setattr(cluster, "die", lambda node: cluster.dead.update({f"{node}{len(made)}": "10.0.0.2"}))
+        return made
+
+    return arrange
+
+
+@pytest.mark.parametrize("notices", [0, 5])
+def test_a_node_that_dies_while_it_is_checked_is_waited_for_and_all_are_checked_again(
+    launch, cluster, dies_during_the_checks, notices
+):
+    made = dies_during_the_checks(2, notices)
+    # Before each of the three checks there is something to wait for.
+    cluster.wants = ["2 nodes; the cluster has 1 of them", None] * 3
+    run = launch((STEPS, "done"))
+    assert made == ["here", "nodes", "nodes", "nodes"]
+    assert launch.said.count("Ray has lost 10.0.0.2 while the nodes were checked; they are checked again") == 2
+    assert launch.said.count("waits for 2 nodes") == 3
+    assert "checked 2 nodes: all checks passed" in launch.said
+    assert "FAIL" not in launch.said
+    assert len(run.attempts()) == 1
+
+
+def test_a_node_that_dies_after_the_wait_is_waited_for_again(launch, cluster, monkeypatch):
+    """Ray notices between the last look at what is missing and the checks, which then find too few nodes."""
+
     def run_checks(config_name, overrides, *, timeout, local, shared):
+        if not local and not cluster.dead:
+            cluster.die("b")
+            return Report([Finding("accelerators", "2 x 8 asked for; the nodes have 8", False, "correct the config")])
+        return Report([Finding("all", "fine")])
+
+    monkeypatch.setattr(_launch, "run_checks", run_checks)
+    launch((STEPS, "done"))
+    assert "Ray has lost 10.0.0.2 while the nodes were checked" in launch.said
+
+
+def test_nodes_that_die_in_every_check_are_not_checked_for_ever(launch, dies_during_the_checks):
+    made = dies_during_the_checks(100)
+    with pytest.raises(TrainingError, match=r"Ray lost 10.0.0.2 while the nodes were checked, 3 times in a row"):
+        launch((STEPS, "done"), retries=2)
+    assert made.count("nodes") == 3
+    assert launch.run.attempts() == []
+
+
+def test_a_check_that_fails_on_a_node_that_stays_alive_is_shown_and_not_made_again(launch, cluster, monkeypatch):
+    made = []
+
+    def run_checks(config_name, overrides, *, timeout, local, shared):
+        made.append("here" if local else "nodes")
         return Report([Finding("node 10.0.0.2", "torch is missing", local, "install it")])
 
     monkeypatch.setattr(_launch, "run_checks", run_checks)
+    # One that was dead before is none that died meanwhile.
+    cluster.dead = {"z": "10.0.0.9"}
     with pytest.raises(TrainingError, match="The trainer was not started"):
         launch((STEPS, "done"))
-    assert "torch is missing" in launch.said
+    assert made == ["here", "nodes"]
+    assert "FAIL  node 10.0.0.2  torch is missing" in launch.said
+    assert "lost" not in launch.said
     assert launch.run.attempts() == []
 
 

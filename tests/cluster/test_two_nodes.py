@@ -65,10 +65,10 @@ def test_a_run_over_two_nodes_survives_the_loss_of_a_node_of_the_trainer_and_of_
     def logged(attempt, step):
         return step in read_rows(run.directory / f"attempt-{attempt}" / "metrics.jsonl")
 
-    # A node dies, in step 4, and comes back.
+    # A node dies, in step 4, and is back before Ray has noticed: for some seconds the cluster has both, one of which
+    # does not answer.
     wait_until(lambda: logged(1, 3), "step 3 of the first attempt")
     worker.kill()
-    wait_until(lambda: says("waits for 2 nodes with 1 accelerators each; the cluster has 1 of them"), "the loss")
     worker.boot()
     worker.start_ray(head)
     # The trainer dies, in step 6.
