@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from numbers import Real
@@ -70,6 +71,8 @@ def run_checks(
     elif config_name is not None:
         tell(f"composing {config_name}")
         config, composing = compose(config_name, overrides, config_dir)
+        if config is None and config_dir is None:
+            composing = replace(composing, remedy=f"{composing.remedy}; --config-dir adds a directory")
 
     # The nodes import verl (seconds) while this process does.
     tell("starting or joining Ray")
@@ -206,7 +209,7 @@ def compose(
             "config",
             f"{config_name}: {' '.join(str(error).split())}",
             False,
-            "correct the name or the override; --config-dir adds a directory",
+            "correct the name or the override",
         )
     shown = f" with {len(overrides)} overrides" if overrides else ""
     return config, Finding("config", f"{config_name}{shown}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo_plugin.cli._laptop import make_countdown_inputs, note
 from hpo_plugin.cli._study_cells import Workspace
-from hpo_plugin.study.spec import Cell, Prepare, StudyError, setting_problems
+from hpo_plugin.study.spec import Cell, Prepare, StudyError, of_fields, setting_problems
 from hpo_plugin.tasks._files import sha256_of_file
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def make_inputs(workspace: Workspace, cells: Sequence[Cell], console: Console) -
 def _make_countdown(workspace: Workspace, prepare: Prepare, console: Console) -> None:
     from hpo_plugin.cpu.start_model import MANIFEST_NAME, StartModelConfig
 
+    try:
+        start_model = of_fields(StartModelConfig, prepare.start_model)
+    except ValueError as error:
+        raise ValueError(f"start_model: {error}") from error
     directory = workspace.inputs_directory(prepare)
     inputs = make_countdown_inputs(
         directory / "data",
@@ -66,12 +70,26 @@ def _make_countdown(workspace: Workspace, prepare: Prepare, console: Console) ->
         train_size=prepare.train_size,
         test_size=prepare.test_size,
         seed=prepare.seed,
-        start_model=StartModelConfig(**prepare.start_model),
+        start_model=start_model,
         console=console,
     )
     manifest: dict[str, Any] = json.loads((inputs.model / MANIFEST_NAME).read_bytes())
     files = {"train": inputs.train_file, "test": inputs.test_file, "model": inputs.model / "model.safetensors"}
     workspace.save_inputs(prepare, {name: sha256_of_file(path) for name, path in files.items()}, manifest["results"])
+
+
+def compose_cells(cells: Sequence[Cell]) -> None:
+    """Compose the config of each arm in each setting: an unknown name is found before anything is made.
+
+    Raises:
+        StudyError: With the cell and what Hydra says.
+    """
+    from hpo_plugin.cli._checks import compose
+
+    for cell in {(cell.setting, cell.arm): cell for cell in reversed(cells)}.values():
+        config, finding = compose(cell.config_name, cell.overrides)
+        if config is None:
+            raise StudyError(f"{cell.name}: {finding.found}: {finding.remedy}")
 
 
 def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -> None:

@@ -49,7 +49,7 @@ def prepare(
     from rich.console import Console
 
     from hpo_plugin.cli._errors import stopped
-    from hpo_plugin.cli._study_inputs import check_cells, make_inputs
+    from hpo_plugin.cli._study_inputs import check_cells, compose_cells, make_inputs
     from hpo_plugin.cli._trainer import interruptible
     from hpo_plugin.study.spec import StudyError
 
@@ -58,6 +58,7 @@ def prepare(
         with interruptible():
             workspace, cells = _load(study_file, output, only)
             workspace.directory.mkdir(parents=True, exist_ok=True)
+            compose_cells(cells)
             make_inputs(workspace, cells, console)
             if check:
                 check_cells(workspace, cells, console)
@@ -218,7 +219,10 @@ def report(
         raise stopped(RuntimeError(f"{error.name} is not installed: pip install 'hpo-plugin[study]'")) from None
     path = _data_file(study_file, data)
     try:
-        pages = write_report(build_report(load_study(study_file), read_data(path)), output, png=png)
+        study = load_study(study_file)
+        if not path.exists():
+            raise StudyError(f"{path} does not exist: `hpo-plugin study collect` makes it of the finished runs")
+        pages = write_report(build_report(study, read_data(path)), output, png=png)
     except (StudyError, OSError) as error:
         raise stopped(error) from None
     for page in pages:

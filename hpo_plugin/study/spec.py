@@ -7,17 +7,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpo_plugin.tasks.countdown import CountdownConfig
+
+T = TypeVar("T")
 
 #: Names become directories, keys of the data and words of a command line.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -401,12 +403,25 @@ def setting_problems(prepare: Prepare) -> CountdownConfig:
     """The problems of a setting.
 
     Raises:
-        TypeError: A field that ``CountdownConfig`` does not have.
+        ValueError: A field that ``CountdownConfig`` does not have.
     """
-    fields = dict(prepare.problems)
-    if isinstance(fields.get("counts"), list):
-        fields["counts"] = tuple(fields["counts"])
-    return CountdownConfig(**fields)
+    given = dict(prepare.problems)
+    if isinstance(given.get("counts"), list):
+        given["counts"] = tuple(given["counts"])
+    return of_fields(CountdownConfig, given)
+
+
+def of_fields(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Make a dataclass of the fields that a file has.
+
+    Raises:
+        ValueError: A field that the class does not have, with those that it has.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name} is not known; there are {', '.join(known)}")
+    return kind(**given)
 
 
 @dataclass(frozen=True)

@@ -457,6 +457,36 @@ def test_a_study_with_a_fault_is_one_line_and_exit_status_1(declared, study_file
         assert "steps=0 must be at least 1" in done.output
 
 
+def test_an_unknown_config_or_key_is_found_before_anything_is_made(declared, study_file, monkeypatch):
+    monkeypatch.setattr(_study_inputs, "make_inputs", lambda *arguments: pytest.fail("inputs were made"))
+    declared["config_name"] = "countdown_gpu"
+    done = call("prepare", study_file(declared), "--no-check")
+    assert done.exit_code == 1
+    assert "seed0: countdown_gpu: " in done.output
+    declared |= {"config_name": "countdown_cpu", "overrides": ["data.train_batchsize=8"]}
+    done = call("prepare", study_file(declared), "--no-check")
+    assert done.exit_code == 1
+    assert "train_batchsize" in done.output
+
+
+def test_an_unknown_field_of_the_start_model_is_named_with_those_that_there_are(declared, workspace):
+    declared["settings"]["easy"]["prepare"] = {
+        "task": "countdown",
+        "train_size": 8,
+        "test_size": 8,
+        "start_model": {"calculated": 0.1},
+    }
+    found = workspace(declared)
+    with pytest.raises(StudyError, match=r"easy.prepare: start_model: calculated is not known; .* calculated_share"):
+        _study_inputs.make_inputs(found, found.study.cells(), Console(quiet=True))
+
+
+def test_a_report_of_data_that_are_not_there_names_the_file(declared, study_file):
+    done = call("report", study_file(declared), "--data", "elsewhere.parquet")
+    assert done.exit_code == 1
+    assert "elsewhere.parquet does not exist" in done.output
+
+
 # --- a real one ----------------------------------------------------------------------------------------------------
 
 
