@@ -24,6 +24,8 @@ from hpo_plugin.tasks._files import atomic_write
 HELD_OUT = "held_out_success"
 REWARD = "critic/rewards/mean"
 LENGTH = "response_length/mean"
+SHORTEST = "response_length/min"
+LONGEST = "response_length/max"
 ALPHA = "actor/hpo/alpha"
 SHARE_POSITIVE = "actor/hpo/share_positive"
 SHARE_NEGATIVE = "actor/hpo/share_negative"
@@ -33,6 +35,8 @@ METRICS = (
     HELD_OUT,
     REWARD,
     LENGTH,
+    SHORTEST,
+    LONGEST,
     "response_length/clip_ratio",
     ALPHA,
     SHARE_POSITIVE,
@@ -108,6 +112,8 @@ class CellData:
 def read_data(path: Path) -> dict[str, CellData]:
     """Return the cells of a file by their keys; a file that does not exist has none.
 
+    Metrics that the file does not have are NaN.
+
     Raises:
         StudyError: It is not a file of :func:`write_data`.
     """
@@ -117,7 +123,9 @@ def read_data(path: Path) -> dict[str, CellData]:
         table = pq.read_table(path)
         texts = {name: table[name].to_pylist() for name in ("key", "setting", "arm", "seed", "info")}
         steps = table["step"].to_numpy()
-        columns = {name: table[name].to_numpy() for name in METRICS}
+        unknown = np.full(len(steps), np.nan, np.float32)
+        # A file of an earlier version lacks metrics that were added since.
+        columns = {name: table[name].to_numpy() if name in table.column_names else unknown for name in METRICS}
     except (pa.ArrowException, KeyError, OSError) as error:
         raise StudyError(f"{path} does not hold collected data: {error}") from error
     cells: dict[str, CellData] = {}

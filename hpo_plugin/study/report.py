@@ -176,8 +176,7 @@ def build_report(study: Study, data: Mapping[str, CellData]) -> Report:
     results = {name: Results.of(study, experiment, data) for name, experiment in study.experiments.items()}
     sections = [_what_was_run(study, data, used)]
     sections += [_experiment(study, name, result) for name, result in results.items() if result.runs]
-    overall = _overall(study, results)
-    sections += [*([overall] if overall else []), _how_to_read(study)]
+    sections += [*_overall(study, results), _how_to_read(study)]
     return Report(study.name, study.title, study.text.strip(), sections)
 
 
@@ -221,9 +220,9 @@ def _what_was_run(study: Study, data: Mapping[str, CellData], used: Sequence[Cel
     training = sum(run.seconds[-1] for run in used) / 3600
     paragraphs = [
         f"{len(used)} of {len(cells)} runs are finished. Trained for {training:.1f} hours in all, "
-        f"{hours:.1f} with start-up and evaluations. Every run is verl's own trainer with the config "
-        f"`{study.config_name}`; in a setting all runs begin from the same data and the same start model, and a seed "
-        "decides the order of the problems and the samples.",
+        f"{hours:.1f} with start-up, evaluations and interruptions; hours of runs at the same time are added. Every "
+        f"run is verl's own trainer with the config `{study.config_name}`; in a setting all runs begin from the same "
+        "data and the same start model, and a seed decides the order of the problems and the samples.",
         f"Run on: {_distinct(_machine(run) for run in used)}. With: {_distinct(_versions(run) for run in used)}.",
     ]
     return Section("What was run", paragraphs, [table])
@@ -299,7 +298,7 @@ def _experiment(study: Study, name: str, results: Results) -> Section:
 
 
 def _palette(experiment: Experiment) -> dict[str, str]:
-    others = [arm for arm in experiment.arms if arm != experiment.compare or experiment.ordered]
+    others = [arm for arm in experiment.arms if arm != experiment.compare]
     palette = dict(zip(others, colors(len(others), ordered=experiment.ordered), strict=True))
     return {arm: palette.get(arm, STRONG) for arm in experiment.arms}
 
@@ -412,18 +411,27 @@ def _smoothed(values: Floats) -> Floats:
 
 def _difference(ours: Sequence[BySeed], theirs: Sequence[BySeed]) -> str:
     difference = statistics.paired_difference(ours, theirs)
-    return "no seed in common" if difference is None else _shown(difference, sign=True)
+    return "no seed in common" if difference is None else _shown(difference, digits=4, sign=True)
 
 
-def _overall(study: Study, results: Mapping[str, Results]) -> Section | None:
+def _overall(study: Study, results: Mapping[str, Results]) -> list[Section]:
     """Scores over several settings, where experiments compare the same arms in different ones."""
-    compared = [result for result in results.values() if result.experiment.compare and result.runs]
-    if len({result.experiment.setting for result in compared}) < 2:
-        return None
-    (ours, *others) = {result.experiment.compare for result in compared}
-    arms = [arm for arm in compared[0].runs if all(arm in result.runs for result in compared)]
-    if others or ours not in arms or len(arms) < 2 or ours is None:
-        return None
+    found: dict[str, dict[str, Results]] = {}
+    for result in results.values():
+        ours, setting = result.experiment.compare, result.experiment.setting
+        if ours is not None and ours in result.runs:
+            # The first experiment of a setting: others, such as an ablation, have runs of it again.
+            found.setdefault(ours, {}).setdefault(setting, result)
+    sections = []
+    for ours, by_setting in found.items():
+        compared = list(by_setting.values())
+        arms = [arm for arm in compared[0].runs if all(arm in result.runs for result in compared)]
+        if len(compared) > 1 and len(arms) > 1:
+            sections.append(_over_settings(study, ours, arms, compared))
+    return sections
+
+
+def _over_settings(study: Study, ours: str, arms: Sequence[str], compared: Sequence[Results]) -> Section:
     scores = study.scores
 
     def by_seed(arm: str, *, final: bool) -> list[BySeed]:
@@ -455,8 +463,9 @@ def _overall(study: Study, results: Mapping[str, Results]) -> Section | None:
     settings = " and ".join(study.settings[result.experiment.setting].title for result in compared)
     text = (
         f"{settings} together. Scores of all runs are pooled as they are, since all are shares of answers that are "
-        "right; a setting with more seeds weighs more. Resampling is by setting. The probability is the mean over "
-        "settings, the difference that of all pairs of runs with the same setting and seed."
+        "right: a setting with more seeds weighs more, and what the interquartile mean leaves out is mostly the lowest "
+        "of the hardest setting and the highest of the easiest. Resampling is by setting. The probability is the mean "
+        "over settings, the difference that of all pairs of runs with the same setting and seed."
     )
     return Section("Over all settings", [text], [Table(header, rows)])
 
@@ -481,12 +490,17 @@ def _how_to_read(study: Study) -> Section:
             f"percentile bootstrap over seeds, {statistics.RESAMPLES:,} resamples.\n"
             "- **Probability of improvement**: how often a run of the one scores higher than a run of the other, over "
             "all pairs of runs, ties half. An interval that holds 0.5 does not tell the two apart.\n"
-            "- **Difference**: mean of the differences between runs with the same seed.\n"
+            "- **Difference**: mean of the differences between runs with the same seed, with the 95 % interval of "
+            "Student's t. Where it leaves out 0, the two are told apart. That happens to equals in one of twenty "
+            "comparisons, and is not corrected for their number.\n"
             f"- **Curves**: trailing mean over {SMOOTHED_OVER} updates (held-out success: as measured), mean over "
             "seeds, band: 95 % interval of that mean.\n"
             "- **Time**: the trainer's own time for each step, evaluations and start-up not included, on the machine "
-            "as it was; whatever else ran on it is in there.\n"
-            "- With three to five seeds every interval is rough, and rather too narrow than too wide."
+            "as it was; whatever else ran on it is in there. An arm's curve over time ends where the first of its "
+            "runs ends.\n"
+            "- **Too narrow**: with few seeds, intervals by bootstrap, and so the bands. Of means of normally "
+            "distributed scores they hold the true one in about three of four cases with three seeds, in five of six "
+            "with five. Whether two arms differ is to be read from the differences."
         ],
     )
 
@@ -539,6 +553,8 @@ def write_report(report: Report, output: Path, *, png: bool = True) -> list[Path
 def _to_html(report: Report, text: str, inline: Mapping[str, tuple[str, str]]) -> str:
     """The Markdown page as HTML, with the pictures in it: name -> what it shows, SVG."""
     body = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    # Cells break between words, but not inside a figure with its interval.
+    body = re.sub(r"(\d) (\[[^\],]+,) ([^\]]+\])", "\\1&nbsp;\\2&nbsp;\\3", body)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     # A section's pictures stand beside each other where there is room.
     body = re.sub(r"(?:<p><img [^>]*></p>\s*)+", lambda found: f'<div class="pictures">{found[0]}</div>', body)

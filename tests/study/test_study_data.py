@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from hpo_plugin.study.data import HELD_OUT, METRICS, REWARD, CellData, check_inputs, read_data, write_data
+from hpo_plugin.study.data import HELD_OUT, LONGEST, METRICS, REWARD, CellData, check_inputs, read_data, write_data
 from hpo_plugin.study.spec import StudyError
 
 
@@ -66,6 +66,15 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "text.parquet").write_text("no")
     with pytest.raises(StudyError, match=r"text\.parquet does not hold collected data"):
         read_data(tmp_path / "text.parquet")
+
+
+def test_a_metric_that_an_earlier_version_did_not_collect_is_unknown(tmp_path, data):
+    path = tmp_path / "data.parquet"
+    write_data(path, data.values())
+    pq.write_table(pq.read_table(path).drop_columns([LONGEST]), path)
+    for key, cell in read_data(path).items():
+        assert np.isnan(cell.values[LONGEST]).all()
+        assert np.array_equal(cell.values[REWARD], data[key].values[REWARD], equal_nan=True)
 
 
 def test_a_file_that_lost_a_row_or_holds_a_cell_twice_is_refused(tmp_path, data):

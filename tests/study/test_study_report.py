@@ -60,7 +60,7 @@ def test_the_table_of_an_experiment(page):
     # Early scores: (0.1 + 0.2) / 2, and 0.01 more for each seed.
     assert grpo[3].startswith("0.160 [0.15")
     comparison = page.partition("**A-HPO against the others**")[2]
-    assert "| GRPO | 3 | 1.00 (no interval: resamples do not differ) | +0.050 " in comparison
+    assert "| GRPO | 3 | 1.00 (no interval: resamples do not differ) | +0.0500 " in comparison
 
 
 def test_the_settings_together(page):
@@ -70,7 +70,16 @@ def test_the_settings_together(page):
     assert grpo[2].startswith("0.257 ")
     assert ahpo[3] == ahpo[4] == "–"
     # Better by 0.05 in each of the five.
-    assert grpo[4].startswith("+0.050 ")
+    assert grpo[4].startswith("+0.0500 ")
+
+
+def test_an_ablation_of_one_setting_has_no_part_in_the_settings_together(declared, load, data, page):
+    again = declared["experiments"]["one"] | {"title": "Again", "seeds": [0]}
+    declared["experiments"]["again"] = again
+    declared["experiments"]["reversed"] = again | {"title": "Reversed", "compare": "grpo"}
+    assert rows_of(to_markdown(build_report(load(declared), data)), "Over all settings") == rows_of(
+        page, "Over all settings"
+    )
 
 
 def test_what_was_run_can_be_read_off(page):

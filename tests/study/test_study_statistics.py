@@ -69,23 +69,39 @@ def test_every_pair_won_is_no_interval_of_zero_width():
     assert (found.value, found.low) == (1, None)
 
 
-def test_differences_are_between_runs_of_one_seed():
-    found = paired_difference([{0: 0.5, 1: 0.4, 2: 0.9}], [{1: 0.1, 0: 0.4, 7: 0.0}])
-    # (0.5 - 0.4 + 0.4 - 0.1) / 2
+def test_differences_are_between_runs_of_one_seed_with_the_interval_of_students_t():
+    found = paired_difference([{0: 0.5, 1: 0.4, 2: 0.9, 3: 0.6}], [{1: 0.1, 0: 0.4, 7: 0.0, 3: 0.4}])
+    # 0.1, 0.3 and 0.2: mean 0.2, standard deviation 0.1; 4.303 is t at 97.5 % with two degrees of freedom.
     assert found.value == pytest.approx(0.2)
-    assert found.low == pytest.approx(0.1)
-    assert found.high == pytest.approx(0.3)
+    assert found.low == pytest.approx(0.2 - 4.303 * 0.1 / np.sqrt(3), abs=1e-4)
+    assert found.high == pytest.approx(0.2 + 4.303 * 0.1 / np.sqrt(3), abs=1e-4)
     assert paired_difference([{0: 0.5}], [{1: 0.4}]) is None
 
 
-def test_differences_over_settings_count_every_pair_once_and_are_resampled_within_a_setting():
+def test_differences_over_settings_count_every_pair_once():
     one = {seed: 0.1 for seed in range(4)}
     found = paired_difference([one, {0: 0.7, 1: 0.3}], [dict.fromkeys(one, 0.0), {0: 0.1, 1: 0.3}])
-    # (4 * 0.1 + 0.6 + 0) / 6, and at the ends twice the one pair of the second setting.
+    # (4 * 0.1 + 0.6 + 0) / 6
     assert found.value == pytest.approx(1 / 6)
-    assert found.low == pytest.approx(0.4 / 6)
-    assert found.high == pytest.approx(1.6 / 6)
     assert paired_difference([one, {0: 0.7}], [one, {1: 0.1}]) is None
+
+
+def test_one_pair_and_equal_differences_have_no_interval():
+    assert paired_difference([{0: 0.5}], [{0: 0.4}]).note == "no interval: one pair"
+    found = paired_difference([{0: 0.5, 1: 0.6}], [{0: 0.25, 1: 0.35}])
+    assert found.note == "no interval: all pairs differ by the same"
+
+
+@pytest.mark.parametrize(("seeds", "share"), [(3, 3 / 4), (5, 5 / 6)])
+def test_how_often_intervals_hold_the_true_value(seeds, share):
+    """What every report says of them, on normally distributed scores."""
+    generator = np.random.default_rng(4)
+    differences = generator.standard_normal((600, seeds))
+    pairs = [paired_difference([dict(enumerate(row))], [dict.fromkeys(range(seeds), 0.0)]) for row in differences]
+    assert np.mean([found.low <= 0 <= found.high for found in pairs]) == pytest.approx(CONFIDENCE, abs=0.03)
+    # The band of a curve is the same interval at every point.
+    _, low, high = mean_band(generator.standard_normal((seeds, 4000)))
+    assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(share, abs=0.02)
 
 
 def test_a_band_holds_the_mean_at_every_point():
