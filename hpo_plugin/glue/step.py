@@ -22,10 +22,14 @@ from hpo_plugin.glue import arms
 
 __all__ = ["GROUP_RELATIVE", "Rows", "Step", "StepError", "current_step", "gather_step", "use_step"]
 
-GROUP_RELATIVE = frozenset({"hpo", "ahpo", "grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo"})
+GROUP_RELATIVE = frozenset(
+    {"hpo", "ahpo", "grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo", "gpg"}
+)
 """Estimators that give a group whose rewards are all equal the advantage 0, up to rounding.
 
-Their nonzero advantages never agree over a whole group of two or more; where they do, that is rounding noise.
+Their nonzero advantages never agree over a whole group of two or more; where they do, that is rounding noise. Not so
+with ``reinforce_plus_plus_baseline`` and ``gdpo``, which whiten over the batch: there such a group gets minus the mean
+over all tokens, which is as large as other advantages if lengths differ, and which the loss trains on.
 """
 
 LOSS_SUMS = ("tokens", "pg_loss_positive", "pg_loss_negative", "clipped", "dual_clipped", "kl")
@@ -149,9 +153,17 @@ def gather_step(
         The same :class:`Step` on every rank.
 
     Raises:
-        StepError: if groups are needed to tell noise from signs and the batch carries no uids.
+        StepError: if groups are needed to tell noise from signs and the batch carries no uids, or if an advantage is
+            NaN or infinite.
     """
     rows = Rows.concatenate(all_gather(rows))
+    bad = np.flatnonzero(~np.isfinite(rows.mass))
+    if hysteresis is not None and bad.size:
+        raise StepError(
+            f"{bad.size} of {rows.mass.size} responses have an advantage that is NaN or infinite"
+            + ("" if rows.uid is None else f", in the groups (uid) {', '.join(np.unique(rows.uid[bad])[:8])}")
+            + ". Fix the reward function."
+        )
     sign = rows.sign
     metrics: dict[str, float] = {}
     if adv_estimator in GROUP_RELATIVE:

@@ -135,6 +135,41 @@ def test_rounding_noise_of_verls_grpo_is_not_counted():
     assert step.metrics["hpo/share_degenerate_groups"] == 0.5
 
 
+def test_rounding_noise_of_verls_gpg_is_not_counted():
+    """Eight rewards of 0.1 get −8e-9 each: 1 positive, 9 negative and α = 1/9, where it is 1."""
+    scores = torch.tensor([0.1] * 8 + [1.0, 0.0]).unsqueeze(-1)
+    mask = torch.ones(10, 1, dtype=torch.long)
+    uids = ["noise"] * 8 + ["real"] * 2
+    advantages, _ = core_algos.compute_gpg_outcome_advantage(scores, mask, np.array(uids, dtype=object))
+    assert (advantages[:8] < 0).all()
+    step = step_of(Rows.of(advantages, mask, uids), adv_estimator="gpg")
+    assert counted(step) == [1, 1, 10]
+    assert step.alpha == 1.0
+
+
+@pytest.mark.parametrize(("lengths", "counts"), [((1, 3), [9, 1, 10]), ((3, 1), [1, 9, 10])])
+def test_whitening_over_the_batch_gives_equal_rewards_a_real_advantage_which_counts(lengths, counts):
+    """reinforce++ baseline: minus the mean over all tokens, here ∓1/20 over a standard deviation of 1/√20, is ∓0.22."""
+    mask = (torch.arange(3) < torch.tensor([2] * 8 + list(lengths)).unsqueeze(-1)).long()
+    scores = torch.tensor([0.5] * 8 + [1.0, 0.0]).unsqueeze(-1) * (torch.arange(3) == 0)
+    uids = np.array(["equal"] * 8 + ["real"] * 2, dtype=object)
+    advantages, _ = core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(scores, mask, uids)
+    assert advantages[:8, 0].abs().tolist() == pytest.approx([0.2236] * 8, abs=1e-3)
+    assert counted(step_of(Rows.of(advantages, mask, uids), adv_estimator="reinforce_plus_plus_baseline")) == counts
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_advantages_that_are_not_finite_are_refused_naming_their_group(reward):
+    """The loss entrance sees what verl's estimator made of the rewards: the whole group is spoiled."""
+    uids = ["sound"] * 2 + ["spoiled"] * 2
+    advantages, mask = grpo_rows([1.0, 0.0, 1.0, reward], uids)
+    ranks = [Rows.of(advantages[i : i + 2], mask[i : i + 2], uids[i : i + 2]) for i in (0, 2)]
+    with pytest.raises(StepError, match=r"2 of 4 responses .* in the groups \(uid\) spoiled\."):
+        step_of(*ranks)
+    step_of(*ranks, hysteresis=None, weigh=None)
+
+
 def test_rounding_noise_is_told_apart_when_its_group_is_split_over_ranks():
     """Each of the ranks holds one row of the noise, which alone could be a response on its own."""
     uids = ["noise"] * 8
