@@ -5,6 +5,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from verl.workers.config.actor import ActorConfig, PolicyLossConfig
 
 from hpo_plugin.cli._checks import check_by_verl, check_registration, compose
 from hpo_plugin.cli._probe import probe
+from hpo_plugin.glue.step import Rows, gather_step
 from hpo_plugin.upstream.contribution import FILES
 
 
@@ -94,6 +96,34 @@ for name in ("hpo", "ahpo"):
     )
     facts["advantages"][name] = advantages.tolist()
     facts["plain"] = returns.tolist()
+
+# A-HPO by the loss: with each estimator of verl that knows groups, the batch above and five prompts with one response.
+facts["group_relative"] = [str(name.value) for name in core_algos.GROUP_RELATIVE_ESTIMATORS]
+lone = torch.zeros(n + 5, length)
+lone[:, 0] = torch.cat([scores, torch.tensor([1.0, -1.0, -1.0, -1.0, 0.0])])
+lone_mask = torch.cat([mask, torch.ones(5, length, dtype=torch.long)])
+lone_uids = np.append(uids, [f"lone-{i}" for i in range(5)])
+facts["by_loss"] = {}
+for name in ("grpo", "rloo", "gpg", "opo", "reinforce_plus_plus_baseline", "ahpo"):
+    config, finding = compose("ppo_trainer", [f"algorithm.adv_estimator={name}", *sizes])
+    assert config is not None, finding
+    config.actor_rollout_ref.actor.policy_loss.loss_mode = "ahpo"
+    advantages, returns = core_algos.get_adv_estimator_fn(name)(
+        token_level_rewards=lone.clone(), response_mask=lone_mask, index=lone_uids, config=config.algorithm
+    )
+    tensors = {"token_level_rewards": lone, "response_mask": lone_mask, "advantages": advantages, "returns": returns}
+    data = SimpleNamespace(batch=tensors, non_tensor_batch={"uid": lone_uids})
+    metrics = core_algos.compute_rollout_batch_info(data, config)[1]
+    step = gather_step(
+        Rows.of(returns, lone_mask, lone_uids),
+        adv_estimator=name,
+        hysteresis="ahpo",
+        weigh="loss",
+        alpha=0.6,
+        alpha_min=0.1,
+        all_gather=lambda rows: [rows],
+    )
+    facts["by_loss"][name] = [metrics, {key: step.metrics[key.removeprefix("actor/")] for key in metrics}]
 
 old = -torch.rand(n, length, generator=generator)
 new = (old + 0.5 * torch.randn(n, length, generator=generator)).requires_grad_()
