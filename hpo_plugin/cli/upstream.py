@@ -20,7 +20,9 @@ def upstream(
         Path | None,
         typer.Option(help="Write a patch for `git apply`, and leave the tree as it is.", show_default=False),
     ] = None,
-    branch: Annotated[str, typer.Option(help="In a git checkout: the branch to make.")] = "hpo",
+    branch: Annotated[
+        str | None, typer.Option(help="In a git checkout: the branch to make; hpo if not given.", show_default=False)
+    ] = None,
     pull_request: Annotated[
         Path | None, typer.Option(help="Write the text of the pull request to verl here.", show_default=False)
     ] = None,
@@ -47,24 +49,29 @@ def upstream(
     if study is not None and pull_request is None and recipes is None:
         raise typer.BadParameter("--study fills the text of --pull-request or the README of --recipes: give one")
     assert tree is not None
+    if branch is not None and (out is not None or not (tree / ".git").exists()):
+        raise typer.BadParameter("--branch names the branch of a commit: a git checkout gets one, without --out")
+    if out is not None and pull_request is not None and out.resolve() == pull_request.resolve():
+        raise typer.BadParameter(f"--out and --pull-request name the same file, {out}")
     try:
         if recipes is None:
             title, changes = contribution.TITLE, contribution.changes(tree)
         else:
             title, changes = recipe.TITLE, recipe.changes(tree, study)
-        if out is not None:
-            atomic_write(out, contribution.patch(tree, changes).encode())
-            print(f"{out}: {len(changes)} files")
-        elif not changes:
-            print(f"{tree} has all of it already: nothing to do")
-        elif (tree / ".git").exists():
-            contribution.commit(tree, changes, branch, title)
-            print(f"{tree}: {len(changes)} files, one commit on branch {branch}")
-        else:
-            contribution.write(tree, changes)
-            print(f"{tree}: {len(changes)} files")
+        # The tree last: what fails before leaves it as it is.
         if pull_request is not None:
             atomic_write(pull_request, text.pull_request(study, pull_request).encode())
             print(f"{pull_request}: to be read, signed and sent by a human")
+        if not changes:
+            print(f"{tree} has all of it already: nothing to do")
+        elif out is not None:
+            atomic_write(out, contribution.patch(tree, changes).encode())
+            print(f"{out}: {len(changes)} files")
+        elif (tree / ".git").exists():
+            contribution.commit(tree, changes, branch or "hpo", title)
+            print(f"{tree}: {len(changes)} files, one commit on branch {branch or 'hpo'}")
+        else:
+            contribution.write(tree, changes)
+            print(f"{tree}: {len(changes)} files")
     except (ValueError, OSError) as error:
         raise stopped(error) from None

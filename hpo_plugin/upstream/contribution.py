@@ -15,6 +15,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from hpo_plugin.upstream.edits import (
     AfterDefinition,
     AfterField,
@@ -26,7 +28,7 @@ from hpo_plugin.upstream.edits import (
     InList,
 )
 
-__all__ = ["TITLE", "UnknownTreeError", "changes", "commit", "patch", "write"]
+__all__ = ["TITLE", "UnknownTreeError", "changes", "commit", "patch", "read", "refuse_others", "write"]
 
 TITLE = "[algo, trainer, cfg, doc] feat: add HPO and A-HPO (Hysteretic Policy Optimization)"
 """Of the commit and of the pull request, in the form that verl's tests/special_sanity/check_pr_title.py asks for."""
@@ -110,11 +112,23 @@ def changes(tree: Path) -> dict[str, str]:
         raise UnknownTreeError(f"{tree} is not a source tree of verl: it holds no verl/__init__.py")
     texts = _new_files(tree) | _edited_files(tree)
     texts |= _generated_configs(tree, texts)
-    return {name: text for name, text in texts.items() if _read(tree / name) != text}
+    return {name: text for name, text in texts.items() if read(tree / name) != text}
 
 
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+def read(path: Path) -> str | None:
+    """The text of a file of a tree, None if it is not there.
+
+    Raises:
+        UnknownTreeError: if its lines end as on Windows; a text inserted there would make it a mixture.
+    """
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    if b"\r" in content:
+        raise UnknownTreeError(
+            f"{path} has Windows line ends, and verl has none: check it out with core.autocrlf=false"
+        )
+    return content.decode()
 
 
 def _has_place_for(tree: Path, name: str) -> bool:
@@ -125,21 +139,35 @@ def _has_place_for(tree: Path, name: str) -> bool:
 def _new_files(tree: Path) -> dict[str, str]:
     names = {path.relative_to(FILES).as_posix().removesuffix(".in"): path for path in FILES.rglob("*.in")}
     texts = {name: path.read_text(encoding="utf-8") for name, path in names.items() if _has_place_for(tree, name)}
-    for name, text in texts.items():
-        if _read(tree / name) not in (None, text):
-            raise UnknownTreeError(f"{tree / name} exists with another content; the contribution does not replace it")
+    refuse_others(tree, texts)
     return texts
 
 
+def refuse_others(tree: Path, texts: dict[str, str]) -> None:
+    """Refuse a tree that has another file where one of ours belongs.
+
+    Args:
+        tree: what the files are written to.
+        texts: path in the tree -> content of our own files.
+
+    Raises:
+        UnknownTreeError: naming the file.
+    """
+    for name, text in texts.items():
+        if read(tree / name) not in (None, text):
+            raise UnknownTreeError(
+                f"{tree / name} exists with another content; the contribution does not replace it. Start from a tree "
+                "without it."
+            )
+
+
 def _edited_files(tree: Path) -> dict[str, str]:
-    insertions = [i for i in INSERTIONS if i.file.split("/")[0] == "verl" or (tree / i.file).is_file()]
+    insertions = [insertion for insertion in INSERTIONS if _has_place_for(tree, insertion.file)]
     sources: dict[str, str] = {}
     for name in {insertion.file for insertion in insertions}:
-        source = _read(tree / name)
+        source = read(tree / name)
         if source is None:
-            raise UnknownTreeError(
-                f"{tree} has no {name}; the contribution knows verl 0.9.0, 0.9.1 and its main branch"
-            )
+            raise UnknownTreeError(f"{tree} has no {name}; the contribution knows {KNOWN}")
         sources[name] = source
     there = [insertion for insertion in insertions if insertion.is_in(sources[insertion.file])]
     if len(there) == len(insertions):
@@ -153,12 +181,16 @@ def _edited_files(tree: Path) -> dict[str, str]:
     for insertion in insertions:
         try:
             sources[insertion.file] = insertion.anchor.insert(sources[insertion.file], insertion.text)
-        except (AnchorError, SyntaxError) as error:
+        except (AnchorError, SyntaxError, yaml.YAMLError) as error:
             raise UnknownTreeError(
-                f"{tree / insertion.file}: {error}. The contribution knows {KNOWN}; adapt INSERTIONS in "
+                f"{tree / insertion.file}: {_in_one_line(error)}. The contribution knows {KNOWN}; adapt INSERTIONS in "
                 "hpo_plugin/upstream/contribution.py to this tree."
             ) from error
     return sources
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 _HEADER = re.compile(r"print_cfg\.py --cfg job ?(?P<overrides>[^']*)' to flatten the '[^']*/(?P<config>\w+)\.yaml'")
@@ -168,7 +200,9 @@ def _generated_configs(tree: Path, texts: dict[str, str]) -> dict[str, str]:
     """The flattened configs, as verl's scripts/generate_trainer_config.sh writes them; each names its own command."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     generated = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -183,8 +217,14 @@ def _generated_configs(tree: Path, texts: dict[str, str]) -> dict[str, str]:
             if command is None:
                 raise UnknownTreeError(f"{tree / CONFIGS / path.name} does not say how it was generated")
             GlobalHydra.instance().clear()
-            with initialize_config_dir(str(configs), version_base=None):
-                config = compose(command["config"], overrides=command["overrides"].split())
+            try:
+                with initialize_config_dir(str(configs), version_base=None):
+                    config = compose(command["config"], overrides=command["overrides"].split())
+            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+                raise UnknownTreeError(
+                    f"{tree / CONFIGS / command['config']}.yaml, of which {path.name} is made, cannot be composed: "
+                    f"{_in_one_line(error)}"
+                ) from error
             body = OmegaConf.to_yaml(config)
             generated[f"{CONFIGS}/{path.name}"] = f"{header}\n\n{body[body.index('actor_rollout_ref:') :]}"
     return generated
@@ -200,7 +240,7 @@ def write(directory: Path, texts: dict[str, str]) -> None:
     for name, text in texts.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode())
 
 
 def patch(tree: Path, texts: dict[str, str]) -> str:
@@ -217,7 +257,7 @@ def patch(tree: Path, texts: dict[str, str]) -> str:
         before, after = Path(temporary) / "a", Path(temporary) / "b"
         before.mkdir()
         after.mkdir()
-        write(before, {name: source for name in texts if (source := _read(tree / name)) is not None})
+        write(before, {name: source for name in texts if (source := read(tree / name)) is not None})
         write(after, texts)
         # Exit status 1 means that there are differences.
         command = ["git", "diff", "--no-index", "--no-prefix", "--no-color", "--no-ext-diff", "a", "b"]
@@ -230,6 +270,8 @@ def patch(tree: Path, texts: dict[str, str]) -> str:
 def commit(tree: Path, texts: dict[str, str], branch: str, title: str = TITLE) -> None:
     """Make a branch of a git checkout with the changes as one commit, and check it out.
 
+    The commit is made in a work tree of its own: where git refuses it, the checkout stays as it was.
+
     Args:
         tree: a checkout without changes of its own.
         texts: what :func:`changes` returned.
@@ -237,14 +279,27 @@ def commit(tree: Path, texts: dict[str, str], branch: str, title: str = TITLE) -
         title: of the commit.
 
     Raises:
-        UnknownTreeError: with git's own words, if the branch exists, the checkout has changes, or git has no identity.
+        UnknownTreeError: if the branch exists or the checkout has changes; with git's own words, if git cannot commit,
+            for want of an identity or because a hook refuses.
     """
     if _git(tree, "status", "--porcelain", "--untracked-files=no"):
         raise UnknownTreeError(f"{tree} has changes that are not committed; commit or stash them first")
-    _git(tree, "switch", "--quiet", "--create", branch)
-    write(tree, texts)
-    _git(tree, "add", "--", *texts)
-    _git(tree, "commit", "--quiet", "--message", title, "--message", ATTRIBUTION)
+    if _git(tree, "for-each-ref", f"refs/heads/{branch}"):
+        raise UnknownTreeError(
+            f"{tree} has a branch {branch} already: look at it with `git switch {branch}`, or name another one with "
+            "--branch"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        work_tree = Path(temporary) / "verl"
+        _git(tree, "worktree", "add", "--quiet", "--detach", str(work_tree))
+        try:
+            write(work_tree, texts)
+            _git(work_tree, "add", "--", *texts)
+            _git(work_tree, "commit", "--quiet", "--message", title, "--message", ATTRIBUTION)
+            made = _git(work_tree, "rev-parse", "HEAD").strip()
+        finally:
+            _git(tree, "worktree", "remove", "--force", str(work_tree))
+    _git(tree, "switch", "--quiet", "--create", branch, made)
 
 
 def _git(tree: Path, *arguments: str) -> str:

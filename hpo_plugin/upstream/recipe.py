@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hpo_plugin
-from hpo_plugin.upstream.contribution import UnknownTreeError
+from hpo_plugin.upstream.contribution import UnknownTreeError, read, refuse_others
 from hpo_plugin.upstream.edits import AfterLine, AnchorError
 from hpo_plugin.upstream.pull_request import study_results
 
@@ -39,17 +39,15 @@ def changes(collection: Path, study_file: Path | None) -> dict[str, str]:
     """
     readme = collection / "README.md"
     try:
-        index = readme.read_text(encoding="utf-8")
+        index = read(readme) or ""
         if ROW not in index:
             index = AfterLine("| gvpo |").insert(index, ROW)
-    except (OSError, AnchorError) as error:
+    except AnchorError as error:
         raise UnknownTreeError(f"{collection} is not a checkout of verl's recipe collection: {error}") from error
-    texts = {"README.md": index} | {f"{FOLDER}/{name}": text for name, text in _folder(study_file)}
-    return {name: text for name, text in texts.items() if not _same(collection / name, text)}
-
-
-def _same(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_text(encoding="utf-8") == text
+    folder = {f"{FOLDER}/{name}": text for name, text in _folder(study_file)}
+    refuse_others(collection, folder)
+    texts = {"README.md": index} | folder
+    return {name: text for name, text in texts.items() if read(collection / name) != text}
 
 
 def _folder(study_file: Path | None) -> Iterator[tuple[str, str]]:

@@ -100,6 +100,118 @@ def test_work_in_progress_is_not_committed(checkout):
     assert git(checkout, "branch", "--show-current").strip() != "hpo"
 
 
+def state(tree):
+    """All that a refused or failed call has to leave alone: branch, commits, index, and files with their contents."""
+    files = [path for path in tree.rglob("*") if path.is_file() and ".git" not in path.relative_to(tree).parts]
+    shown = [git(tree, *command.split()) for command in ("branch --all", "log --format=%H", "status --porcelain")]
+    return shown, git(tree, "worktree", "list"), {path: path.read_bytes() for path in files}
+
+
+def test_a_commit_that_a_hook_refuses_leaves_the_checkout_as_it_was_and_can_be_repeated(checkout):
+    before = state(checkout)
+    hook = checkout / ".git/hooks/pre-commit"
+    hook.write_text("#!/bin/sh\necho the hook says no\nexit 1\n")
+    hook.chmod(0o755)
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout)])
+        assert done.exit_code == 1
+        assert "the hook says no" in done.output
+        assert state(checkout) == before
+    hook.unlink()
+    assert CliRunner().invoke(app, ["upstream", "--verl", str(checkout)]).exit_code == 0
+    assert git(checkout, "log", "--format=%s").splitlines() == [contribution.TITLE, "verl"]
+
+
+def test_a_commit_without_an_identity_leaves_the_checkout_as_it_was(checkout, monkeypatch):
+    git(checkout, "config", "user.useConfigOnly", "true")
+    git(checkout, "config", "--unset", "user.email")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", "/dev/null")
+    for name in ("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL", "EMAIL"):
+        monkeypatch.delenv(name, raising=False)
+    before = state(checkout)
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout)])
+    assert done.exit_code == 1
+    assert "user.email" in done.output
+    assert state(checkout) == before
+
+
+def test_a_branch_that_exists_is_left_alone_and_the_way_on_is_named(checkout):
+    git(checkout, "branch", "hpo")
+    before = state(checkout)
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout)])
+    assert done.exit_code == 1
+    assert "git switch hpo" in done.output
+    assert "--branch" in done.output
+    assert state(checkout) == before
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout), "--branch", "other"])
+    assert done.exit_code == 0, done.output
+    assert git(checkout, "branch", "--show-current").strip() == "other"
+
+
+def test_a_patch_of_nothing_is_not_written(tmp_path, patched):
+    out = tmp_path / "hpo.patch"
+    out.write_text("a good patch\n")
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(patched), "--out", str(out)])
+    assert done.exit_code == 0
+    assert "nothing to do" in done.output
+    assert out.read_text() == "a good patch\n"
+
+
+@pytest.mark.parametrize("arguments", [["--study=missing.yaml", "--pull-request=pr.md"], ["--pull-request=no/pr.md"]])
+def test_the_tree_is_changed_after_the_text_is_written(checkout, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    before = state(checkout)
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout), *arguments])
+    assert done.exit_code == 1
+    assert state(checkout) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out=a", "--branch=b"], "--branch names the branch of a commit"),
+        (["--branch=b"], "--branch names the branch of a commit"),
+        (["--out=a", "--pull-request=./a"], "name the same file"),
+    ],
+)
+def test_options_that_would_have_no_effect_on_this_tree_are_refused(patched, arguments, message):
+    done = CliRunner().invoke(app, ["upstream", "--verl", str(patched), *arguments])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("moved", ["docs/index.rst", "examples/README.md"])
+def test_an_index_that_was_moved_is_named(checkout, moved):
+    (checkout / moved).rename(checkout / "elsewhere")
+    with pytest.raises(UnknownTreeError, match=f"has no {moved}"):
+        contribution.changes(checkout)
+
+
+def test_windows_line_ends_are_refused(checkout):
+    path = checkout / "docs/index.rst"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    with pytest.raises(UnknownTreeError, match=r"docs/index\.rst has Windows line ends.*core\.autocrlf=false"):
+        contribution.changes(checkout)
+
+
+@pytest.mark.parametrize(
+    ("beginning", "message"),
+    [
+        ("a: b: c\ndefaults:\n", "mapping values are not allowed here"),
+        ("defaults:\n  - no_such_group: x\n", "no_such_group"),
+    ],
+)
+def test_a_config_that_cannot_be_composed_is_named(tmp_path, wheel, beginning, message):
+    shutil.copytree(wheel, tmp_path / "tree")
+    path = tmp_path / "tree/verl/trainer/config/ppo_trainer.yaml"
+    path.write_text(path.read_text().replace("defaults:\n", beginning))
+    with pytest.raises(UnknownTreeError, match=message) as refused:
+        contribution.changes(tmp_path / "tree")
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_directory_without_verl_is_refused(tmp_path):
     with pytest.raises(UnknownTreeError, match=r"holds no verl/__init__\.py"):
         contribution.changes(tmp_path)

@@ -42,6 +42,17 @@ def test_running_it_twice_changes_nothing(collection):
     assert recipe.changes(collection, None) == {}
 
 
+def test_another_recipe_of_that_name_is_not_replaced(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "hpo").mkdir()
+    (tmp_path / "hpo/README.md").write_text("another recipe\n")
+    done = CliRunner().invoke(app, ["upstream", "--recipes", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "hpo/README.md exists with another content" in done.output
+    assert (tmp_path / "hpo/README.md").read_text() == "another recipe\n"
+    assert [path.name for path in (tmp_path / "hpo").iterdir()] == ["README.md"]
+
+
 def test_another_repository_is_refused(tmp_path):
     with pytest.raises(UnknownTreeError, match="not a checkout of verl's recipe collection"):
         recipe.changes(tmp_path, None)
