@@ -180,6 +180,32 @@ def build_report(study: Study, data: Mapping[str, CellData]) -> Report:
     return Report(study.name, study.title, study.text.strip(), sections)
 
 
+def beside_paper(study: Study, data: Mapping[str, CellData]) -> dict[str, dict[str, str]]:
+    """Final scores of a study where a paper reports a number.
+
+    Args:
+        study: The declaration.
+        data: Collected cells by key.
+
+    Returns:
+        ``experiments.<name>.paper`` -> the paper's name of an arm -> its figure as in the report. Of two experiments
+        beside the same numbers, the first.
+
+    Raises:
+        StudyError: A run was not evaluated often enough.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for experiment in study.experiments.values():
+        if experiment.paper is None:
+            continue
+        results = Results.of(study, experiment, data)
+        for arm in results.runs:
+            finals = results.finals(arm, study.scores.final_evaluations)
+            shown = _shown(statistics.interquartile_mean([_array(finals)]))
+            found.setdefault(experiment.paper, {}).setdefault(study.arms[arm].paper or arm, shown)
+    return found
+
+
 # --- what was run --------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import hpo_plugin
@@ -19,8 +19,16 @@ HERE = Path(__file__).parent
 TEMPLATES = HERE / "recipe"
 CONFIGS = HERE.parent / "configs"
 FOLDER = "hpo"
+CONFIG = "hpo_recipe"
 
 ROW = f"| {FOLDER} | [`recipe/{FOLDER}/REQUIRED_VERL.txt`]({FOLDER}/REQUIRED_VERL.txt) |\n"
+
+NOT_RUN = "**None was run on GPUs by the authors of this recipe**, hence the dashes."
+
+RUN = (
+    "What was run is the study below, on the machine that it names. Its final scores stand beside the numbers of the "
+    "paper that it names: interquartile mean over seeds, with its 95 % interval. A dash: not run."
+)
 
 
 def changes(collection: Path, study_file: Path | None) -> dict[str, str]:
@@ -51,10 +59,19 @@ def changes(collection: Path, study_file: Path | None) -> dict[str, str]:
 
 
 def _folder(study_file: Path | None) -> Iterator[tuple[str, str]]:
-    for path in [CONFIGS / "hpo.yaml", CONFIGS / "hpo_recipe.yaml", *sorted(CONFIGS.glob("recipe/**/*.yaml"))]:
+    for path in [CONFIGS / "hpo.yaml", CONFIGS / f"{CONFIG}.yaml", *sorted(CONFIGS.glob("recipe/**/*.yaml"))]:
         yield f"config/{path.relative_to(CONFIGS).as_posix()}", path.read_text(encoding="utf-8")
-    study = ""
+    study, said, scores = "", NOT_RUN, {}
     if study_file is not None:
+        from hpo_plugin.study.data import read_data
+        from hpo_plugin.study.report import beside_paper
+        from hpo_plugin.study.spec import load_study
+
+        declared = load_study(study_file)
+        if declared.config_name == CONFIG:
+            said, scores = RUN, beside_paper(declared, read_data(study_file.with_suffix(".parquet")))
+        else:
+            said += f" The study below was run with the config `{declared.config_name}`, not with this recipe's."
         with tempfile.TemporaryDirectory() as directory:
             study = study_results(study_file, Path(directory), heading="###")
             for path in sorted(Path(directory).glob("*/*.svg")):
@@ -62,7 +79,8 @@ def _folder(study_file: Path | None) -> Iterator[tuple[str, str]]:
     filled = {
         "@VERSION@": hpo_plugin.__version__,
         "@CHOICES@": "\n".join(_choices()),
-        "@RESULTS@": "\n".join(_results()),
+        "@RUN@": said,
+        "@RESULTS@": "\n".join(_results(scores)),
         "@STUDY@": study,
     }
     for path in sorted(TEMPLATES.glob("*.in")):
@@ -74,18 +92,20 @@ def _folder(study_file: Path | None) -> Iterator[tuple[str, str]]:
 
 def _choices() -> Iterator[str]:
     for group in ("task", "model", "engine", "cluster"):
-        names = sorted(path.stem for path in (CONFIGS / "recipe" / group).glob("*.yaml"))
+        names = [path.stem for path in (CONFIGS / "recipe" / group).glob("*.yaml")]
+        # 64x8 comes after 8x8.
+        names.sort(key=lambda name: (int(name.partition("x")[0]) if group == "cluster" else 0, name))
         yield f"| `{group.upper()}` | {', '.join(f'`{name}`' for name in names)} |"
 
 
-def _results() -> Iterator[str]:
+def _results(scores: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     from hpo_plugin.study.spec import paper_numbers
 
     yield "| | algorithm | paper | this recipe |"
     yield "|---|---|---|---|"
-    for numbers in paper_numbers().values():
+    for name, numbers in paper_numbers().items():
         for arm, value in numbers.values.items():
-            yield f"| {numbers.title} | `{arm}` | {value:.2f} | |"
+            yield f"| {numbers.title} | `{arm}` | {value:.2f} | {scores.get(name, {}).get(arm, '–')} |"
     yield ""
     for numbers in paper_numbers().values():
         yield f"- {numbers.title}: {numbers.source}"

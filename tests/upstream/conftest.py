@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -65,3 +65,13 @@ def built_in(patched):
 def in_tree():
     """Runs Python with verl from a tree."""
     return run_in_tree
+
+
+@pytest.fixture(scope="session")
+def made_up():
+    """What the tests of studies make data with."""
+    path = Path(__file__).parents[1] / "study/conftest.py"
+    spec = spec_from_file_location("study_conftest", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.made_up

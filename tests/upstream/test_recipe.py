@@ -4,12 +4,15 @@ import pytest
 
 pytest.importorskip("verl")
 
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from hpo_plugin.cli._checks import compose as compose_by_name
 from hpo_plugin.cli.app import app
+from hpo_plugin.study.data import write_data
+from hpo_plugin.study.spec import load_study
 from hpo_plugin.upstream import recipe
 from hpo_plugin.upstream.contribution import UnknownTreeError
 
@@ -27,9 +30,13 @@ def collection(tmp_path):
 def test_the_folder_has_what_every_recipe_has(collection):
     names = {path.name for path in (collection / "hpo").iterdir()}
     assert {"README.md", "REQUIRED_VERL.txt", "config", "run_hpo.sh", "requirements.txt"} == names
-    pins = dict(line.split("=", 1) for line in (collection / "hpo/REQUIRED_VERL.txt").read_text().splitlines())
+    lines = (collection / "hpo/REQUIRED_VERL.txt").read_text().splitlines()
+    pins = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
     assert pins["MODE"] == "pinned_tag"
     assert pins["PIP_INSTALL"] == "pip install verl==0.9.1"
+    # The collection's install_verl.sh --method git needs one of the two; no tag is named without its commit.
+    assert "COMMIT" in pins or pins["GIT_SETUP"].startswith("pip download verl==0.9.1 ")
+    assert ("TAG" in pins) == ("COMMIT" in pins)
     assert "@" not in (collection / "hpo/README.md").read_text().replace("verl@git", "")
 
 
@@ -40,6 +47,63 @@ def test_the_collections_index_gets_one_row_in_its_place(collection):
 
 def test_running_it_twice_changes_nothing(collection):
     assert recipe.changes(collection, None) == {}
+
+
+def cells(readme, start):
+    return [line.strip("| ").split(" | ") for line in readme.splitlines() if line.startswith(start)]
+
+
+def test_clusters_are_listed_by_size(collection):
+    readme = (collection / "hpo/README.md").read_text()
+    assert cells(readme, "| `CLUSTER`") == [["`CLUSTER`", "`1x8`, `2x8`, `4x8`, `8x8`, `64x8`"]]
+
+
+def test_without_a_study_the_results_are_the_papers_alone(collection):
+    readme = (collection / "hpo/README.md").read_text()
+    assert "None was run on GPUs" in readme
+    assert {row[-1] for row in cells(readme, "| TeleLogs") + cells(readme, "| Countdown")} == {"–"}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("config_name", ["hpo_recipe", "countdown_cpu"])
+def test_scores_of_a_study_stand_beside_the_papers_where_it_is_one_of_this_recipe(tmp_path, made_up, config_name):
+    study = {
+        "name": "small",
+        "title": "A small study",
+        "config_name": config_name,
+        "steps": 4,
+        "test_every": 2,
+        "settings": {"one": {"title": "One", "overrides": ["recipe/task=countdown4"]}},
+        "arms": {
+            "grpo": {"title": "GRPO", "overrides": ["algorithm.policy_loss=grpo"]},
+            "adaptive": {"title": "A-HPO", "overrides": ["algorithm.policy_loss=ahpo"], "paper": "ahpo"},
+        },
+        "experiments": {
+            "main": {
+                "title": "Main",
+                "setting": "one",
+                "arms": ["grpo", "adaptive"],
+                "seeds": [0],
+                "paper": "countdown4-qwen2.5-7b",
+            }
+        },
+    }
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(study))
+    # Held-out success is 0.2 after two steps and 0.3 after four, for A-HPO 0.4 and 0.5.
+    data = [made_up(cell, held_out=0.4 if cell.arm == "adaptive" else 0.2) for cell in load_study(file).cells()]
+    write_data(tmp_path / "small.parquet", data)
+    (tmp_path / "README.md").write_text(README)
+    readme = recipe.changes(tmp_path, file)["hpo/README.md"]
+    of_recipe = config_name == "hpo_recipe"
+    assert [[*row[1:3], row[3][:5]] for row in cells(readme, "| Countdown with 4")] == [
+        ["`ahpo`", "0.63", "0.500" if of_recipe else "–"],
+        ["`grpo`", "0.58", "0.300" if of_recipe else "–"],
+    ]
+    assert {row[-1] for row in cells(readme, "| TeleLogs")} == {"–"}
+    assert ("None was run on GPUs" in readme) != of_recipe
+    assert ("run with the config `countdown_cpu`, not with this recipe's" in readme) != of_recipe
+    assert ("on the machine that it names" in readme) == of_recipe
 
 
 def test_another_recipe_of_that_name_is_not_replaced(tmp_path):
