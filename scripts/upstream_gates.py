@@ -1,4 +1,4 @@
-"""Runs verl's own CPU tests and gates on source trees of verl, before and after the contribution, and writes the table.
+"""Runs verl's own CPU tests and gates on source trees of verl, before and after the contribution; writes the results.
 
     python scripts/upstream_gates.py v0.9.0=PATH main=PATH 0.9.1=PATH
 
@@ -6,23 +6,28 @@ verl's tests need pytest-asyncio beside this project's development environment: 
 
 A tree is a git checkout, or an unpacked source distribution; it is copied, and left as it is. The gates are the local
 hooks of the tree's .pre-commit-config.yaml, word for word, and those of its workflows that need neither a network nor a
-GPU; ruff and mypy are this environment's, with the tree's settings. The table goes to hpo_plugin/upstream/gates.md (the
-text of the pull request has it) and into docs/upstream.md.
+GPU; ruff and mypy are this environment's, with the tree's settings. The table and how to read it go to
+hpo_plugin/upstream/gates.md (the text of the pull request has it) and into docs/upstream.md; the outcome of each
+contributed test goes to hpo_plugin/upstream/contributed_tests.json, of which the text of the pull request takes it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from xml.etree import ElementTree
 
 import yaml
 
@@ -30,10 +35,18 @@ from hpo_plugin.upstream import contribution
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "hpo_plugin/upstream/gates.md"
+OUTCOMES = ROOT / "hpo_plugin/upstream/contributed_tests.json"
 PAGE = ROOT / "docs/upstream.md"
 BEGIN, END = "<!-- begin: scripts/upstream_gates.py -->", "<!-- end -->"
 
 PYTEST = "python3 -m pytest -q -p no:cacheprovider --asyncio-mode=auto"
+
+CONTRIBUTED = "tests/trainer/ppo/test_hpo_on_cpu.py"
+
+# Of verl's own tests, those that fail here without the contribution too.
+REASONS = {
+    "test_target_modules_raises_on_invalid_type": "it reads the files of a model that verl's CI downloads",
+}
 
 # Gates of .github/workflows/{cpu_unit_tests,sanity,type-coverage-check}.yml, beside the pre-commit hooks.
 WORKFLOWS = {
@@ -45,6 +58,23 @@ WORKFLOWS = {
     "type annotations": "python3 tests/special_sanity/type_coverage_check.py",
     "docstrings of `__all__`": "python3 tests/special_sanity/check_api_docs.py verl",
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found on a tree.
+
+    Attributes:
+        source: What the tree is, in words.
+        gates: Name of a gate -> its answer before and after.
+        failed: Verl's test that failed -> "before", "after" or "before and after".
+        tests: Contributed test -> outcome -> how many cases had it.
+    """
+
+    source: str
+    gates: Mapping[str, tuple[str, str]]
+    failed: Mapping[str, str]
+    tests: Mapping[str, Mapping[str, int]]
 
 
 def gates(tree: Path) -> Iterator[tuple[str, str]]:
@@ -65,8 +95,11 @@ def gates(tree: Path) -> Iterator[tuple[str, str]]:
         yield "compileall", "python3 -m compileall -q verl tests"
 
 
-def run(tree: Path, command: str) -> str:
-    """What a gate says: the count of pytest, ``passes``, or ``fails``; the whole output of a failure on stderr."""
+def run(tree: Path, command: str) -> tuple[str, set[str]]:
+    """What a gate says, and which tests failed; the whole output of a failure on stderr.
+
+    The count of pytest, ``passes``, or ``fails``.
+    """
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(tree),
@@ -84,12 +117,31 @@ def run(tree: Path, command: str) -> str:
         print(f"--- {tree}: {command}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}", file=sys.stderr)
     counted = re.search(r"((?:\d+ (?:failed|passed|skipped|error|errors|warnings?|xfailed)(?:, )?)+) in ", done.stdout)
     if "pytest" in command and counted:
-        return ", ".join(part for part in counted[1].split(", ") if "warning" not in part)
-    return "fails" if done.returncode else "passes"
+        failed = set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", done.stdout, re.MULTILINE))
+        return ", ".join(part for part in counted[1].split(", ") if "warning" not in part), failed
+    return "fails" if done.returncode else "passes", set()
 
 
-def measure(source: Path, only: str | None) -> dict[str, tuple[str, str]]:
-    """Each gate's answer before and after."""
+def outcomes(report: Path) -> dict[str, dict[str, int]]:
+    """Test -> outcome -> how many of its cases had it, from a report of pytest in JUnit's format."""
+    found: dict[str, Counter[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed")
+        found.setdefault(case.attrib["name"].partition("[")[0], Counter())[outcome] += 1
+    return {name: dict(counts) for name, counts in found.items()}
+
+
+def describe(source: Path) -> str:
+    """What a tree is, for a reader who has another one."""
+    if not (source / ".git").exists():
+        return "a source distribution, which has no documentation, no examples and only some of the tests"
+    command = ["git", "-C", str(source), "show", "--no-patch", "--abbrev=9", "--date=format:%-d %B %Y"]
+    done = subprocess.run([*command, "--format=commit `%h` of %cd"], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def measure(source: Path, only: str | None) -> Measured:
+    """Each gate's answer before and after, and the outcomes of the contributed tests."""
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory) / "verl"
         git = ["git", "-C", str(tree)]
@@ -106,25 +158,50 @@ def measure(source: Path, only: str | None) -> dict[str, tuple[str, str]]:
         names = [name for name in changes if name.endswith(".py")]
         selected = {name: command for name, command in gates(tree) if only is None or re.search(only, name)}
         answers = []
+        failed: dict[str, list[str]] = {}
         for applied in (False, True):
             if applied:
                 contribution.commit(tree, changes, "contribution")
             files = " ".join(name for name in names if (tree / name).exists())
-            answers.append({name: run(tree, command.replace("{files}", files)) for name, command in selected.items()})
+            said = {name: run(tree, command.replace("{files}", files)) for name, command in selected.items()}
+            answers.append({name: answer for name, (answer, _) in said.items()})
+            for test in set().union(*(tests for _, tests in said.values())):
+                failed.setdefault(test, []).append("after" if applied else "before")
         before, after = answers
-        return {name: (before[name], after[name]) for name in selected}
+        report = Path(directory) / "contributed.xml"
+        contributed, _ = run(tree, f"{PYTEST} --junitxml={report} {CONTRIBUTED}")
+        both = {"the contributed tests": ("—", contributed)} | {name: (before[name], after[name]) for name in selected}
+        when = {test: " and ".join(times) for test, times in failed.items()}
+        return Measured(describe(source), both, when, outcomes(report))
 
 
-def table(answers: dict[str, dict[str, tuple[str, str]]]) -> str:
+def table(measured: Mapping[str, Measured]) -> str:
     """One row a gate, one column a tree."""
-    names = list(dict.fromkeys(name for tree in answers.values() for name in tree))
-    lines = [f"| gate | {' | '.join(answers)} |", f"|---|{'---|' * len(answers)}"]
+    names = list(dict.fromkeys(name for tree in measured.values() for name in tree.gates))
+    lines = [f"| gate | {' | '.join(measured)} |", f"|---|{'---|' * len(measured)}"]
     for name in names:
         cells = []
-        for tree in answers.values():
-            before, after = tree.get(name, ("—", "—"))
+        for tree in measured.values():
+            before, after = tree.gates.get(name, ("—", "—"))
             cells.append(before if before == after else f"{before} → {after}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reading(measured: Mapping[str, Measured]) -> str:
+    """What a reader has to know to read the table."""
+    trees = "; ".join(f"`{name}` is {tree.source}" for name, tree in measured.items())
+    lines = [
+        "Before → after the contribution; one entry: the same before and after. A dash: the tree has no such gate, or "
+        "not yet. The contributed tests are among those of `trainer`, and make the difference there.",
+        f"The trees: {trees}.",
+    ]
+    for test in sorted({test for tree in measured.values() for test in tree.failed}):
+        where = ", ".join(f"{tree.failed[test]} on `{name}`" for name, tree in measured.items() if test in tree.failed)
+        reason = REASONS.get(test, "the reason is not known")
+        lines.append(f"A test of verl's own fails {where}: `{test}`; {reason}.")
+    if any("skipped" in answer for tree in measured.values() for both in tree.gates.values() for answer in both):
+        lines.append("What is skipped is skipped by verl's tests themselves.")
     return "\n".join(lines)
 
 
@@ -152,14 +229,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("pytest_asyncio") is None:
         parser.error("verl's tests need pytest-asyncio: pip install pytest-asyncio")
-    answers = {}
+    measured = {}
     for tree in arguments.trees:
         name, _, path = tree.partition("=")
-        answers[name] = measure(Path(path).resolve(), arguments.only)
-    text = f"{table(answers)}\n\n{versions()}"
-    print(text)
+        measured[name] = measure(Path(path).resolve(), arguments.only)
+    text = f"{table(measured)}\n\n{reading(measured)}\n\n{versions()}"
+    tests = json.dumps({name: tree.tests for name, tree in measured.items()}, indent=2, sort_keys=True)
+    print(text, tests, sep="\n\n")
     if arguments.only is None:
         write(text)
+        OUTCOMES.write_text(f"{tests}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ PYPROJECT_TEXT = (ROOT / "pyproject.toml").read_text()
 PYPROJECT = tomllib.loads(PYPROJECT_TEXT)
 
 #: Of what is packed.
-SUFFIXES = {".py", ".yaml", ".typed", ".j2", ".in", ".md"}
+SUFFIXES = {".py", ".yaml", ".typed", ".j2", ".in", ".md", ".json"}
 
 
 def locked(name: str) -> dict[str, str]:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-__all__ = ["pull_request", "study_results"]
+__all__ = ["pull_request", "study_results", "with_outcomes"]
 
 HERE = Path(__file__).parent
 
 GATES = HERE / "gates.md"
-"""Written by scripts/upstream_gates.py: what verl's tests and gates said before and after."""
+"""Written by scripts/upstream_gates.py: what verl's tests and gates said before and after, and how to read it."""
+
+OUTCOMES = HERE / "contributed_tests.json"
+"""Written by the same script: verl's tree -> contributed test -> outcome -> how many of its cases had it."""
 
 PICTURES = ("-reward", "-alpha")
 """Of a report's pictures, those that a reader of a pull request looks at: the curves, and α."""
 
 NO_STUDY = (
-    "**Curves and final scores of the study belong here.** They are filled in by `hpo-plugin upstream --study "
-    "STUDY.yaml`, from the data that `hpo-plugin study collect` has gathered."
+    "**Curves and final scores of the study belong here.** They are filled in by `hpo-plugin upstream --verl PATH "
+    "--pull-request FILE --study STUDY.yaml`, from the data that `hpo-plugin study collect` has gathered."
+)
+
+NOT_THIS_BRANCH = (
+    "**The runs below were made with the plugin hpo_plugin, on the version of verl that stands with them, not with the "
+    "code of this branch.**"
+)
+
+PAGE_OF_PROJECT = (
+    "What follows is a page of the project hpo_plugin. The commands, configs and files that it names are there, not "
+    "here."
 )
 
 
@@ -35,9 +50,39 @@ def pull_request(study_file: Path | None, output: Path) -> str:
     Raises:
         StudyError: if the study or its data are not what they should be.
     """
-    text = (HERE / "pull_request.md.in").read_text(encoding="utf-8")
-    study = NO_STUDY if study_file is None else study_results(study_file, output.parent, heading="####")
+    template = (HERE / "pull_request.md.in").read_text(encoding="utf-8")
+    text = with_outcomes(template, json.loads(OUTCOMES.read_text(encoding="utf-8")))
+    study = NO_STUDY
+    if study_file is not None:
+        study = f"{NOT_THIS_BRANCH} {study_results(study_file, output.parent, heading='####')}"
     return text.replace("@GATES@", GATES.read_text(encoding="utf-8").strip()).replace("@STUDY@", study)
+
+
+def with_outcomes(text: str, outcomes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """Fill in what the contributed tests said.
+
+    Args:
+        text: Markdown; the last cell of each row of a table that names tests is replaced. A name may end in ``…``.
+        outcomes: verl's tree -> test -> outcome -> how many of its cases had it.
+
+    Returns:
+        The text with ``passes`` where all cases of a row's tests passed on all trees, else with what did not.
+    """
+
+    def fill(row: re.Match[str]) -> str:
+        remarks = []
+        for name, abbreviated in re.findall(r"`(test_\w+)(…?)`", row[0]):
+            for tree, tests in outcomes.items():
+                named = {test: tests[test] for test in tests if test == name or (abbreviated and test.startswith(name))}
+                if not named:
+                    remarks.append(f"`{name}{abbreviated}` was not run on {tree}")
+                for test, counts in named.items():
+                    if set(counts) != {"passed"}:
+                        said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+                        remarks.append(f"`{test}` on {tree}: {said}")
+        return f"{row['cells']} {'; '.join(remarks) or 'passes'} |"
+
+    return re.sub(r"^(?P<cells>\|.*`test_\w+…?`.*\|)[^|]*\|$", fill, text, flags=re.MULTILINE)
 
 
 def study_results(study_file: Path, directory: Path, *, heading: str) -> str:
@@ -71,4 +116,5 @@ def study_results(study_file: Path, directory: Path, *, heading: str) -> str:
         for picture in section.pictures:
             save(picture.figure, folder / picture.name, png=True)
     text = re.sub(r"^## ", f"{heading} ", to_markdown(report), flags=re.MULTILINE)
-    return re.sub(r"^# ", f"{heading.removesuffix('#')} ", text, count=1, flags=re.MULTILINE).strip()
+    text = re.sub(r"^# ", f"{heading.removesuffix('#')} ", text, count=1, flags=re.MULTILINE).strip()
+    return f"{PAGE_OF_PROJECT}\n\n{text}"

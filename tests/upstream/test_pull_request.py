@@ -1,7 +1,9 @@
 """The text of the pull request: complete, honest about what is missing, and never sent by a machine."""
 
-import importlib.util
+import json
 import re
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 from hpo_plugin.cli.app import app
 from hpo_plugin.study.data import write_data
 from hpo_plugin.upstream import contribution
-from hpo_plugin.upstream.pull_request import pull_request
+from hpo_plugin.upstream.pull_request import GATES, OUTCOMES, pull_request, with_outcomes
 
 STUDY = {
     "name": "small",
@@ -28,16 +30,6 @@ STUDY = {
         "main": {"title": "Two arms", "setting": "one", "arms": ["grpo", "ahpo"], "seeds": [0, 1], "compare": "ahpo"}
     },
 }
-
-
-@pytest.fixture(scope="module")
-def made_up():
-    """What the tests of studies make data with."""
-    path = Path(__file__).parents[1] / "study/conftest.py"
-    spec = importlib.util.spec_from_file_location("study_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.made_up
 
 
 @pytest.fixture
@@ -60,6 +52,9 @@ def test_it_has_the_sections_of_verls_template(text):
 def test_it_states_the_assistance_and_the_line_that_a_human_owns(text):
     assert "written by an AI assistant" in text
     assert text.count("**The line that a human owns:** I, ____") == 1
+    # What precedes the next section is removed when it is opened.
+    assert "The line that a human owns" in text.partition("### What does this PR do?")[2]
+    assert "has reviewed it" not in text
 
 
 def test_the_title_is_one_that_verl_takes():
@@ -68,10 +63,55 @@ def test_the_title_is_one_that_verl_takes():
     assert kind == "feat"
 
 
-def test_the_tests_it_names_are_there(text):
+def test_the_recorded_outcomes_are_those_of_the_contributed_tests():
+    """Fails when a test was added or renamed: then run scripts/upstream_gates.py again."""
     source = (contribution.FILES / "tests/trainer/ppo/test_hpo_on_cpu.py.in").read_text()
-    for name in re.findall(r"`(test_\w+?)_?(?:…)?`", text):
-        assert f"def {name}" in source, name
+    names = set(re.findall(r"^def (test_\w+)", source, re.MULTILINE))
+    for tree, tests in json.loads(OUTCOMES.read_text()).items():
+        assert set(tests) == names, tree
+
+
+def test_the_results_in_the_table_are_those_of_the_record():
+    named, others = (
+        "test_alpha_of_one_is_grpo",
+        ["test_ahpo_weights_x", "test_hpo_weights_x", "test_alpha_is_the_ratio_x"],
+    )
+    template = (
+        f"| one | `{named}` | passes |\n| two | `test_hpo_weights_…`, `test_alpha_is_the_ratio_…` | whatever |\n"
+        "| not a test | `name` | stays |\n"
+    )
+    good = {name: {"passed": 2} for name in [named, *others]}
+    rows = with_outcomes(template, {"main": good}).splitlines()
+    assert [row.split(" | ")[-1] for row in rows] == ["passes |", "passes |", "stays |"]
+    bad = good | {named: {"passed": 1, "failure": 1}}
+    bad.pop("test_hpo_weights_x")
+    rows = with_outcomes(template, {"main": good, "0.9.1": bad}).splitlines()
+    assert rows[0].endswith(f"| `{named}` on 0.9.1: 1 passed, 1 failure |")
+    assert rows[1].endswith("| `test_hpo_weights_…` was not run on 0.9.1 |")
+    assert rows[2] == "| not a test | `name` | stays |"
+
+
+def test_the_table_of_gates_can_be_read_by_itself(text):
+    table = GATES.read_text()
+    assert table.strip() in text
+    assert table.strip() in (Path(__file__).parents[2] / "docs/upstream.md").read_text()
+    assert "Before → after" in table
+    assert "A dash:" in table
+    for tree in table.splitlines()[0].split(" | ")[1:]:
+        assert re.search(
+            rf"`{re.escape(tree.strip(' |'))}` is (commit `[0-9a-f]{{9}}` of|a source distribution)", table
+        )
+    assert ("failed" in table) == ("A test of verl's own fails" in table)
+
+
+def test_the_tests_it_names_are_there_and_have_an_outcome(text):
+    source = (contribution.FILES / "tests/trainer/ppo/test_hpo_on_cpu.py.in").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\|.*`test_\w+…?`", line)]
+    assert len(rows) >= 7
+    for row in rows:
+        assert row.endswith("| passes |"), row
+        for name, abbreviated in re.findall(r"`(test_\w+)(…?)`", row):
+            assert f"def {name}" + ("" if abbreviated else "(") in source, name
 
 
 @pytest.mark.timeout(300)
@@ -83,7 +123,9 @@ def test_the_results_of_a_study_are_filled_in_with_their_pictures(tmp_path, made
     write_data(tmp_path / "small.parquet", [made_up(cell) for cell in load_study(file).cells()])
     text = pull_request(file, tmp_path / "out/pr.md")
     assert "Curves and final scores of the study belong here" not in text
-    assert "### A small study" in text
+    before, _, study = text.partition("### A small study")
+    assert "not with the code of this branch" in before
+    assert study
     pictures = re.findall(r"!\[.*?\]\((.+?)\)", text)
     assert pictures == ["small/main-reward.svg", "small/main-alpha.svg"]
     for picture in pictures:
@@ -104,3 +146,39 @@ def test_options_that_would_have_no_effect_are_refused(arguments, message):
     done = CliRunner().invoke(app, ["upstream", *arguments])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def gates():
+    path = Path(__file__).parents[2] / "scripts/upstream_gates.py"
+    spec = spec_from_file_location("upstream_gates", path)
+    module = module_from_spec(spec)
+    sys.modules["upstream_gates"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_counts_the_cases_of_a_test_by_outcome(gates, tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase name="test_a[1]"/><testcase name="test_a[2]"><failure/></testcase>'
+        '<testcase name="test_b"/><testcase name="test_c"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert gates.outcomes(report) == {
+        "test_a": {"passed": 1, "failure": 1},
+        "test_b": {"passed": 1},
+        "test_c": {"skipped": 1},
+    }
+
+
+def test_the_script_says_how_to_read_what_it_writes(gates):
+    measured = {
+        "old": gates.Measured(
+            "commit `123456789` of 1 May 2026", {"a": ("1 failed", "1 failed")}, {"test_x": "before and after"}, {}
+        ),
+        "new": gates.Measured("a source distribution", {"b": ("passes", "fails")}, {"test_x": "after"}, {}),
+    }
+    assert gates.table(measured).splitlines()[2:] == ["| a | 1 failed | — |", "| b | — | passes → fails |"]
+    text = gates.reading(measured)
+    assert "`old` is commit `123456789` of 1 May 2026; `new` is a source distribution." in text
+    assert "fails before and after on `old`, after on `new`: `test_x`; the reason is not known." in text
