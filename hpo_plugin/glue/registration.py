@@ -28,11 +28,20 @@ def is_built_in(core_algos: ModuleType) -> bool:
     Returns:
         True if nothing of this package is needed for HPO.
     """
-    return all(
-        getattr(registry.get(name), "__module__", None) == CORE_ALGOS
-        for registry in (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY)
+    return len(_built_in(core_algos)) == 2 * len(HYSTERETIC)
+
+
+def _built_in(core_algos: ModuleType) -> list[str]:
+    """Which of the four verl registers itself."""
+    return [
+        f"the {kind} {name!r}"
+        for kind, registry in (
+            ("advantage estimator", core_algos.ADV_ESTIMATOR_REGISTRY),
+            ("policy loss", core_algos.POLICY_LOSS_REGISTRY),
+        )
         for name in HYSTERETIC
-    )
+        if getattr(registry.get(name), "__module__", None) == CORE_ALGOS
+    ]
 
 
 def register(core_algos: ModuleType) -> None:
@@ -44,11 +53,18 @@ def register(core_algos: ModuleType) -> None:
         core_algos: the module ``verl.trainer.ppo.core_algos``, completely imported.
 
     Raises:
-        RegistrationError: if another package holds one of the names; nothing is overwritten.
+        RegistrationError: if another package holds one of the names, or verl has a part of them built in; nothing is
+            overwritten.
     """
     if is_built_in(core_algos):
         logging.getLogger(__name__).warning("verl has HPO and A-HPO built in: hpo_plugin steps aside in their favor")
         return
+    if built_in := _built_in(core_algos):
+        raise RegistrationError(
+            f"this verl has a part of HPO built in ({', '.join(built_in)}), and hpo_plugin steps aside for all or "
+            "nothing. Install an hpo_plugin that was made for this verl, or the verl that this one asks for; or use "
+            "verl's own alone, with VERL_USE_EXTERNAL_PLUGINS=none (or a list without hpo)."
+        )
     from hpo_plugin.glue.estimators import ESTIMATORS
     from hpo_plugin.glue.losses import LOSSES
 

@@ -1,6 +1,8 @@
 """Where verl has HPO itself, the plugin steps aside; another package that holds a name is still an error."""
 
 import logging
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from hpo_plugin.glue import registration
 from hpo_plugin.glue.arms import HYSTERETIC
 from hpo_plugin.glue.registration import RegistrationError
+from hpo_plugin.upstream.contribution import FILES
 
 LINE = "verl has HPO and A-HPO built in: hpo_plugin steps aside in their favor"
 
@@ -24,7 +27,8 @@ def test_verls_own_worker_trains(built_in):
 
 
 @pytest.mark.timeout(600)
-def test_one_line_says_so(built_in):
+def test_one_line_says_so_in_each_process(built_in):
+    """The driver and every worker import the registry, and each is a process like the one that is looked at here."""
     assert built_in["log"].count(LINE) == 1
 
 
@@ -55,11 +59,14 @@ def registries(**held):
     )
 
 
-def test_a_verl_that_has_only_one_of_the_two_is_a_conflict():
-    core_algos = registries(hpo=registration.CORE_ALGOS)
+def test_a_verl_that_has_a_part_is_a_conflict_that_names_the_part_and_what_to_do():
+    core_algos = registries(hpo=registration.CORE_ALGOS, ahpo=registration.CORE_ALGOS)
+    core_algos.POLICY_LOSS_REGISTRY.clear()
     assert not registration.is_built_in(core_algos)
-    with pytest.raises(RegistrationError, match="already registered"):
+    part = "the advantage estimator 'hpo', the advantage estimator 'ahpo'"
+    with pytest.raises(RegistrationError, match=rf"\({part}\).*Install an hpo_plugin that was made for this verl"):
         registration.register(core_algos)
+    assert core_algos.POLICY_LOSS_REGISTRY == {}
 
 
 def test_another_package_is_a_conflict(caplog):
@@ -84,6 +91,43 @@ def test_the_contributed_scripts_select_what_they_are_called_after_and_verl_acce
         "run_qwen3_8b_fsdp.sh": ["ahpo", "fsdp", "passed"],
         "run_qwen3_8b_megatron.sh": ["ahpo", "megatron", "passed"],
     }
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "megatron"])
+@pytest.mark.parametrize(
+    ("has_lock", "environment", "launcher"),
+    [
+        (True, {}, "uv"),
+        (False, {}, "python3"),
+        (True, {"VERL_USE_UV": "0"}, "python3"),
+        (True, {"DEVICE": "npu"}, "python3"),
+    ],
+)
+def test_the_contributed_scripts_use_uv_where_verl_has_its_lock_file(tmp_path, engine, has_lock, environment, launcher):
+    for name in ("uv", "python3"):
+        stub = tmp_path / name
+        stub.write_text(f"#!/bin/bash\nprintf '%s\\0' {name} \"$@\"\n")
+        stub.chmod(0o755)
+    if has_lock:
+        (tmp_path / "uv.lock").touch()
+    script = FILES / f"examples/hpo_trainer/run_qwen3_8b_{engine}.sh.in"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), "trainer.nnodes=2"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = done.stdout.split("\0")[:-1]
+    assert said[0] == launcher
+    assert ("verl.trainer.main_ppo" in said, said[-1]) == (True, "trainer.nnodes=2")
+    workers = [
+        argument for argument in said if argument.startswith("ray_kwargs.ray_init.runtime_env.py_executable=uv ")
+    ]
+    assert len(workers) == (launcher == "uv")
+    assert (f"--extra {engine}" in " ".join(said)) == (launcher == "uv")
 
 
 @pytest.mark.e2e
