@@ -27,8 +27,7 @@ NO_STUDY = (
 )
 
 NOT_THIS_BRANCH = (
-    "**The runs below were made with the plugin hpo_plugin, on the version of verl that stands with them, not with the "
-    "code of this branch.**"
+    "**The runs below were made with the plugin hpo_plugin on verl {versions}, not with the code of this branch.**"
 )
 
 PAGE_OF_PROJECT = (
@@ -54,8 +53,16 @@ def pull_request(study_file: Path | None, output: Path) -> str:
     text = with_outcomes(template, json.loads(OUTCOMES.read_text(encoding="utf-8")))
     study = NO_STUDY
     if study_file is not None:
-        study = f"{NOT_THIS_BRANCH} {study_results(study_file, output.parent, heading='####')}"
+        said = NOT_THIS_BRANCH.format(versions=_versions_of_verl(study_file))
+        study = f"{said} {study_results(study_file, output.parent, heading='####')}"
     return text.replace("@GATES@", GATES.read_text(encoding="utf-8").strip()).replace("@STUDY@", study)
+
+
+def _versions_of_verl(study_file: Path) -> str:
+    from hpo_plugin.study.data import read_data
+
+    noted = [run.info["result"].get("versions", {}) for run in read_data(study_file.with_suffix(".parquet")).values()]
+    return " and ".join(sorted({versions.get("verl", "of a version that is not noted") for versions in noted}))
 
 
 def with_outcomes(text: str, outcomes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:

@@ -120,11 +120,14 @@ def test_the_results_of_a_study_are_filled_in_with_their_pictures(tmp_path, made
 
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(STUDY))
-    write_data(tmp_path / "small.parquet", [made_up(cell) for cell in load_study(file).cells()])
+    data = [made_up(cell) for cell in load_study(file).cells()]
+    for run in data:
+        run.info["result"]["versions"] = {"verl": "0.9.1"}
+    write_data(tmp_path / "small.parquet", data)
     text = pull_request(file, tmp_path / "out/pr.md")
     assert "Curves and final scores of the study belong here" not in text
     before, _, study = text.partition("### A small study")
-    assert "not with the code of this branch" in before
+    assert "the plugin hpo_plugin on verl 0.9.1, not with the code of this branch" in before
     assert study
     pictures = re.findall(r"!\[.*?\]\((.+?)\)", text)
     assert pictures == ["small/main-reward.svg", "small/main-alpha.svg"]
