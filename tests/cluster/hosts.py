@@ -87,9 +87,13 @@ class Host:
         )
 
     def processes(self) -> list[psutil.Process]:
-        """What runs on this host."""
+        """What runs on this host: the sessions of what was started, and its descendants in sessions of their own."""
         sessions = {process.pid for process in self._processes}
-        return [process for process in psutil.process_iter() if _session(process.pid) in sessions and _alive(process)]
+        found = {process for process in psutil.process_iter() if _session(process.pid) in sessions}
+        for process in tuple(found):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.update(process.children(recursive=True))
+        return [process for process in found if _alive(process)]
 
     def kill(self) -> None:
         """Everything on this host stops at once."""
