@@ -26,6 +26,7 @@ from hpo_plugin.upstream.edits import (
     Anchor,
     AnchorError,
     InList,
+    unbound,
 )
 
 __all__ = ["TITLE", "UnknownTreeError", "changes", "commit", "patch", "read", "refuse_others", "write"]
@@ -178,6 +179,7 @@ def _edited_files(tree: Path) -> dict[str, str]:
             f"{tree} has HPO, but not this contribution: {missing.file} lacks the text of {missing.snippet}. "
             "Start from a tree without HPO; a verl that has it built in needs no contribution."
         )
+    before = dict(sources)
     for insertion in insertions:
         try:
             sources[insertion.file] = insertion.anchor.insert(sources[insertion.file], insertion.text)
@@ -186,6 +188,12 @@ def _edited_files(tree: Path) -> dict[str, str]:
                 f"{tree / insertion.file}: {_in_one_line(error)}. The contribution knows {KNOWN}; adapt INSERTIONS in "
                 "hpo_plugin/upstream/contribution.py to this tree."
             ) from error
+    for name, source in sources.items():
+        if name.endswith(".py") and (missing_names := unbound(source) - unbound(before[name])):
+            raise UnknownTreeError(
+                f"{tree / name} has no {', '.join(sorted(missing_names))}, which the contribution uses there; it knows "
+                f"{KNOWN}."
+            )
     return sources
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import textwrap
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,7 @@ __all__ = [
     "Anchor",
     "AnchorError",
     "InList",
+    "unbound",
 ]
 
 
@@ -175,3 +177,33 @@ class AfterLine:
         if not numbers:
             raise AnchorError(f"no line that begins with {self.begins!r}")
         return _after_line(source, numbers[-1], 0, text)
+
+
+def unbound(source: str) -> set[str]:
+    """Names that a Python file reads and binds nowhere, in whatever scope; ``Class.member`` for those of its classes.
+
+    Args:
+        source: the file.
+
+    Raises:
+        SyntaxError: if it is not Python.
+    """
+    nodes = list(ast.walk(ast.parse(source)))
+    bound = set(dir(builtins)) | {"__file__", "__name__"}
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    for node in nodes:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                bound.add(name)
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()) | ast.ExceptHandler(name=str(name)):
+                bound.add(name)
+            case ast.alias(name=name, asname=asname):
+                bound.add(asname or name.partition(".")[0])
+    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    members = {
+        f"{node.value.id}.{node.attr}"
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in classes
+        if node.attr not in {child.id for child in ast.walk(classes[node.value.id]) if isinstance(child, ast.Name)}
+    }
+    return (read - bound) | members

@@ -221,6 +221,9 @@ def test_a_directory_without_verl_is_refused(tmp_path):
     ("file", "name"),
     [
         (CORE_ALGOS, "compute_policy_loss_cispo"),
+        # No place for a text, but what texts use.
+        (CORE_ALGOS, "compute_policy_loss_vanilla"),
+        (CORE_ALGOS, "AdvantageEstimator.GPG"),
         ("verl/trainer/config/algorithm.py", "FilterGroupsConfig"),
         ("verl/trainer/config/ppo_trainer.yaml", "norm_adv_by_std_in_grpo"),
         ("verl/trainer/ppo/v1/trainer_base.py", "kv_batch_put"),
@@ -232,7 +235,7 @@ def test_a_directory_without_verl_is_refused(tmp_path):
 def test_a_tree_without_an_anchor_is_refused_with_file_and_name_and_left_alone(tmp_path, wheel, file, name):
     shutil.copytree(wheel, tmp_path / "tree")
     path = tmp_path / "tree" / file
-    damaged = path.read_text().replace(name, "renamed")
+    damaged = path.read_text().replace(name.removeprefix("AdvantageEstimator."), "renamed")
     path.write_text(damaged)
     done = CliRunner().invoke(app, ["upstream", "--verl", str(tmp_path / "tree")])
     assert done.exit_code == 1
