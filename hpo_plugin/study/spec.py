@@ -414,6 +414,10 @@ def setting_problems(prepare: Prepare) -> CountdownConfig:
 def of_fields(kind: type[T], given: Mapping[str, Any]) -> T:
     """Make a dataclass of the fields that a file has.
 
+    Args:
+        kind: The dataclass.
+        given: Field -> value; those that are absent keep their default.
+
     Raises:
         ValueError: A field that the class does not have, with those that it has.
     """
