@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,6 +318,20 @@ def test_ground_truth_forms(truth: object) -> None:
     assert compute_score("countdown", "<answer>3+5+7</answer>", truth) == 0.0
 
 
+def test_a_ground_truth_that_pandas_made_floats_of_is_scored_as_integers(tmp_path: Path) -> None:
+    """A column of numbers with a missing value is a column of floats."""
+    pandas = pytest.importorskip("pandas")
+    assert compute_score("countdown", "<answer>20+2</answer>", {"target": 22.0, "numbers": [2.0, 20.0]}) == 1.0
+    frame = pandas.DataFrame({"target": [22, None], "first": [2, None], "second": [20, None]})
+    row = frame.iloc[0]
+    frame["truth"] = [{"target": row.target, "numbers": [row["first"], row.second]}, None]
+    frame[["truth"]].to_parquet(tmp_path / "rows.parquet")
+    truth = pandas.read_parquet(tmp_path / "rows.parquet").truth[0]
+    assert str(truth["target"]) == "22.0"
+    assert compute_score("countdown", "<answer>20+2</answer>", truth) == 1.0
+    assert compute_score("countdown", "<answer>20-2</answer>", truth) == 0.0
+
+
 @pytest.mark.parametrize(
     ("truth", "reason"),
     [
@@ -329,7 +344,10 @@ def test_ground_truth_forms(truth: object) -> None:
         ({"target": 22, "numbers": "3 7 5"}, "not a list"),
         ({"target": 22, "numbers": []}, "0 numbers"),
         ({"target": 22, "numbers": [1] * 17}, "17 numbers"),
-        ({"target": 22.0, "numbers": [3, 7, 5]}, "22.0 is not an integer"),
+        ({"target": 22.5, "numbers": [3, 7, 5]}, "22.5 is not an integer"),
+        ({"target": float("nan"), "numbers": [3, 7, 5]}, "nan is not an integer"),
+        ({"target": float("inf"), "numbers": [3, 7, 5]}, "inf is not an integer"),
+        ({"target": 22, "numbers": [3, 7.25, 5]}, "7.25 is not an integer"),
         ({"target": None, "numbers": [3, 7, 5]}, "None is not an integer"),
         ({"target": True, "numbers": [3, 7, 5]}, "True is not an integer"),
         ({"target": 22, "numbers": [3, 7, "5"]}, "'5' is not an integer"),

@@ -175,7 +175,8 @@ def read_ground_truth(ground_truth: Any) -> tuple[int, tuple[int, ...]]:
 
     Args:
         ground_truth: ``{"target": int, "numbers": list[int]}`` or that as a JSON string. Numbers may be a list, a
-            tuple, or anything with ``tolist()`` (a numpy array, a tensor).
+            tuple, or anything with ``tolist()`` (a numpy array, a tensor); integers may be floats, as pandas makes them
+            in a column with missing values.
 
     Raises:
         ValueError: If it is anything else, naming what is wrong.
@@ -213,7 +214,8 @@ def _integer(value: Any, ground_truth: Any) -> int:
         try:
             return index(value)
         except TypeError:
-            pass
+            if hasattr(value, "is_integer") and value.is_integer():
+                return int(value)
     raise _bad_ground_truth(ground_truth, f"{value!r} is not an integer")
 
 
