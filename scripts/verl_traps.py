@@ -99,6 +99,21 @@ def rounding_of_grpo() -> list[float]:
     return advantages.flatten().tolist()
 
 
+def mean_over_no_tokens() -> tuple[float, float]:
+    """``token-mean`` of a mini-batch without an unmasked token is 0 / 0: entropy and KL terms are NaN in the log.
+
+    Returns:
+        The loss that ``agg_loss`` gives such a mini-batch, and the largest entry of its gradient.
+    """
+    import torch
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    entropy = torch.ones(2, 3, requires_grad=True)
+    loss = agg_loss(entropy, torch.zeros(2, 3), "token-mean", dp_size=1, batch_num_tokens=0)
+    (gradient,) = torch.autograd.grad(loss, entropy)
+    return float(loss), float(gradient.abs().max())
+
+
 def quoted_node_list_of_slurm(checkout: Path) -> list[str]:
     """The SLURM template takes all nodes for one: ``nodes_array=("$nodes")`` is an array of one element.
 
@@ -144,6 +159,7 @@ def main() -> None:
     print("SAPO example:", sapo_example_override())
     print("norm_adv_by_std_in_grpo=False, grpo and grpo_vectorized:", *unused_switch_of_grpo_vectorized())
     print("grpo, eight rewards of 0.1:", *rounding_of_grpo())
+    print("token-mean over no tokens, loss and gradient:", *mean_over_no_tokens())
     if checkout is not None:
         print("SLURM template, Ray is started on:", quoted_node_list_of_slurm(checkout))
 

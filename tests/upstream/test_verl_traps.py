@@ -1,6 +1,7 @@
 """Traps of verl that the pull request names. A test here fails when verl no longer has the trap: then take it out."""
 
 import importlib.util
+import math
 import os
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def test_grpo_makes_signs_of_rounding(traps):
     assert traps.rounding_of_grpo() == pytest.approx([-0.0073917] * 8, rel=1e-4)
 
 
+def test_the_mean_over_no_tokens_is_not_a_number(traps):
+    loss, gradient = traps.mean_over_no_tokens()
+    assert math.isnan(loss)
+    assert gradient == 0
+
+
 @pytest.mark.skipif("VERL_CHECKOUT" not in os.environ, reason="needs a git checkout of verl in VERL_CHECKOUT")
 def test_the_slurm_template_takes_all_nodes_for_one(traps):
     assert traps.quoted_node_list_of_slurm(Path(os.environ["VERL_CHECKOUT"])) == ["", "node1\nnode2"]
@@ -49,4 +56,4 @@ def test_the_slurm_template_takes_all_nodes_for_one(traps):
 def test_the_pull_request_names_each_trap(traps):
     text = (ROOT / "hpo_plugin/upstream/pull_request.md.in").read_text()
     found = text.partition("### Found on the way")[2].partition("###")[0]
-    assert [line[:2] for line in found.splitlines() if line[:2].rstrip(".").isdigit()] == ["1.", "2.", "3.", "4.", "5."]
+    assert [line[:2] for line in found.splitlines() if line[:2].rstrip(".").isdigit()] == [f"{k}." for k in range(1, 7)]
