@@ -12,7 +12,7 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, compute_
 from benchmarks._measure import medians, peak_bytes
 from benchmarks._table import markdown, row
 from hpo_plugin.algorithm import adaptive_alpha, count_signs, hysteretic_weights
-from hpo_plugin.glue.estimators import ESTIMATORS
+from hpo_plugin.glue.estimators import estimator
 
 RESPONSES, TOKENS, GROUP = 16384, 2048, 16
 SCALING = ((1024, 512, 16), (4096, 512, 16), (4096, 2048, 16), (4096, 512, 4), (4096, 512, 64))
@@ -37,17 +37,17 @@ def moving_the_bytes(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def functions(responses: int, tokens: int, group: int) -> dict:
-    """What is timed; ours weigh, so they do more than verl's."""
+    """What is timed; ours apply α and count what is logged, so they do more than verl's."""
     rewards, mask, uids = batch(responses, tokens, group)
     config = OmegaConf.create(
         {
             "algorithm": {"norm_adv_by_std_in_grpo": True, "hpo": {"alpha": ALPHA, "alpha_min": ALPHA_MIN}},
-            "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "vanilla"}}},
+            "actor_rollout_ref": {"rollout": {"n": group}},
         }
     ).algorithm
     return {
-        "hpo": lambda: ESTIMATORS["hpo"](rewards, mask, uids, config=config)[0],
-        "ahpo": lambda: ESTIMATORS["ahpo"](rewards, mask, uids, config=config)[0],
+        "hpo": lambda: estimator("hpo")(rewards, mask, uids, config=config)[0],
+        "ahpo": lambda: estimator("ahpo")(rewards, mask, uids, config=config)[0],
         "grpo": lambda: compute_grpo_outcome_advantage(rewards, mask, uids)[0],
         "grpo_vectorized": lambda: compute_grpo_vectorized_outcome_advantage(rewards, mask, uids)[0],
         "the bytes": lambda: moving_the_bytes(rewards, mask),
@@ -55,7 +55,7 @@ def functions(responses: int, tokens: int, group: int) -> dict:
 
 
 def check(timed: dict) -> None:
-    """Ours are verl's ``grpo`` with its negative rows weighed; all have a first token."""
+    """Ours are verl's ``grpo`` with α applied to its negative rows; all have a first token."""
     grpo = timed["grpo"]()
     signs = grpo[:, 0].sign()
     for name, alpha in (("hpo", ALPHA), ("ahpo", adaptive_alpha(count_signs(signs), ALPHA_MIN))):

@@ -11,10 +11,8 @@ from verl.workers.config import FSDPActorConfig
 
 from benchmarks._measure import medians, peak_bytes
 from benchmarks._table import Row, markdown, row
-from hpo_plugin.algorithm import SignCounts, hpo_loss
+from hpo_plugin.algorithm import hpo_loss, hysteretic_weights, response_signs
 from hpo_plugin.glue.config import HPOPolicyLossConfig
-from hpo_plugin.glue.losses import LOSSES
-from hpo_plugin.glue.step import Step, use_step
 
 SIZES = ((2, 2048), (8, 2048), (32, 2048), (256, 2048))
 """Responses × tokens of a micro-batch: 4k to 512k tokens."""
@@ -42,14 +40,17 @@ def batch(responses: int, tokens: int) -> tuple[Tensor, ...]:
 def forward_and_backward(name: str, inputs: tuple[Tensor, ...]) -> Call:
     """The loss of one micro-batch and its gradient, as verl's ``ppo_loss`` calls it."""
     log_prob, old, advantages, mask = inputs
+    advantages = advantages * hysteretic_weights(response_signs(advantages, mask), ALPHA).unsqueeze(1)
     config = FSDPActorConfig(
-        rollout_n=8, ppo_micro_batch_size_per_gpu=1, policy_loss=HPOPolicyLossConfig(loss_mode=name, alpha=ALPHA)
+        rollout_n=8,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=HPOPolicyLossConfig(loss_mode=name, adv_estimator="ahpo"),
     )
     # A micro-batch knows the tokens and responses of its mini-batch: here, it is the mini-batch.
     config.global_batch_info.update(
         {"dp_size": 1, "batch_num_tokens": int(mask.sum()), "global_batch_size": len(mask), "loss_scale_factor": None}
     )
-    loss_fn = LOSSES[name] if name in LOSSES else get_policy_loss_fn(name)
+    loss_fn = get_policy_loss_fn(name)
     aggregation = "seq-mean-token-mean" if name == "gspo" else "token-mean"
 
     def call() -> tuple[Tensor, Tensor]:
@@ -76,26 +77,24 @@ def check(ahpo: Call, inputs: tuple[Tensor, ...]) -> None:
 def run() -> list[Row]:
     """Speed and memory of forward and backward for each size of a micro-batch, then for other shapes; fixed costs."""
     rows: list[Row] = []
-    step = Step(counts=SignCounts(*torch.ones(3)), hysteresis="ahpo", alpha=ALPHA, metrics={})
-    with use_step(step):
-        for responses, tokens in (*SIZES, *SHAPES):
-            inputs = batch(responses, tokens)
-            timed = {name: forward_and_backward(name, inputs) for name in ("ahpo", *REFERENCES)}
-            check(timed["ahpo"], inputs)
-            total = responses * tokens
-            seconds = medians(timed, seconds=2)
-            peak = {name: peak_bytes(call) / (4 * total) for name, call in timed.items()}
-            at = f"{responses} x {tokens}"
-            rows += [row(f"{name}, {at}", seconds[name] * 1e3, "ms") for name in timed]
-            rows += [row(f"{name}, {at}: peak memory", peak[name], "log_probs") for name in timed]
-            rows += [
-                row(f"ahpo, {at}: faster than vanilla", seconds["vanilla"] / seconds["ahpo"], "times", at_least=2),
-                row(f"ahpo, {at}: memory over vanilla's", peak["ahpo"] / peak["vanilla"], "of it", at_most=1 / 3),
-            ]
-        inputs = batch(*NEXT_TO_NOTHING)
-        seconds = medians({name: forward_and_backward(name, inputs) for name in ("ahpo", *REFERENCES)}, seconds=2)
-        at = f"{NEXT_TO_NOTHING[0]} x {NEXT_TO_NOTHING[1]}"
-        rows += [row(f"limit: fixed cost of {name}, {at}", value * 1e3, "ms") for name, value in seconds.items()]
+    for responses, tokens in (*SIZES, *SHAPES):
+        inputs = batch(responses, tokens)
+        timed = {name: forward_and_backward(name, inputs) for name in ("ahpo", *REFERENCES)}
+        check(timed["ahpo"], inputs)
+        total = responses * tokens
+        seconds = medians(timed, seconds=2)
+        peak = {name: peak_bytes(call) / (4 * total) for name, call in timed.items()}
+        at = f"{responses} x {tokens}"
+        rows += [row(f"{name}, {at}", seconds[name] * 1e3, "ms") for name in timed]
+        rows += [row(f"{name}, {at}: peak memory", peak[name], "log_probs") for name in timed]
+        rows += [
+            row(f"ahpo, {at}: faster than vanilla", seconds["vanilla"] / seconds["ahpo"], "times", at_least=2),
+            row(f"ahpo, {at}: memory over vanilla's", peak["ahpo"] / peak["vanilla"], "of it", at_most=1 / 3),
+        ]
+    inputs = batch(*NEXT_TO_NOTHING)
+    seconds = medians({name: forward_and_backward(name, inputs) for name in ("ahpo", *REFERENCES)}, seconds=2)
+    at = f"{NEXT_TO_NOTHING[0]} x {NEXT_TO_NOTHING[1]}"
+    rows += [row(f"limit: fixed cost of {name}, {at}", value * 1e3, "ms") for name, value in seconds.items()]
     return rows
 
 

@@ -20,15 +20,18 @@ the sign of response i                       :func:`response_signs`
 :math:`\hat p^+, \hat p^-`                   :func:`count_signs`, :class:`SignCounts`
 :math:`\alpha`                               :func:`adaptive_alpha`
 :math:`w_i`                                  :func:`hysteretic_weights`
+:math:`w_i A_i`, from a batch's rewards      :func:`hysteretic_advantage`, which every framework adapter calls
 :math:`-\min(r A, \mathrm{clip}(r) A)`       :func:`clipped_surrogate`
 :math:`-J`, whole                            :func:`hpo_loss`
 ===========================================  ==========================================================
 
-Everything is a pure function of tensors. Inputs in half precision are computed in fp32. Nothing here knows of verl.
+Everything is a pure function of tensors. Inputs in half precision are computed in fp32. Nothing here knows of a
+training framework.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,14 +39,18 @@ from torch import Tensor
 
 __all__ = [
     "STD_EPSILON",
+    "BatchStatistics",
     "ClippedSurrogate",
     "GroupAdvantage",
+    "HystereticAdvantage",
+    "RewardError",
     "SignCounts",
     "adaptive_alpha",
     "clipped_surrogate",
     "count_signs",
     "group_relative_advantage",
     "hpo_loss",
+    "hysteretic_advantage",
     "hysteretic_weights",
     "response_signs",
 ]
@@ -51,8 +58,23 @@ __all__ = [
 STD_EPSILON = 1e-6
 """Added to a group's standard deviation; the value of verl's ``grpo`` (verl/trainer/ppo/core_algos.py)."""
 
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Rewards that differ by less than this times the sum of their tokens' magnitudes are equal: eight units in the last
+place of fp32, in which every framework keeps rewards."""
+
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to ± this before ``exp``, as in every policy loss of verl."""
+
+
+class RewardError(ValueError):
+    """Rewards that are NaN or infinite; ``rows`` are their row numbers."""
+
+    def __init__(self, rewards: Tensor, rows: list[int]) -> None:
+        self.rows = rows
+        super().__init__(
+            f"rewards must be finite: {len(rows)} of {rewards.numel()} are NaN or infinite, rows {rows[:8]}"
+            f"{' …' if len(rows) > 8 else ''}, first value {rewards[rows[0]].item()}. Fix the reward function."
+        )
 
 
 class GroupAdvantage(NamedTuple):
@@ -62,7 +84,7 @@ class GroupAdvantage(NamedTuple):
     """(N,) floating point: A_i; exactly 0 in degenerate groups and for rows that are not valid."""
 
     degenerate: Tensor
-    """(N,) bool: row i is valid and all valid rewards of its group are equal."""
+    """(N,) bool: row i is valid and all valid rewards of its group are equal, up to rounding."""
 
 
 class SignCounts(NamedTuple):
@@ -79,6 +101,50 @@ class SignCounts(NamedTuple):
     def share_negative(self) -> Tensor:
         """p̂⁻: 0-d fp32; 0 for an empty batch."""
         return self.negative / self.responses.clamp(min=1)
+
+
+class BatchStatistics(NamedTuple):
+    """What one batch's metrics are made of.
+
+    All fields but ``alpha`` add up over batches, not over parts of one: a part would have an α of its own.
+    """
+
+    alpha: float
+    positive: int
+    """Responses with A > 0."""
+    negative: int
+    """Responses with A < 0."""
+    responses: int
+    """Valid responses."""
+    groups: int
+    """Groups with a valid response; 0 where equal rewards do not mean A = 0."""
+    degenerate_groups: int
+    """Groups whose rewards are all equal, up to rounding."""
+    tokens: int
+    """Σ T_i over valid responses."""
+    mass_positive: float
+    """Σ T_i A_i over responses with A > 0."""
+    mass_negative: float
+    """α Σ T_i |A_i| over responses with A < 0."""
+
+
+class HystereticAdvantage(NamedTuple):
+    """What :func:`hysteretic_advantage` returns."""
+
+    weighted: Tensor
+    """w_i A_i: (N,), or (N, T) for token-level base advantages."""
+
+    advantage: Tensor
+    """A_i, same shape, before the weights."""
+
+    alpha: Tensor
+    """α: 0-d fp32."""
+
+    counts: SignCounts
+    """The counts that α was computed from."""
+
+    statistics: BatchStatistics
+    """The batch's metrics."""
 
 
 class ClippedSurrogate(NamedTuple):
@@ -106,20 +172,22 @@ def group_relative_advantage(
     groups: Tensor,
     *,
     valid: Tensor | None = None,
+    magnitude: Tensor | None = None,
     normalize_by_std: bool = True,
     epsilon: float = STD_EPSILON,
 ) -> GroupAdvantage:
     """A_i = r_i − mean of its group, divided by (std of its group + ε) if ``normalize_by_std``.
 
     HPO keeps GRPO's advantage (paper, "Known" point 2); mean and std are over the valid rows of the group, the std
-    is the unbiased one, as in verl's ``grpo``. Where all valid rewards of a group are equal, a group of one included,
-    A is *exactly* 0: the mean of equal floats is in general not equal to them, and dividing the rounding error by
-    ε would make signs out of noise, which A-HPO would count.
+    is the unbiased one, as in verl's ``grpo``. Where a reward equals the mean of its group, A is *exactly* 0: the
+    rounding error of the mean, divided by ε, would turn noise into signs, which A-HPO would count. Equal means equal up
+    to :data:`ROUNDING`: a reward of 0.8 on one token and eight of 0.1 on eight tokens are the same reward.
 
     Args:
         rewards: (N,) real, one scalar reward a response; any float or integer dtype.
         groups: (N,) int64, a group's number for each response, in any order, ``0 <= groups < N``.
         valid: (N,) bool; rows that are not valid (padding, fully masked) enter no mean and get A = 0. All, if None.
+        magnitude: (N,) Σ_t |r_it|, the scale of the rounding of a reward that is a sum over tokens; |r_i| if None.
         normalize_by_std: GRPO's division; False is Dr.GRPO's choice.
         epsilon: ε.
 
@@ -127,41 +195,124 @@ def group_relative_advantage(
         :class:`GroupAdvantage` of (N,) tensors on the device of ``rewards``; fp64 for fp64 rewards, else fp32.
 
     Raises:
-        ValueError: if shapes differ, or a valid reward is NaN or infinite (the message names the rows).
+        RewardError: if a valid reward is NaN or infinite.
+        ValueError: if shapes differ.
     """
-    if rewards.dim() != 1 or groups.shape != rewards.shape or (valid is not None and valid.shape != rewards.shape):
+    if rewards.dim() != 1 or any(x is not None and x.shape != rewards.shape for x in (groups, valid, magnitude)):
         raise ValueError(
-            "rewards, groups and valid must be (N,): got "
-            f"{tuple(rewards.shape)}, {tuple(groups.shape)}, {None if valid is None else tuple(valid.shape)}"
+            "rewards, groups, valid and magnitude must be (N,): got "
+            f"{[None if x is None else tuple(x.shape) for x in (rewards, groups, valid, magnitude)]}"
         )
-    n = rewards.numel()
     if valid is None:
-        valid = torch.ones(n, dtype=torch.bool, device=rewards.device)
+        valid = torch.ones_like(rewards, dtype=torch.bool)
     bad = valid & ~torch.isfinite(rewards)
     if bool(bad.any()):
-        rows = bad.nonzero().flatten().tolist()
-        raise ValueError(
-            f"rewards must be finite: {len(rows)} of {n} are NaN or infinite, rows {rows[:8]}"
-            f"{' …' if len(rows) > 8 else ''}, first value {rewards[rows[0]].item()}. Fix the reward function."
-        )
+        raise RewardError(rewards, bad.nonzero().flatten().tolist())
 
     # fp64: a group statistic is N numbers, not N × T, so the exact way costs nothing.
     r = torch.where(valid, rewards, torch.zeros_like(rewards)).double()
-    zeros = torch.zeros(n, dtype=r.dtype, device=r.device)
+    zeros = torch.zeros_like(r)
     size = zeros.index_add(0, groups, valid.double())
     mean = zeros.index_add(0, groups, r) / size.clamp(min=1)
+    scale = r.abs() if magnitude is None else torch.where(valid, magnitude, torch.zeros_like(magnitude)).double()
+    rounding = ROUNDING * zeros.scatter_reduce(0, groups, scale, "amax")
     centered = torch.where(valid, r - mean[groups], 0.0)
-
-    low = torch.full_like(zeros, torch.inf).scatter_reduce(0, groups, r.masked_fill(~valid, torch.inf), "amin")
-    high = torch.full_like(zeros, -torch.inf).scatter_reduce(0, groups, r.masked_fill(~valid, -torch.inf), "amax")
-    degenerate = valid & (low == high)[groups]
+    centered = torch.where(centered.abs() <= rounding[groups], 0.0, centered)
+    degenerate = valid & (zeros.scatter_reduce(0, groups, centered.abs(), "amax") == 0)[groups]
 
     advantage = centered
     if normalize_by_std:
         variance = zeros.index_add(0, groups, centered.square()) / (size - 1).clamp(min=1)
         advantage = centered / (variance.sqrt()[groups] + epsilon)
-    advantage = torch.where(degenerate, 0.0, advantage)
     return GroupAdvantage(advantage.to(rewards.dtype if rewards.dtype == torch.float64 else torch.float32), degenerate)
+
+
+def hysteretic_advantage(
+    rewards: Tensor,
+    groups: Tensor,
+    alpha: Callable[[SignCounts], Tensor | float],
+    *,
+    valid: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    lengths: Tensor | None = None,
+    normalize_by_std: bool = True,
+    base: Tensor | None = None,
+    base_is_zero_without_signal: bool = True,
+    counted_rewards: Tensor | None = None,
+) -> HystereticAdvantage:
+    """w_i A_i of a whole rollout batch: HPO's two steps between rewards and policy loss, in one function.
+
+    The clipped surrogate is positively homogeneous in A, so a loss on w_i A_i is the loss on A_i times w_i. Every
+    framework adapter calls this function, once, with all rows of the batch that α is a statistic of.
+
+    Args:
+        rewards: (N,) real, one scalar reward a response.
+        groups: (N,) int64, a group's number for each response, in any order, ``0 <= groups < N``.
+        alpha: the rule: sign counts of the batch to α (``hpo_plugin.variants``).
+        valid: (N,) bool; rows that are not valid get 0 and are counted nowhere. All, if None.
+        magnitude: (N,) Σ_t |r_it|; see :func:`group_relative_advantage`.
+        lengths: (N,) T_i in tokens, for the statistics only; 1, if None.
+        normalize_by_std: see :func:`group_relative_advantage`; no effect with ``base``.
+        base: (N,) or (N, T) advantages of another estimator, to weight in place of the group-relative ones; (N, T) is 0
+            at masked tokens, and a response has the sign of its sum.
+        base_is_zero_without_signal: ``base`` is 0, up to rounding, where a group's rewards are all equal; it is made
+            exactly 0 there. False for estimators that whiten over the batch.
+        counted_rewards: (N,) rewards whose group-relative advantages are counted in place of those of ``rewards``: the
+            task's scores, where ``rewards`` contain a KL penalty.
+
+    Returns:
+        :class:`HystereticAdvantage`; dtype and device of the advantages.
+
+    Raises:
+        RewardError: if a valid reward is NaN or infinite.
+        ValueError: if shapes differ, or the rule gives an α outside of [0, 1].
+    """
+    if (lengths is not None and lengths.shape != rewards.shape) or (
+        base is not None and (base.dim() not in (1, 2) or base.shape[:1] != rewards.shape)
+    ):
+        raise ValueError(
+            "rewards and lengths must be (N,), base (N,) or (N, T): got "
+            f"{[None if x is None else tuple(x.shape) for x in (rewards, lengths, base)]}"
+        )
+    if valid is None:
+        valid = torch.ones_like(rewards, dtype=torch.bool)
+    own, degenerate = group_relative_advantage(
+        rewards, groups, valid=valid, magnitude=magnitude, normalize_by_std=normalize_by_std
+    )
+    advantage = own if base is None else base
+    if base is not None:
+        kept = valid & ~degenerate if base_is_zero_without_signal else valid
+        advantage = torch.where(kept if base.dim() == 1 else kept.unsqueeze(-1), base, torch.zeros_like(base))
+    mass = advantage.abs() * (1 if lengths is None else lengths) if advantage.dim() == 1 else advantage.abs().sum(-1)
+    signs = (advantage if advantage.dim() == 1 else advantage.sum(dim=-1)).sign()
+    if counted_rewards is None:
+        counts = count_signs(signs, valid)
+    else:
+        counts = count_signs(group_relative_advantage(counted_rewards, groups, valid=valid).advantage, valid)
+    value = torch.as_tensor(alpha(counts), dtype=torch.float32, device=rewards.device)
+    weights = hysteretic_weights(signs, value)
+    mass = (mass * weights).double()
+
+    def groups_of(rows: Tensor) -> Tensor:
+        return torch.zeros_like(mass).index_add(0, groups, rows.double()).count_nonzero()
+
+    relative = base is None or base_is_zero_without_signal
+    numbers = torch.stack(
+        [
+            value.double(),
+            *counts,
+            groups_of(valid) * relative,
+            groups_of(degenerate) * relative,
+            valid.sum() if lengths is None else lengths[valid].sum(),
+            mass[signs > 0].sum(),
+            mass[signs < 0].sum(),
+        ]
+    ).tolist()
+    statistics = BatchStatistics(numbers[0], *map(int, numbers[1:7]), *numbers[7:])
+    if not 0 <= statistics.alpha <= 1:
+        raise ValueError(f"the rule gives α = {statistics.alpha}, which is not in [0, 1], for {counts}")
+    weighted = advantage * (weights if advantage.dim() == 1 else weights.unsqueeze(-1))
+    return HystereticAdvantage(weighted, advantage, value, counts, statistics)
 
 
 def response_signs(advantages: Tensor, response_mask: Tensor) -> Tensor:
@@ -238,7 +389,7 @@ def clipped_surrogate(
 
     The same function of its inputs as verl's ``compute_policy_loss_vanilla`` before aggregation. It is positively
     homogeneous in A: for w ≥ 0, weighting the loss by w equals replacing A by w A. That is why HPO can be applied
-    by an advantage estimator or by a policy loss, with the same gradient.
+    where advantages are estimated, with any loss of this kind.
 
     Args:
         log_prob: (N, T) log-probabilities under the current policy; differentiated.

@@ -13,11 +13,11 @@ batch's size. Two things make one pass enough.
     \frac{\partial s_i}{\partial \log\pi_{it}} = u_{it}\; r A \; [S = r A] \; [|x| \le 20]
 
 (:math:`\min(cA, 0)` is the dual clip: it bounds negative advantages, and 0 never binds for the others). So the forward
-pass writes this one tensor. The backward pass multiplies it with a number a response, :math:`-k w_i`, where the loss is
-:math:`-k \sum_i w_i s_i`.
+pass writes this one tensor, and the backward pass multiplies it by :math:`-k`, where the loss is :math:`-k \sum_i s_i`.
 
-*Everything else is a number a response.* The weight :math:`w_i` and the metrics need only sums over its tokens: plain
-tensor code on (N,) tensors.
+*Everything else is a number a response.* The metrics need only sums over its tokens: plain tensor code on (N,) tensors.
+
+:math:`A` already contains the hysteretic weight: :func:`~hpo_plugin.algorithm.hysteretic_advantage` applies it.
 
 On a CPU the pass goes over blocks of rows that fit the cache, in buffers that are used again for each block.
 """
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hpo_plugin import algorithm
 
-__all__ = ["SurrogateSums", "hysteretic_loss", "responses_with_tokens", "spread_over_tokens"]
+__all__ = ["SurrogateSums", "responses_with_tokens", "rewards_of_responses", "spread_over_tokens", "surrogate_loss"]
 
 BLOCK_PER_THREAD = 65536
 """Elements: few enough that a block stays in the cache, and so many that threads, which wait for each other after every
@@ -45,12 +45,9 @@ BLOCK_ON_ACCELERATOR = 1 << 22
 class SurrogateSums(NamedTuple):
     """What a loss is made of, for metrics: (N,) of one floating-point dtype, without gradients."""
 
-    weight: Tensor
-    """w_i, :func:`~hpo_plugin.algorithm.hysteretic_weights`."""
-
     objective: Tensor
     """s_i: the negative of :attr:`~hpo_plugin.algorithm.ClippedSurrogate.loss` times the token weights, summed over the
-    response's tokens; before the hysteretic weight."""
+    response's tokens."""
 
     sign: Tensor
     """:func:`~hpo_plugin.algorithm.response_signs`."""
@@ -65,31 +62,29 @@ class SurrogateSums(NamedTuple):
     """How many tokens the dual clip decides."""
 
 
-def hysteretic_loss(
+def surrogate_loss(
     log_prob: Tensor,
     old_log_prob: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
     *,
-    alpha: float,
     scale: float | Tensor,
     clip_low: float,
     clip_high: float,
     clip_dual: float | None = 3.0,
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, SurrogateSums]:
-    """−k Σ_i w_i Σ_t of :func:`~hpo_plugin.algorithm.clipped_surrogate`: HPO's loss, for k = 1 / tokens of the batch.
+    """−k Σ_i Σ_t of :func:`~hpo_plugin.algorithm.clipped_surrogate`: HPO's loss, for k = 1 / tokens of the batch.
 
     Differentiable in ``log_prob``, once. If another input requires a gradient, the loss is that of
-    :func:`plain_hysteretic_loss`. Where a ratio lies exactly on the dual clip the gradient is that of the ratio;
+    :func:`plain_surrogate_loss`. Where a ratio lies exactly on the dual clip the gradient is that of the ratio;
     autograd halves it there.
 
     Args:
         log_prob: (N, T) floating point, log-probabilities under the current policy; differentiated.
         old_log_prob: (N, T) floating point, log-probabilities under the old policy.
-        advantages: (N, T) or (N, 1) floating point, *unweighted*.
+        advantages: (N, T) or (N, 1) floating point, weighted.
         response_mask: (N, T) bool or number; what stands where it is 0 is never used, not even a NaN.
-        alpha: α in [0, 1].
         scale: k, a number or a 0-d tensor.
         clip_low: ε_lo, in [0, 1].
         clip_high: ε_hi ≥ 0.
@@ -115,35 +110,34 @@ def hysteretic_loss(
             f"{[tuple(x.shape) for x in (log_prob, old_log_prob, response_mask, *others)]}"
         )
     mask = response_mask.bool()
-    settings = (alpha, scale, clip_low, clip_high, clip_dual)
+    settings = (scale, clip_low, clip_high, clip_dual)
     grad = torch.is_grad_enabled()
     if grad and any(x.requires_grad for x in (old_log_prob, *others)):
-        return plain_hysteretic_loss(log_prob, old_log_prob, advantages, mask, token_weights, *settings)
+        return plain_surrogate_loss(log_prob, old_log_prob, advantages, mask, token_weights, *settings)
     if advantages.shape != shape:
         advantages = advantages.expand(shape)
     if token_weights is not None:
         token_weights = token_weights.expand(shape)
     inputs = (log_prob, old_log_prob, advantages, mask, token_weights, *settings)
     if grad and log_prob.requires_grad:
-        loss, *sums = _HystereticLoss.apply(*inputs)  # type: ignore[no-untyped-call]
+        loss, *sums = _SurrogateLoss.apply(*inputs)  # type: ignore[no-untyped-call]
     else:
-        loss, _, sums = _loss(*inputs, slope=None)
+        loss, sums = _loss(*inputs, slope=None)
     return loss, SurrogateSums(*sums)
 
 
-def plain_hysteretic_loss(
+def plain_surrogate_loss(
     log_prob: Tensor,
     old_log_prob: Tensor,
     advantages: Tensor,
     mask: Tensor,
     token_weights: Tensor | None,
-    alpha: float,
     scale: float | Tensor,
     clip_low: float,
     clip_high: float,
     clip_dual: float | None,
 ) -> tuple[Tensor, SurrogateSums]:
-    """The definition of :func:`hysteretic_loss`, with autograd: what it is tested against."""
+    """The definition of :func:`surrogate_loss`, with autograd: what it is tested against."""
     surrogate = algorithm.clipped_surrogate(
         log_prob, old_log_prob, advantages, clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual
     )
@@ -153,20 +147,17 @@ def plain_hysteretic_loss(
         return torch.where(mask, x, 0).sum(dim=-1).to(losses.dtype)
 
     objective = -over_tokens(losses)
-    sign = algorithm.response_signs(advantages, mask).to(losses.dtype)
-    weight = algorithm.hysteretic_weights(sign, alpha)
-    return -scale * torch.dot(weight, objective), SurrogateSums(
-        weight=weight.detach(),
+    return -scale * objective.sum(), SurrogateSums(
         objective=objective.detach(),
-        sign=sign.detach(),
+        sign=algorithm.response_signs(advantages, mask).to(losses.dtype).detach(),
         log_ratio=over_tokens(surrogate.log_ratio.detach()),
         clipped=over_tokens(surrogate.clipped),
         dual_clipped=over_tokens(surrogate.dual_clipped),
     )
 
 
-class _HystereticLoss(torch.autograd.Function):
-    """Gives :func:`_loss` its gradient: keeps ∂s/∂ log π, one (N, T) tensor, and the factor of each response."""
+class _SurrogateLoss(torch.autograd.Function):
+    """Gives :func:`_loss` its gradient: keeps ∂s/∂ log π, one (N, T) tensor."""
 
     @staticmethod
     def forward(
@@ -179,9 +170,9 @@ class _HystereticLoss(torch.autograd.Function):
         *settings: Any,
     ) -> tuple[Tensor, ...]:
         slope = torch.empty_like(log_prob, dtype=_dtype(log_prob, old_log_prob, advantages, token_weights))
-        loss, factor, sums = _loss(log_prob, old_log_prob, advantages, mask, token_weights, *settings, slope=slope)
-        ctx.save_for_backward(slope, factor)
-        ctx.dtype = log_prob.dtype
+        loss, sums = _loss(log_prob, old_log_prob, advantages, mask, token_weights, *settings, slope=slope)
+        ctx.save_for_backward(slope)
+        ctx.scale, ctx.dtype = settings[0], log_prob.dtype
         ctx.mark_non_differentiable(*sums)
         # The sums have no gradients: no zeros are made for them.
         ctx.set_materialize_grads(False)
@@ -191,9 +182,9 @@ class _HystereticLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 10
-        slope, factor = ctx.saved_tensors
-        return (slope * (factor * grad_loss).unsqueeze(-1)).to(ctx.dtype), *[None] * 9
+            return (None,) * 9
+        (slope,) = ctx.saved_tensors
+        return (slope * (-ctx.scale * grad_loss)).to(ctx.dtype), *[None] * 8
 
 
 def _loss(
@@ -202,17 +193,13 @@ def _loss(
     advantages: Tensor,
     mask: Tensor,
     token_weights: Tensor | None,
-    alpha: float,
     scale: float | Tensor,
     *clips: Any,
     slope: Tensor | None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The loss, ∂loss/∂s_i (N,), and the fields of :class:`SurrogateSums`; writes ∂s/∂ log π to ``slope`` (N, T)."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss, and the fields of :class:`SurrogateSums`; writes ∂s/∂ log π to ``slope`` (N, T)."""
     sums = _one_pass(log_prob, old_log_prob, advantages, mask, token_weights, *clips, slope=slope)
-    objective, sign, *_ = sums
-    weight = algorithm.hysteretic_weights(sign, alpha)
-    factor = weight * -scale
-    return torch.dot(factor, objective), factor, (weight, *sums)
+    return sums[0].sum() * -scale, sums
 
 
 def _one_pass(
@@ -227,7 +214,7 @@ def _one_pass(
     *,
     slope: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The fields of :class:`SurrogateSums` but the first; writes ∂s/∂ log π to ``slope`` (N, T)."""
+    """The fields of :class:`SurrogateSums`; writes ∂s/∂ log π to ``slope`` (N, T)."""
     dtype, device = _dtype(log_prob, old_log_prob, advantages, token_weights), log_prob.device
     n, t = log_prob.shape
     width = max(min(t, _block_size(device)), 1)
@@ -306,6 +293,21 @@ def _blocks(inputs: tuple[Tensor | None, ...], sums: Tensor, height: int, width:
         yield from zip(
             *([None] * len(columns) if x is None else torch.split(x, height) for x in strip), columns, strict=True
         )
+
+
+def rewards_of_responses(token_level_rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """A response's reward, and the scale of its rounding.
+
+    Args:
+        token_level_rewards: (N, T) floating point.
+
+    Returns:
+        Σ_t r_it and Σ_t |r_it|, both (N,); one and the same tensor where no token has a negative reward.
+    """
+    rewards = token_level_rewards.sum(dim=-1)
+    if token_level_rewards.numel() and token_level_rewards.amin() >= 0:
+        return rewards, rewards
+    return rewards, torch.linalg.vector_norm(token_level_rewards, ord=1, dim=-1)
 
 
 def responses_with_tokens(response_mask: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from hpo_plugin.cli._checks import compose
-from hpo_plugin.glue.arms import ConfigError
 from hpo_plugin.glue.layout import check_cut
+from hpo_plugin.glue.selection import ConfigError
 from hpo_plugin.sizing import BF16, GIB, Sizes
 
 PAGE = Path(__file__).parents[1] / "docs" / "hardware.md"

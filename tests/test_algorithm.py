@@ -14,14 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo_plugin import algorithm
+from hpo_plugin import algorithm, variants
 from hpo_plugin.algorithm import (
+    BatchStatistics,
+    RewardError,
     SignCounts,
     adaptive_alpha,
     clipped_surrogate,
     count_signs,
     group_relative_advantage,
     hpo_loss,
+    hysteretic_advantage,
     hysteretic_weights,
     response_signs,
 )
@@ -125,6 +128,46 @@ def test_equal_rewards_give_exactly_zero_whatever_they_are(reward, size, dtype, 
     assert result.degenerate.all()
 
 
+ONE_GROUP = torch.zeros(2, dtype=torch.long)
+
+
+@pytest.mark.parametrize(("one", "parts"), [(0.8, [0.1] * 8), (0.3, [0.1] * 3), (1.0, [0.001] * 1000)])
+def test_rewards_that_are_equal_but_for_the_rounding_of_a_sum_over_tokens_are_equal(one, parts):
+    rewards = torch.stack([torch.tensor(one), torch.tensor(parts).sum()])
+    result = group_relative_advantage(rewards, ONE_GROUP)
+    assert result.advantage.tolist() == [0.0, 0.0]
+    assert result.degenerate.all()
+
+
+@given(st.floats(0.125, 1024, width=32), st.integers(1, 2048), st.integers(1, 2048))
+@settings(max_examples=200, deadline=None)
+def test_a_reward_divided_over_any_number_of_tokens_is_the_same_reward(reward, one, other):
+    rewards = torch.stack([torch.full((n,), reward / n).sum() for n in (one, other)])
+    assert group_relative_advantage(rewards, ONE_GROUP).degenerate.all()
+
+
+def test_two_rewards_that_differ_by_a_ten_thousandth_are_a_signal_and_counted():
+    result = group_relative_advantage(torch.tensor([1.0, 1.0001]), ONE_GROUP)
+    assert result.advantage.sign().tolist() == [-1, 1]
+    assert not result.degenerate.any()
+    assert [int(n) for n in count_signs(result.advantage)] == [1, 1, 2]
+
+
+def test_a_reward_equal_to_the_mean_of_its_group_up_to_rounding_is_counted_in_neither_share():
+    """0.2 is the mean of 0.1, 0.2, 0.3, but not of the three fp32 numbers."""
+    result = group_relative_advantage(torch.tensor([0.1, 0.2, 0.3]), torch.zeros(3, dtype=torch.long))
+    assert result.advantage.sign().tolist() == [-1, 0, 1]
+    assert not result.degenerate.any()
+    assert [int(n) for n in count_signs(result.advantage)] == [1, 1, 3]
+
+
+def test_the_scale_of_rounding_is_that_of_the_tokens_where_large_rewards_cancel():
+    """1e6 − 1e6 + 0.1 is known to ±0.06 in fp32: next to it, 0.1 is not a signal; of two small numbers it is."""
+    rewards = torch.tensor([0.1, 0.0])
+    assert group_relative_advantage(rewards, ONE_GROUP, magnitude=torch.tensor([2e6, 2e6])).degenerate.all()
+    assert not group_relative_advantage(rewards, ONE_GROUP, magnitude=torch.tensor([0.1, 0.0])).degenerate.any()
+
+
 def test_a_group_of_one_is_degenerate_and_gets_zero():
     result = group_relative_advantage(torch.tensor([7.0, 1.0, 0.0]), torch.tensor([0, 1, 1]), normalize_by_std=False)
     assert result.advantage.tolist() == [0.0, 0.5, -0.5]
@@ -149,9 +192,18 @@ def test_a_group_whose_only_valid_rewards_are_equal_is_degenerate_in_its_valid_r
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_finite_is_refused_and_its_rows_are_named(bad):
-    rewards = torch.tensor([1.0, bad, 0.0, bad])
-    with pytest.raises(ValueError, match=r"2 of 4 are NaN or infinite, rows \[1, 3\]"):
-        group_relative_advantage(rewards, torch.zeros(4, dtype=torch.long))
+    rewards = torch.tensor([1.0, bad, 0.0, bad, math.nan])
+    valid = torch.tensor([True, True, True, True, False])
+    with pytest.raises(RewardError, match=rf"2 of 5 are NaN or infinite, rows \[1, 3\], first value {bad}") as refused:
+        group_relative_advantage(rewards, torch.zeros(5, dtype=torch.long), valid=valid)
+    assert refused.value.rows == [1, 3]
+    assert isinstance(refused.value, ValueError)
+
+
+def test_of_many_rewards_that_are_not_finite_the_message_names_eight_rows_and_the_error_has_all():
+    with pytest.raises(RewardError, match=r"rows \[0, 1, 2, 3, 4, 5, 6, 7\] …") as refused:
+        group_relative_advantage(torch.full((9,), math.nan), torch.zeros(9, dtype=torch.long))
+    assert refused.value.rows == list(range(9))
 
 
 def test_a_reward_that_is_not_finite_in_a_row_that_is_not_valid_is_of_no_consequence():
@@ -406,7 +458,7 @@ def test_gradient_of_negatives_is_linear_in_alpha_and_that_of_positives_does_not
 
 
 @pytest.mark.parametrize("clip_dual", [3.0, None])
-def test_weighing_the_loss_equals_weighing_the_advantage_in_value_and_gradient(clip_dual):
+def test_a_weight_on_the_loss_equals_the_same_weight_on_the_advantage_in_value_and_gradient(clip_dual):
     log_prob, old, advantages, mask = random_batch()
     by_loss, by_advantage = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
     weights = hysteretic_weights(response_signs(advantages, mask), 0.6).unsqueeze(-1)
@@ -418,7 +470,7 @@ def test_weighing_the_loss_equals_weighing_the_advantage_in_value_and_gradient(c
     torch.testing.assert_close(by_loss.grad, by_advantage.grad)
 
 
-def test_per_token_advantages_are_weighed_by_the_sign_of_their_response():
+def test_per_token_advantages_are_weighted_by_the_sign_of_their_response():
     """Masked sum 1 > 0: the negative token keeps weight 1. Loss = −(2 − 1) / 2."""
     advantages, mask = torch.tensor([[2.0, -1.0]]), torch.ones(1, 2)
     assert hpo_loss(torch.zeros(1, 2), torch.zeros(1, 2), advantages, mask, alpha=0.0).item() == -0.5
@@ -537,7 +589,197 @@ def test_loss_equals_the_papers_formula_written_with_loops(batch, alpha, low, hi
     assert loss == pytest.approx(-reference_objective(*batch, alpha, low, high, dual), rel=1e-9, abs=1e-12)
 
 
-def test_the_mathematics_imports_nothing_of_verl_or_of_the_glue():
-    with open(algorithm.__file__, encoding="utf-8") as source:
+# From rewards to weighted advantages ----------------------------------------------------------------------------------
+
+REWARDS = torch.tensor([1.0, 0, 0, 0, 0.5, 0.5, 9.0])
+GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+VALID = torch.tensor([True] * 6 + [False])
+LENGTHS = torch.tensor([1, 3, 2, 2, 4, 4, 5])
+"""One success of four, a group without a signal, a padding row: 1 positive, 3 negatives, α = 1/3, 16 tokens."""
+
+
+def adaptive(counts: SignCounts) -> torch.Tensor:
+    return adaptive_alpha(counts, 0.1)
+
+
+def test_weighted_advantages_alpha_and_statistics_worked_out_by_hand():
+    result = hysteretic_advantage(
+        REWARDS, GROUPS, adaptive, valid=VALID, lengths=LENGTHS, normalize_by_std=False, magnitude=REWARDS
+    )
+    assert result.advantage.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0]
+    torch.testing.assert_close(result.weighted, torch.tensor([0.75] + [-0.25 / 3] * 3 + [0.0] * 3))
+    assert result.alpha.item() == pytest.approx(1 / 3)
+    assert [int(n) for n in result.counts] == [1, 3, 6]
+    assert result.statistics == pytest.approx(
+        BatchStatistics(
+            alpha=1 / 3,
+            positive=1,
+            negative=3,
+            responses=6,
+            groups=2,
+            degenerate_groups=1,
+            tokens=16,
+            mass_positive=0.75,
+            mass_negative=7 * 0.25 / 3,
+        )
+    )
+
+
+def test_the_rule_gets_the_counts_of_the_batch_and_its_alpha_is_applied():
+    seen = []
+    result = hysteretic_advantage(REWARDS, GROUPS, lambda counts: seen.append(counts) or 0.25, valid=VALID)
+    assert [int(n) for n in seen[0]] == [1, 3, 6]
+    torch.testing.assert_close(result.weighted, result.advantage * torch.tensor([1.0] + [0.25] * 3 + [1.0] * 3))
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
+def test_a_rule_that_gives_an_alpha_outside_of_0_to_1_is_refused(alpha):
+    with pytest.raises(ValueError, match=r"which is not in \[0, 1\]"):
+        hysteretic_advantage(REWARDS, GROUPS, lambda counts: alpha)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_the_advantages_of_another_estimator_are_weighted_in_place_of_the_group_relative_ones(zero, per_token):
+    """Signs of responses: +, −, −, + and, without exact zeros, − − of noise or of whitening."""
+    base = torch.tensor([2.0, -1.0, -3.0, 1.0, -1e-8, -1e-8, 7.0])
+    tokens = torch.tensor([[0.5, 0.5], [2.0, -1.0]])  # shares of two tokens, by sign
+    given_base = base.unsqueeze(1) * tokens[(base < 0).long()] if per_token else base
+    result = hysteretic_advantage(
+        REWARDS, GROUPS, adaptive, valid=VALID, base=given_base, base_is_zero_without_signal=zero
+    )
+    alpha = 1.0 if zero else 2 / 4
+    assert result.alpha.item() == pytest.approx(alpha)
+    assert not result.weighted[6].any()
+    assert result.weighted[4:6].any() == (not zero)
+    expected = given_base[:4] * (
+        torch.tensor([1, alpha, alpha, 1]).unsqueeze(1) if per_token else torch.tensor([1, alpha, alpha, 1])
+    )
+    torch.testing.assert_close(result.weighted[:4], expected)
+    assert (result.statistics.groups, result.statistics.degenerate_groups) == ((2, 1) if zero else (0, 0))
+
+
+def test_a_mass_of_per_token_advantages_is_the_sum_of_their_sizes():
+    """|3| + |−1| = 4 of a positive response, α (|−2| + |1|) = 1.5 of a negative one; lengths count tokens only."""
+    base = torch.tensor([[3.0, -1.0], [-2.0, 1.0]])
+    result = hysteretic_advantage(
+        torch.tensor([1.0, 0.0]), ONE_GROUP, lambda counts: 0.5, base=base, lengths=torch.tensor([2, 5])
+    )
+    assert result.weighted.tolist() == [[3.0, -1.0], [-1.0, 0.5]]
+    assert torch.equal(result.advantage, base)
+    assert result.statistics == BatchStatistics(0.5, 1, 1, 2, 1, 0, tokens=7, mass_positive=4.0, mass_negative=1.5)
+
+
+def test_without_lengths_a_response_has_one_token():
+    """Masses 0.75 and 1/3 · 3 · 0.25 of six valid responses."""
+    found = hysteretic_advantage(REWARDS, GROUPS, adaptive, valid=VALID, normalize_by_std=False).statistics
+    assert (found.tokens, found.mass_positive, found.mass_negative) == pytest.approx((6, 0.75, 0.25))
+
+
+def test_an_empty_batch_has_no_advantages_and_alpha_one():
+    result = hysteretic_advantage(torch.zeros(0), torch.zeros(0, dtype=torch.long), adaptive)
+    assert result.weighted.shape == (0,)
+    assert result.statistics == BatchStatistics(1.0, *[0] * 8)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"base": torch.ones(1)},
+        {"base": torch.ones(1, 3)},
+        {"base": torch.ones(7, 1, 3)},
+        {"lengths": torch.ones(7, 1)},
+        {"lengths": torch.ones(1)},
+        {"counted_rewards": torch.ones(6)},
+        {"valid": torch.ones(6, dtype=torch.bool)},
+    ],
+    ids=lambda inputs: " ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items()),
+)
+def test_a_shape_that_does_not_fit_the_rewards_is_refused(inputs):
+    with pytest.raises(ValueError, match=r"must be \(N,\)"):
+        hysteretic_advantage(REWARDS, GROUPS, adaptive, **inputs)
+
+
+def test_a_penalty_makes_no_response_of_an_all_wrong_group_count():
+    """One success of four and four failures: 1 positive, 3 negatives by the scores; a KL penalty alone adds 2 and 2."""
+    scores, groups = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0]), torch.tensor([0] * 4 + [1] * 4)
+    rewards = scores - torch.tensor([0.01, 0.01, 0.01, 0.01, 0.01, 0.02, 0.03, 0.04])
+    result = hysteretic_advantage(rewards, groups, adaptive, counted_rewards=scores)
+    assert [int(n) for n in result.counts] == [1, 3, 8]
+    assert (result.statistics.positive, result.statistics.negative) == (1, 3)
+    assert result.alpha.item() == pytest.approx(1 / 3)
+    mixed = hysteretic_advantage(rewards, groups, adaptive)
+    assert [int(n) for n in mixed.counts] == [3, 5, 8]
+    assert mixed.alpha.item() == pytest.approx(3 / 5)
+
+
+def test_the_tasks_scores_are_counted_where_rewards_contain_a_penalty():
+    """A penalty makes signs in the group without a signal; α is 1/3 by the scores, 2/4 by the rewards."""
+    rewards = REWARDS - torch.tensor([0, 0, 0, 0, 0.01, 0.02, 0])
+    by_scores = hysteretic_advantage(rewards, GROUPS, adaptive, valid=VALID, counted_rewards=REWARDS)
+    mixed = hysteretic_advantage(rewards, GROUPS, adaptive, valid=VALID)
+    assert (by_scores.alpha.item(), mixed.alpha.item()) == pytest.approx((1 / 3, 2 / 4))
+    torch.testing.assert_close(by_scores.advantage, mixed.advantage)
+    assert by_scores.weighted[5] == pytest.approx(by_scores.advantage[5].item() / 3)
+
+
+@given(grouped_rewards(), st.integers(0, 5), st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_neither_the_order_of_rows_nor_padding_rows_change_anything(batch, padding, seed):
+    rewards, groups, valid = (torch.tensor(x) for x in batch)
+    n, generator = len(rewards), torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (n,), generator=generator)
+    whole = hysteretic_advantage(rewards, groups, adaptive, valid=valid, lengths=lengths)
+    order = torch.randperm(n + padding, generator=generator)
+    padded = [
+        torch.cat([x, torch.full((padding,), fill, dtype=x.dtype)])[order]
+        for x, fill in ((rewards, math.nan), (groups, 0), (valid, False), (lengths, 7))
+    ]
+    other = hysteretic_advantage(*padded[:2], adaptive, valid=padded[2], lengths=padded[3])
+    expected = torch.cat([whole.weighted, torch.zeros(padding)])[order]
+    torch.testing.assert_close(other.weighted, expected)
+    assert other.alpha == whole.alpha
+    assert other.statistics == pytest.approx(whole.statistics)
+
+
+def test_neither_alpha_nor_the_statistics_of_a_batch_are_those_of_its_parts():
+    """α of the parts is 1/3 and 1, of the whole 3/5: masses of negatives 0.75 / 3 + 1 = 1.25 and 3/5 · 1.75 = 1.05."""
+    rewards, groups = torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 0]), torch.tensor([0] * 4 + [1] * 4)
+    whole, *parts = (
+        hysteretic_advantage(rewards[rows], groups[rows], adaptive, normalize_by_std=False)
+        for rows in (slice(0, 8), slice(0, 4), slice(4, 8))
+    )
+    assert [part.alpha.item() for part in parts] == pytest.approx([1 / 3, 1])
+    assert whole.alpha.item() == pytest.approx(3 / 5)
+    total = SignCounts(*(sum(column) for column in zip(*(part.counts for part in parts), strict=True)))
+    assert adaptive(total) == whole.alpha
+    added = BatchStatistics(*(sum(column) for column in zip(*(part.statistics for part in parts), strict=True)))
+    assert added[1:7] == whole.statistics[1:7]
+    assert added.mass_positive == whole.statistics.mass_positive
+    assert (added.mass_negative, whole.statistics.mass_negative) == pytest.approx((1.25, 1.05))
+
+
+@pytest.mark.parametrize("clip_dual", [None, 3.0])
+def test_the_loss_of_weighted_advantages_is_the_loss_of_the_paper_in_value_and_gradient(clip_dual):
+    """Equal to 1e-6: weights on advantages, then the surrogate over all tokens, against ``hpo_loss``."""
+    log_prob, old, _, mask = random_batch(n=7)
+    result = hysteretic_advantage(REWARDS.double(), GROUPS, adaptive, valid=VALID)
+    ours, theirs = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
+    surrogate = clipped_surrogate(ours, old, result.weighted.unsqueeze(1), **CLIP, clip_dual=clip_dual)
+    loss = torch.where(mask, surrogate.loss, 0).sum() / mask.sum()
+    plain = result.advantage.unsqueeze(1).expand_as(mask)
+    expected = hpo_loss(theirs, old, plain, mask, alpha=result.alpha.double(), clip_dual=clip_dual)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-12)
+    assert ours.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("module", [algorithm, variants])
+def test_the_mathematics_imports_torch_alone(module):
+    with open(module.__file__, encoding="utf-8") as source:
         imports = [line.strip() for line in source if line.startswith(("import ", "from "))]
-    assert {line.split()[1].split(".")[0] for line in imports} == {"__future__", "typing", "torch"}
+    standard = {"__future__", "collections", "dataclasses", "typing"}
+    assert {line.split()[1].split(".")[0] for line in imports} - standard <= {"torch", "hpo_plugin"}
+    assert {line.split()[1] for line in imports if "hpo_plugin" in line} <= {"hpo_plugin.algorithm"}

@@ -11,11 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpo_plugin import fused
-from hpo_plugin.algorithm import hpo_loss
-from hpo_plugin.fused import hysteretic_loss, plain_hysteretic_loss, responses_with_tokens, spread_over_tokens
+from hpo_plugin.algorithm import hpo_loss, hysteretic_weights, response_signs
+from hpo_plugin.fused import (
+    plain_surrogate_loss,
+    responses_with_tokens,
+    rewards_of_responses,
+    spread_over_tokens,
+    surrogate_loss,
+)
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2, "clip_dual": 3.0}
-SETTINGS = {"alpha": 0.5, "scale": 0.25, **CLIP}
+SETTINGS = {"scale": 0.25, **CLIP}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
@@ -50,28 +56,26 @@ def cases(draw):
 @given(
     cases(),
     st.sampled_from([1, 2, 7, 1 << 20]),
-    st.sampled_from([0.0, 0.25, 1.0]),
     st.sampled_from([2.0, torch.tensor(0.125)]),
 )
 @settings(max_examples=400, deadline=None)
-def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block, alpha, k):
+def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block, k):
     log_prob, old, advantages, mask, clips, weights = case
     tolerance = TOLERANCE[torch.promote_types(log_prob.dtype, torch.float32)]
     ours, theirs = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
     with blocks_of(block):
-        loss, sums = hysteretic_loss(
+        loss, sums = surrogate_loss(
             ours,
             old,
             advantages,
             mask,
-            alpha=alpha,
             scale=k,
             clip_low=clips[0],
             clip_high=clips[1],
             clip_dual=clips[2],
             token_weights=weights,
         )
-    expected_loss, expected = plain_hysteretic_loss(theirs, old, advantages, mask, weights, alpha, k, *clips)
+    expected_loss, expected = plain_surrogate_loss(theirs, old, advantages, mask, weights, k, *clips)
 
     def magnitude(x):
         return torch.where(mask, x.detach().to(sums.objective.dtype).abs(), 0)
@@ -83,8 +87,6 @@ def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block
     assert ((sums.objective - expected.objective).abs() <= tolerance * scale).all()
     assert ((sums.log_ratio - expected.log_ratio).abs() <= tolerance * magnitude(log_ratio).sum(dim=1)).all()
     assert torch.equal(sums.sign, expected.sign)
-    assert torch.equal(sums.weight, expected.weight)
-    assert sums.weight.tolist() == [alpha if sign < 0 else 1 for sign in sums.sign.tolist()]
     assert loss.shape == ()
     assert loss.dtype == expected_loss.dtype
     assert abs(loss - expected_loss) <= tolerance * k * scale.sum()
@@ -102,9 +104,7 @@ def test_one_pass_equals_the_definition_in_value_gradient_and_counts(case, block
     torch.testing.assert_close(
         ours.grad[~kink], theirs.grad[~kink], rtol=TOLERANCE[log_prob.dtype], atol=torch.finfo(log_prob.dtype).tiny
     )
-    full = (1.5 * k * sums.weight.unsqueeze(1) * log_ratio.exp() * advantages * (1 if weights is None else weights))[
-        kink
-    ]
+    full = (1.5 * k * log_ratio.exp() * advantages * (1 if weights is None else weights))[kink]
     between = ours.grad[kink].double() * full.sign()
     assert (between >= 0).all()
     largest = full.abs().to(log_prob.dtype).double()
@@ -124,7 +124,7 @@ def test_gradient_equals_finite_differences(block, weighted):
     log_prob = (old + ratios.double().log()).requires_grad_()
 
     def loss(x):
-        return hysteretic_loss(x, old, advantages, mask, token_weights=weights, **SETTINGS)[0]
+        return surrogate_loss(x, old, advantages, mask, token_weights=weights, **SETTINGS)[0]
 
     with blocks_of(block):
         assert torch.autograd.gradcheck(loss, (log_prob,))
@@ -138,10 +138,11 @@ def batch(n=6, t=8, dtype=torch.float32):
     return log_prob, old, torch.randn(n, 1, generator=generator, dtype=dtype) * mask, mask
 
 
-def test_over_the_number_of_tokens_it_is_the_loss_of_the_paper():
+def test_on_weighted_advantages_over_the_number_of_tokens_it_is_the_loss_of_the_paper():
     log_prob, old, advantages, mask = batch()
     ours, theirs = log_prob.clone().requires_grad_(), log_prob.clone().requires_grad_()
-    loss, _ = hysteretic_loss(ours, old, advantages, mask, alpha=0.3, scale=1 / mask.sum(), **CLIP)
+    weighted = advantages * hysteretic_weights(response_signs(advantages, mask), 0.3).unsqueeze(1)
+    loss, _ = surrogate_loss(ours, old, weighted, mask, scale=1 / mask.sum(), **CLIP)
     expected = hpo_loss(theirs, old, advantages, mask, alpha=0.3)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     loss.backward()
@@ -155,8 +156,8 @@ def test_what_stands_outside_of_the_mask_is_never_used(garbage):
     weights = torch.ones_like(old)
     spoiled = [torch.where(mask, x, garbage) for x in (log_prob, old, advantages, weights)]
     clean, dirty = log_prob.clone().requires_grad_(), spoiled[0].requires_grad_()
-    expected, expected_sums = hysteretic_loss(clean, old, advantages, mask, **SETTINGS)
-    loss, sums = hysteretic_loss(dirty, *spoiled[1:3], mask, token_weights=spoiled[3], **SETTINGS)
+    expected, expected_sums = surrogate_loss(clean, old, advantages, mask, **SETTINGS)
+    loss, sums = surrogate_loss(dirty, *spoiled[1:3], mask, token_weights=spoiled[3], **SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip((loss, *sums), (expected, *expected_sums), strict=True))
     loss.backward()
     expected.backward()
@@ -167,7 +168,7 @@ def test_a_nan_inside_of_the_mask_reaches_loss_and_gradient():
     log_prob, old, advantages, mask = batch()
     log_prob[1, 0] = math.nan
     log_prob.requires_grad_()
-    loss, sums = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)
+    loss, sums = surrogate_loss(log_prob, old, advantages, mask, **SETTINGS)
     loss.backward()
     assert loss.isnan()
     assert sums.objective.isnan().nonzero().tolist() == [[1]]
@@ -178,9 +179,9 @@ def test_a_nan_inside_of_the_mask_reaches_loss_and_gradient():
 def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(context):
     log_prob, old, advantages, mask = batch()
     log_prob.requires_grad_()
-    expected, expected_sums = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)
+    expected, expected_sums = surrogate_loss(log_prob, old, advantages, mask, **SETTINGS)
     with context(), mock.patch.object(fused.torch, "empty_like", side_effect=AssertionError("nothing to keep")):
-        loss, sums = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)
+        loss, sums = surrogate_loss(log_prob, old, advantages, mask, **SETTINGS)
     assert not loss.requires_grad
     assert all(torch.equal(a, b) for a, b in zip((loss, *sums), (expected, *expected_sums), strict=True))
     assert expected.requires_grad
@@ -192,8 +193,8 @@ def test_one_tensor_of_tokens_is_kept_for_the_backward_pass_and_it_can_run_twice
     log_prob.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        loss, _ = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)
-    assert kept == [log_prob.shape, log_prob.shape[:1]]
+        loss, _ = surrogate_loss(log_prob, old, advantages, mask, **SETTINGS)
+    assert kept == [log_prob.shape]
     loss.backward(retain_graph=True)
     first = log_prob.grad.clone()
     loss.backward()
@@ -203,7 +204,7 @@ def test_one_tensor_of_tokens_is_kept_for_the_backward_pass_and_it_can_run_twice
 def test_a_second_derivative_is_refused():
     log_prob, old, advantages, mask = batch()
     log_prob.requires_grad_()
-    loss = hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)[0].square()
+    loss = surrogate_loss(log_prob, old, advantages, mask, **SETTINGS)[0].square()
     (first,) = torch.autograd.grad(loss, log_prob, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -215,8 +216,8 @@ def test_a_gradient_of_another_input_comes_from_the_definition(which):
     for inputs in (ours, theirs):
         inputs[0].requires_grad_()
         inputs[which].requires_grad_()
-    hysteretic_loss(*ours, **SETTINGS)[0].backward()
-    plain_hysteretic_loss(*theirs, None, *SETTINGS.values())[0].backward()
+    surrogate_loss(*ours, **SETTINGS)[0].backward()
+    plain_surrogate_loss(*theirs, None, *SETTINGS.values())[0].backward()
     for i in (0, which):
         torch.testing.assert_close(ours[i].grad, theirs[i].grad)
         assert ours[i].grad.abs().max() > 0
@@ -224,11 +225,11 @@ def test_a_gradient_of_another_input_comes_from_the_definition(which):
 
 def test_tensors_that_are_not_contiguous_give_the_same():
     inputs = batch()
-    loss, sums = hysteretic_loss(*inputs, **SETTINGS)
+    loss, sums = surrogate_loss(*inputs, **SETTINGS)
     strided = [torch.stack([x, x], dim=-1)[..., 0].t().contiguous().t() for x in inputs]
     assert not strided[0].is_contiguous()
     with blocks_of(16):
-        other, others = hysteretic_loss(*strided, **SETTINGS)
+        other, others = surrogate_loss(*strided, **SETTINGS)
     for ours, theirs in zip((other, *others), (loss, *sums), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -238,7 +239,7 @@ def test_a_shape_that_does_not_fit_is_refused(at):
     inputs = list(batch())
     inputs[at] = inputs[at][:, :-1]
     with pytest.raises(ValueError, match=r"\(N, T\)"):
-        hysteretic_loss(*inputs, **SETTINGS)
+        surrogate_loss(*inputs, **SETTINGS)
 
 
 # Advantages over tokens -----------------------------------------------------------------------------------------------
@@ -253,6 +254,35 @@ def test_spreading_is_multiplication_with_the_mask_and_a_response_has_tokens_if_
     with blocks_of(data.draw(st.sampled_from([1, 4, 1 << 20]))):
         assert torch.equal(spread_over_tokens(values, mask), values.unsqueeze(-1) * mask)
         assert torch.equal(responses_with_tokens(mask), mask.bool().any(dim=1))
+
+
+@given(st.integers(0, 4), st.integers(0, 5), st.booleans(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_response_has_the_sum_of_its_rewards_and_the_sum_of_their_magnitudes(n, t, negative, data):
+    values = data.draw(st.lists(st.integers(-8 if negative else 0, 8), min_size=n * t, max_size=n * t))
+    rewards = torch.tensor(values, dtype=torch.float32).reshape(n, t)
+    total, magnitude = rewards_of_responses(rewards)
+    assert torch.equal(total, rewards.sum(1))
+    assert torch.equal(magnitude, rewards.abs().sum(1))
+
+
+@pytest.mark.parametrize(("rewards", "same"), [([[0.0, 1.0], [0.5, 0.0]], True), ([[0.0, 1.0], [0.5, -0.25]], False)])
+def test_without_a_negative_reward_sum_and_magnitude_are_one_tensor(rewards, same):
+    total, magnitude = rewards_of_responses(torch.tensor(rewards))
+    assert (magnitude is total) == same
+    assert magnitude.tolist() == [1.0, 0.5 if same else 0.75]
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
+def test_rewards_without_responses_or_without_tokens_are_zeros(shape):
+    for result in rewards_of_responses(torch.zeros(shape)):
+        assert torch.equal(result, torch.zeros(shape[0]))
+
+
+def test_a_reward_that_is_nan_reaches_sum_and_magnitude():
+    """The advantages refuse it, with its row."""
+    for result in rewards_of_responses(torch.tensor([[math.nan, 1.0], [0.5, 0.0]])):
+        assert result.isnan().tolist() == [True, False]
 
 
 def allocated(function, *args) -> int:
@@ -275,6 +305,6 @@ def test_no_temporary_has_the_size_of_the_batch():
     with blocks_of(block):
         assert allocated(spread_over_tokens, torch.ones(n), mask.long()) <= whole + small
         assert allocated(responses_with_tokens, torch.zeros(n, t, dtype=torch.int64)) <= 8 * block + 100 * n
-        assert allocated(lambda: hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)) <= small
+        assert allocated(lambda: surrogate_loss(log_prob, old, advantages, mask, **SETTINGS)) <= small
         log_prob.requires_grad_()
-        assert allocated(lambda: hysteretic_loss(log_prob, old, advantages, mask, **SETTINGS)) <= whole + small
+        assert allocated(lambda: surrogate_loss(log_prob, old, advantages, mask, **SETTINGS)) <= whole + small

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.utils import need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass
 
-from hpo_plugin.cli._checks import check_arm, check_by_verl, check_config, check_recipe, compose
-from hpo_plugin.glue.arms import ConfigError
+from hpo_plugin.cli._checks import check_algorithm, check_by_verl, check_config, check_recipe, compose
 from hpo_plugin.glue.layout import Layout, check_layout
+from hpo_plugin.glue.selection import ConfigError
 from hpo_plugin.study.spec import load_study
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_every_recipe_passes_verls_dataclasses_and_validation(recipes, arm):
     """90 compositions, on one node."""
     for (task, model, engine), recipe in recipes.items():
         config = with_arm(recipe, arm)
-        for checked in (check_arm(config), *check_recipe(config), check_by_verl(config)):
+        for checked in (*check_algorithm(config), *check_recipe(config), check_by_verl(config)):
             assert checked.ok, (task, model, engine, checked)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         assert actor.strategy == actor.engine.strategy == engine
@@ -156,7 +156,9 @@ def test_verls_validation_in_the_driver_refuses_what_cannot_be_divided(recipes, 
 
 def test_arms_differ_in_their_row_of_hpo_yaml_and_in_nothing_else(recipes):
     """What is interpolated from the table of presets may differ, and names; all other leaves are equal."""
-    presets = {key for key, value in raw_leaves(CONFIGS / "hpo.yaml").items() if "${policy_loss_presets" in str(value)}
+    presets = {
+        key for key, value in raw_leaves(CONFIGS / "hpo.yaml").items() if "oc.select:policy_loss_presets" in str(value)
+    }
     assert "actor_rollout_ref.actor.clip_ratio_low" in presets
     # Copies: the loss's of the estimator's name, and the critic's of the aggregation, where there is a critic.
     copies = {"actor_rollout_ref.actor.policy_loss.adv_estimator", "critic.loss_agg_mode"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -11,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from packaging.specifiers import SpecifierSet
 from hpo_plugin.cli._cluster import Cluster
 from hpo_plugin.cli._probe import PACKAGES, probe
 from hpo_plugin.cli._report import Finding, Report
-from hpo_plugin.glue.arms import ConfigError, resolve_arm
 from hpo_plugin.glue.layout import KEY_RECIPE, check_layout
+from hpo_plugin.glue.selection import ConfigError, alpha_batch
 from hpo_plugin.sizing import GIB, Sizes
 
 Progress = Callable[[str], None]
 
-#: ``hpo_plugin.glue.seams.ALLOW_UNTESTED``. Nothing of the glue but arms and layout is imported here: where the
+#: ``hpo_plugin.glue.seams.ALLOW_UNTESTED``. Nothing of the glue but selection and layout is imported here: where the
 #: glue cannot be imported, the check has to say why.
 _ALLOW_UNTESTED = "HPO_PLUGIN_ALLOW_UNTESTED_VERL"
 
@@ -172,7 +172,7 @@ def check_registration(here: dict[str, Any]) -> list[Finding]:
     if here["built_in"]:
         return [Finding("this process", "hpo and ahpo are built into this verl; hpo_plugin steps aside")]
     if not here["problems"]:
-        return [Finding("this process", "hpo and ahpo are registered: estimators, policy losses, actor worker")]
+        return [Finding("this process", "hpo and ahpo are registered: advantage estimators, policy losses")]
     return [Finding("this process", what, False, remedy) for what, remedy in here["problems"]]
 
 
@@ -241,9 +241,9 @@ def _searched_too(config_dir: Path | None) -> Iterator[None]:
 
 
 def check_config(config: DictConfig) -> list[Finding]:
-    """Arm, verl's own validation, model, data and reward of a composed config."""
-    findings = [check_arm(config), *check_recipe(config)]
-    # verl's validation resolves arm and recipe too: the same complaint twice helps nobody.
+    """Algorithm, verl's own validation, model, data and reward of a composed config."""
+    findings = [*check_algorithm(config), *check_recipe(config)]
+    # verl's validation resolves algorithm and recipe too: the same complaint twice helps nobody.
     if all(finding.ok for finding in findings):
         findings.append(check_by_verl(config))
     findings.append(check_model(config))
@@ -252,24 +252,37 @@ def check_config(config: DictConfig) -> list[Finding]:
     return findings
 
 
-def check_arm(config: DictConfig) -> Finding:
-    """The algorithm the config selects, or how it contradicts itself."""
+def check_algorithm(config: DictConfig) -> list[Finding]:
+    """The algorithm that the config selects and which batch its α is of, or how it contradicts itself."""
+    config = config.copy()
     try:
-        arm = resolve_arm(config)
-    except ConfigError as error:
-        return Finding("algorithm", "contradictory config", False, str(error))
+        from hpo_plugin.glue.registration import RegistrationError
+        from hpo_plugin.glue.seams import prepare
+
+        selection, lines = prepare(config)
+    except (ConfigError, RegistrationError) as error:
+        return [Finding("algorithm", "contradictory config", False, str(error))]
+    except ImportError as error:
+        return [Finding("algorithm", f"cannot be checked: {error}", False, "correct the cause named here")]
+    if selection is None:
+        return [Finding("algorithm", "verl's own hpo and ahpo, which verl checks itself")]
     low, high, both = (
         OmegaConf.select(config, f"actor_rollout_ref.actor.{key}")
         for key in ("clip_ratio_low", "clip_ratio_high", "clip_ratio")
     )
     low, high = (both if value is None else value for value in (low, high))
     name = OmegaConf.select(config, "algorithm.policy_loss")
-    selected = f"{name}: " if name and name != arm.hysteresis else ""
-    return Finding(
-        "algorithm",
-        f"{selected}{arm.label}; adv_estimator {arm.adv_estimator}, loss_mode {arm.loss_mode}, "
-        f"aggregation {arm.loss_agg_mode}, clip range [1-{low:g}, 1+{high:g}]",
-    )
+    selected = f"{name}: " if name and selection.variant is None else ""
+    findings = [
+        Finding(
+            "algorithm",
+            f"{selected}{selection.label}; adv_estimator {config.algorithm.adv_estimator}, loss_mode "
+            f"{selection.loss_mode}, aggregation {selection.loss_agg_mode}, clip range [1-{low:g}, 1+{high:g}]",
+        )
+    ]
+    if selection.variant is not None:
+        findings.append(Finding("α", alpha_batch(config)))
+    return findings + [Finding("set", line) for line in lines]
 
 
 def check_recipe(config: DictConfig) -> list[Finding]:
@@ -415,24 +428,30 @@ def _first_row(config: DictConfig) -> dict[str, Any] | None:
     return None
 
 
+class _EmptyAnswer:
+    """A tokenizer to which every response is the empty text."""
+
+    eos_token = ""
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        return ""
+
+
 def check_reward(config: DictConfig) -> Finding:
-    """That the reward function loads as verl loads it, and gives a number for the first held-out row."""
+    """That verl's reward manager, with the configured function, scores an empty answer to the first row."""
     import asyncio
-    import inspect
 
     key = "reward.custom_reward_function"
-    if OmegaConf.select(config, "reward.reward_model.enable") and not OmegaConf.select(config, f"{key}.path"):
+    reward_model = OmegaConf.select(config, "reward.reward_model.enable")
+    if reward_model and not OmegaConf.select(config, f"{key}.path"):
         return Finding("reward", "a reward model scores (not looked at)")
     path, name = (OmegaConf.select(config, f"{key}.{part}") for part in ("path", "name"))
     label = f"{path}:{name}" if path else "verl's own, by data_source"
     remedy = f"correct {key}.path and {key}.name" if path else f"set {key}.path and {key}.name"
     try:
-        from verl.trainer.ppo.reward import get_custom_reward_fn
-        from verl.utils.reward_score import get_default_compute_score
+        from verl.trainer.ppo.reward import get_custom_reward_fn, load_reward_manager
 
-        function = get_custom_reward_fn(config)
-        if function is None:
-            function = get_default_compute_score(config.reward.reward_manager.name)
+        get_custom_reward_fn(config)
     except Exception as error:
         # verl wraps what the module raised.
         cause = error.__cause__ or error
@@ -440,27 +459,46 @@ def check_reward(config: DictConfig) -> Finding:
     row = _first_row(config)
     if row is None:
         return Finding("reward", f"{label} loads (no local row to try it on)")
+    if reward_model:
+        return Finding("reward", f"{label} loads (it asks a reward model, and is not tried)")
     source = row.get(OmegaConf.select(config, "data.reward_fn_key", default="data_source"))
+
+    async def scored() -> Any:
+        # The manager takes the running event loop when it is made.
+        manager = load_reward_manager(config, _EmptyAnswer())
+        return (await manager.run_single(_one_response(row)))["reward_score"]
+
     try:
-        score = function(
-            data_source=source,
-            solution_str="",
-            ground_truth=(row.get("reward_model") or {}).get("ground_truth"),
-            extra_info=row.get("extra_info") or {},
-        )
-        if inspect.isawaitable(score):
-            score = asyncio.run(_awaited(score))
-        value = score["score"] if isinstance(score, dict) else score
-        if isinstance(value, tuple | list):
-            value = value[0]
+        value = asyncio.run(scored())
     except Exception as error:
         what = f"{label} raises {type(error).__name__} for an empty answer to {source!r}: {error}"
         return Finding("reward", what, False, remedy)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        what = f"{label} gives {value!r}, which is not a number, for an empty answer to {source!r}"
+    if isinstance(value, tuple | list):
+        value = value[0] if value else None
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        what = f"{label} gives {value!r}, which is not a finite number, for an empty answer to {source!r}"
         return Finding("reward", what, False, remedy)
-    return Finding("reward", f"{label} gives {float(value):g} for an empty answer to {source!r}")
+    return Finding("reward", f"{label} gives {number:g} for an empty answer to {source!r}")
 
 
-async def _awaited(value: Any) -> Any:
-    return await value
+def _one_response(row: dict[str, Any]) -> Any:
+    """A row of data with a response of one token, as verl's agent loop hands it to a reward manager."""
+    import numpy as np
+    import torch
+    from verl import DataProto
+
+    def column(value: Any) -> np.ndarray:
+        array = np.empty(1, dtype=object)
+        array[0] = value
+        return array
+
+    fields = row | {"extra_info": dict(row.get("extra_info") or {}), "__num_turns__": 2}
+    token = torch.ones(1, 1, dtype=torch.long)
+    return DataProto.from_dict(
+        tensors={"prompts": token, "responses": token, "attention_mask": token.repeat(1, 2)},
+        non_tensors={name: column(value) for name, value in fields.items()},
+    )

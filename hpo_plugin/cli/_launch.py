@@ -24,6 +24,8 @@ from hpo_plugin.cli._runs import Attempt, Run, RunBusyError, write_json
 from hpo_plugin.cli._trainer import end_leftovers
 from hpo_plugin.cli._training import SAVE_EVERY, Training, TrainingError, outcome, train, trainer_command, write_metrics
 from hpo_plugin.cli._verl_log import MetricsFile, StepView, read_rows
+from hpo_plugin.glue.presets import preset_of
+from hpo_plugin.glue.selection import ConfigError
 
 #: Seconds between two looks at the cluster.
 POLL = 5.0
@@ -134,6 +136,10 @@ class _Launcher:
         config, finding = compose(self.launch.config_name, overrides)
         if config is None:
             raise TrainingError(f"{finding.found}: {finding.remedy}")
+        try:
+            preset_of(config)
+        except ConfigError as error:
+            raise TrainingError(str(error)) from error
         return config
 
     def go(self) -> None:

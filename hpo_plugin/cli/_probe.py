@@ -93,7 +93,7 @@ def _code_hash() -> str | None:
         return None
     root = Path(spec.origin).parent
     digest = hashlib.sha256()
-    for path in sorted([root / "algorithm.py", *root.glob("glue/*.py")]):
+    for path in sorted([root / "algorithm.py", root / "variants.py", *root.glob("glue/*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -144,8 +144,15 @@ def _registration_problems() -> list[tuple[str, str]]:
     import importlib
 
     problems: list[tuple[str, str]] = []
+    # The modules of hpo_plugin.glue.plugin's hooks, which a node may lack.
+    seams = {
+        "verl.utils.config": "validate_config",
+        "verl.trainer.main_ppo": "run_ppo",
+        "verl.trainer.ppo.metric_utils": "compute_data_metrics",
+        "verl.trainer.ppo.v1.utils": "compute_advantage_for_multi_trajectories",
+    }
     modules = {}
-    for name in ("verl.trainer.ppo.core_algos", "verl.workers.engine_workers", "verl.utils.config"):
+    for name in ("verl.trainer.ppo.core_algos", *seams):
         try:
             modules[name] = importlib.import_module(name)
         except Exception as error:
@@ -161,22 +168,13 @@ def _registration_problems() -> list[tuple[str, str]]:
         return []
     try:
         from hpo_plugin.glue.registration import require_registered
-        from hpo_plugin.glue.worker import HysteresisTrainingWorker
 
         for name in ("hpo", "ahpo"):
             require_registered(name, name)
     except Exception as error:
         return [(_one_line(error), "correct the cause named here")]
-    worker = modules["verl.workers.engine_workers"].ActorRolloutRefWorker.actor_worker_cls
-    if not issubclass(worker, HysteresisTrainingWorker):
-        problems.append(
-            (
-                f"the actor's worker is {worker.__module__}.{worker.__qualname__}, which does not count signs",
-                "keep the package that put it there out with VERL_USE_EXTERNAL_PLUGINS",
-            )
-        )
-    if not hasattr(modules["verl.utils.config"].validate_config, "__wrapped__"):
-        problems.append(
-            ("verl's validate_config does not check the arm", "another package replaced it; import hpo_plugin later")
-        )
-    return problems
+    return [
+        (f"{module}.{function} is not this package's", "another package replaced it; import hpo_plugin later")
+        for module, function in seams.items()
+        if not hasattr(getattr(modules[module], function), "__wrapped__")
+    ]

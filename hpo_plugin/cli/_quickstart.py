@@ -27,14 +27,13 @@ from hpo_plugin.cli._verl_log import (
     held_out_success,
     step_views,
 )
+from hpo_plugin.variants import VARIANTS
 
 #: Evaluations, besides the one before training.
 EVALUATIONS = 3
 PICTURE_NAME = "curves.png"
 
-ARM_NAMES = {
-    "ahpo": "A-HPO",
-    "hpo": "HPO",
+ARM_NAMES = {variant.name: variant.title for variant in VARIANTS.values()} | {
     "grpo": "GRPO",
     "gspo": "GSPO",
     "sapo": "SAPO",

@@ -85,11 +85,16 @@ def compose_cells(cells: Sequence[Cell]) -> None:
         StudyError: With the cell and what Hydra says.
     """
     from hpo_plugin.cli._checks import compose
+    from hpo_plugin.glue.presets import preset_of
 
     for cell in {(cell.setting, cell.arm): cell for cell in reversed(cells)}.values():
         config, finding = compose(cell.config_name, cell.overrides)
         if config is None:
             raise StudyError(f"{cell.name}: {finding.found}: {finding.remedy}")
+        try:
+            preset_of(config)
+        except ValueError as error:
+            raise StudyError(f"{cell.name}: {error}") from error
 
 
 def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -> None:

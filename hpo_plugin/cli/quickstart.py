@@ -60,6 +60,13 @@ def quickstart(
 
     from rich.console import Console
 
+    from hpo_plugin.glue.presets import preset_rows
+
+    if policy_loss not in preset_rows():
+        raise typer.BadParameter(
+            f"{policy_loss!r} is not a preset. Choose one of: {', '.join(preset_rows())}.", param_hint="--policy-loss"
+        )
+
     from hpo_plugin.cli._laptop import LAPTOP_TASKS
     from hpo_plugin.cli._quickstart import run_quickstart
     from hpo_plugin.cli._runs import Request

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hpo_plugin.glue.arms import ConfigError
+from hpo_plugin.glue.selection import ConfigError
 
 __all__ = ["KEY_RECIPE", "Layout", "check_cut", "check_layout"]
 
@@ -122,14 +122,15 @@ def check_layout(config: DictConfig) -> None:
     """Refuse a recipe whose batch or model cannot be cut as it says.
 
     Args:
-        config: the root config. Without a node ``recipe`` nothing is looked at: another's config is verl's to judge.
+        config: the root config. Without ``recipe.architecture`` nothing is looked at: another's config is verl's to
+            judge.
 
     Raises:
         ConfigError: each message names the keys, their values and what to do.
     """
-    if OmegaConf.select(config, KEY_RECIPE) is None:
-        return
-    check_cut(Layout.of(config), OmegaConf.select(config, f"{KEY_RECIPE}.architecture"))
+    architecture = OmegaConf.select(config, f"{KEY_RECIPE}.architecture")
+    if architecture is not None:
+        check_cut(Layout.of(config), architecture)
 
 
 def check_cut(layout: Layout, architecture: Any) -> None:

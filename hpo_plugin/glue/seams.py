@@ -1,28 +1,35 @@
-"""The places where verl 0.9.1 has no extension point. There are two; each is one assignment, and each has a test.
+"""The places where verl has no extension point. There are four; each is one plain function in place of verl's.
 
-1. ``verl.utils.config.validate_config`` is wrapped, so that a contradictory config, or a recipe that cannot be cut over
-   its GPUs, stops the driver before Ray starts, and so that ``algorithm.hpo`` of verl's *stock* config reaches the
-   actor, whose config is a closed dataclass.
-2. ``ActorRolloutRefWorker.actor_worker_cls`` (verl/workers/engine_workers.py) names the class of the actor's worker.
-   Ours sees every row of the step on its rank before the first micro-batch: the only place where α can be computed.
+1. ``verl.utils.config.validate_config`` and 2. ``verl.trainer.main_ppo.run_ppo``: every trainer of verl calls at least
+   one of them in the driver, before the first rollout. Both call :func:`prepare` first.
+3. ``verl.trainer.ppo.metric_utils.compute_data_metrics``: what the estimator counted enters verl's log.
+4. ``verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories``: the one place that knows which rows belong to
+   one session, and the task's scores apart from a KL penalty in the reward.
 
-``tests/glue/test_seams.py`` fails when verl moves either. A verl that has HPO built in is left as it is.
+``tests/glue/test_seams.py`` fails when verl moves one of them. A verl that has HPO built in is left as it is.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
-import wrapt
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hpo_plugin.glue import arms, layout
+from hpo_plugin.glue import layout, metrics
+from hpo_plugin.glue import selection as keys
+from hpo_plugin.glue.losses import normalizes_by_mean_length
+from hpo_plugin.glue.presets import apply_preset
 from hpo_plugin.glue.registration import RegistrationError, is_built_in, require_registered
+from hpo_plugin.glue.selection import ConfigError, Selection, check_selection, read_selection
+from hpo_plugin.variants import VARIANTS
 
-__all__ = ["SUPPORTED_VERL", "check_arm_before_run", "hand_down", "use_hysteresis_worker"]
+__all__ = ["SEAMS", "SUPPORTED_VERL", "prepare", "replace"]
 
 SUPPORTED_VERL = ("0.9.1",)
 """Versions of verl the seams were written and tested against."""
@@ -31,14 +38,11 @@ ALLOW_UNTESTED = "HPO_PLUGIN_ALLOW_UNTESTED_VERL"
 
 STOCK_TARGET = "verl.workers.config.PolicyLossConfig"
 OUR_TARGET = "hpo_plugin.glue.config.HPOPolicyLossConfig"
+OF_SESSIONS = ("data", "batch_keys", "adv_estimator", "config")
 
 
 def require_supported_verl() -> None:
-    """Raise unless this verl is one the seams were tested against.
-
-    Raises:
-        RegistrationError: naming both versions and the variable that lifts the guard.
-    """
+    """Raise :class:`RegistrationError` unless this verl is one the seams were tested against."""
     found = version("verl")
     if found not in SUPPORTED_VERL and os.environ.get(ALLOW_UNTESTED) != "1":
         raise RegistrationError(
@@ -47,78 +51,163 @@ def require_supported_verl() -> None:
         )
 
 
-def hand_down(config: DictConfig, arm: arms.Arm) -> None:
-    """Give the actor's ``policy_loss`` node the fields of ``HPOPolicyLossConfig``, in place.
+def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
+    """Apply the preset, set the run up for the algorithm that the config selects, and refuse what cannot work.
 
-    Our own yaml has them already, by interpolation. verl's stock yaml gets them here.
+    Safe to repeat: the driver does it, and some trainers do it again in a process of their own.
 
     Args:
-        config: the root config.
-        arm: what :func:`hpo_plugin.glue.arms.resolve_arm` read from it; nothing is done without hysteresis.
+        config: verl's root config; changed in place.
+
+    Returns:
+        What the config selects, None where verl has HPO built in and checks the config itself; and what was set, a line
+        each.
 
     Raises:
-        ConfigError: if the node's ``_target_`` is a third class, which could not carry α.
+        ConfigError: for a config that contradicts itself; the message names the keys.
+        RegistrationError: if the config selects a variant that cannot be used in this process.
     """
-    if arm.hysteresis is None:
-        return
+    lines = apply_preset(config)
+    select = functools.partial(OmegaConf.select, config)
+    if {str(select(keys.KEY_ESTIMATOR)), str(select(keys.KEY_LOSS_MODE))} & set(VARIANTS):
+        from verl.trainer.ppo import core_algos
+
+        if is_built_in(core_algos):
+            layout.check_layout(config)
+            return None, lines
+    selection = read_selection(config)
+    if selection.variant is not None:
+        require_supported_verl()
+        check_selection(config, selection)
+        lines += hand_down(config, selection)
+        require_registered(selection.variant.name, selection.loss_mode)
+        if selection.loss_mode not in VARIANTS and normalizes_by_mean_length(config) is False:
+            lines.append(
+                f"{keys.KEY_LOSS_MODE}={selection.loss_mode} does not normalize by the batch's mean length: this is "
+                f"half of {selection.variant.title}, its α without its normalization"
+            )
+    layout.check_layout(config)
+    return selection, lines
+
+
+def _prepare(config: DictConfig) -> None:
+    for line in prepare(config)[1]:
+        print(f"[hpo_plugin] {line}")
+
+
+def hand_down(config: DictConfig, selection: Selection) -> list[str]:
+    """Make the variant's estimator the run's, and tell the policy loss so, in place.
+
+    Returns:
+        One line where the estimator was another, to whose advantages α is applied now.
+
+    Raises:
+        ConfigError: if the config node of a variant's loss has a third class as ``_target_``.
+    """
+    assert selection.variant is not None
+    name, lines = selection.variant.name, []
+    if config.algorithm.adv_estimator != name:
+        with open_dict(config):
+            OmegaConf.update(config, keys.KEY_BASE, selection.base_estimator, force_add=True)
+            config.algorithm.adv_estimator = name
+        lines.append(
+            f"{keys.KEY_LOSS_MODE}={name} with {keys.KEY_ESTIMATOR}={selection.adv_estimator}: α is applied to the "
+            f"advantages of {selection.base_estimator} ({keys.KEY_ESTIMATOR}={name}, "
+            f"{keys.KEY_BASE}={selection.base_estimator})"
+        )
+    if selection.loss_mode not in VARIANTS:
+        return lines
     node = config.actor_rollout_ref.actor.policy_loss
     target = node.get("_target_", STOCK_TARGET)
     if target not in (STOCK_TARGET, OUR_TARGET):
-        raise arms.ConfigError(
-            f"actor_rollout_ref.actor.policy_loss._target_={target} cannot carry α to the workers of {arm.hysteresis}. "
-            f"Set it to {OUR_TARGET}, or to a subclass of it registered under that name."
+        raise ConfigError(
+            f"actor_rollout_ref.actor.policy_loss._target_={target} cannot tell the policy loss of {name} which "
+            f"estimator made the advantages. Set it to {OUR_TARGET}, or {keys.KEY_LOSS_MODE}=vanilla."
         )
     with open_dict(node):
         node._target_ = OUR_TARGET
-        node.adv_estimator = arm.adv_estimator
-        node.alpha = arm.alpha
-        node.alpha_min = arm.alpha_min
+        node.adv_estimator = name
+    return lines
 
 
-def _validate_config(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _validate_config(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+
+    call = inspect.signature(original).bind(*args, **kwargs)
+    config = call.arguments["config"]
+    before = OmegaConf.select(config, keys.KEY_ESTIMATOR)
+    _prepare(config)
+    if OmegaConf.select(config, keys.KEY_ESTIMATOR) != before:
+        # The caller asked whether there is a critic while the estimator was still another.
+        needs = {"use_critic": need_critic, "use_reference_policy": need_reference_policy}
+        call.arguments.update({name: need(config) for name, need in needs.items() if name in call.arguments})
+    return original(*call.args, **call.kwargs)
+
+
+def _run_ppo(original: Callable[..., Any], config: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    _prepare(config)
+    return original(config, *args, **kwargs)
+
+
+def _compute_data_metrics(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    logged, ours = original(*args, **kwargs), metrics.drain()
+    return logged | ours if ours else logged
+
+
+def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from verl.trainer.ppo import core_algos
 
-    config = kwargs["config"] if "config" in kwargs else args[0]
-    if not is_built_in(core_algos):
-        arm = arms.resolve_arm(config)
-        if arm.hysteresis is not None:
-            require_supported_verl()
-            require_registered(arm.adv_estimator, arm.loss_mode)
-            hand_down(config, arm)
-    layout.check_layout(config)
-    return wrapped(*args, **kwargs)
+    from hpo_plugin.glue import estimators
 
-
-def check_arm_before_run(verl_utils_config: ModuleType) -> None:
-    """Seam 1: resolve and check the arm, and a recipe's layout, whenever verl validates a config.
-
-    Args:
-        verl_utils_config: the module ``verl.utils.config``.
-    """
-    wrapt.wrap_function_wrapper(verl_utils_config, "validate_config", _validate_config)
-
-
-def use_hysteresis_worker(engine_workers: ModuleType) -> None:
-    """Seam 2: make the actor's worker the one that counts signs over the whole step.
-
-    Args:
-        engine_workers: the module ``verl.workers.engine_workers``.
-
-    Raises:
-        RegistrationError: if another package has already put its own class there.
-    """
-    from verl.trainer.ppo import core_algos
-
-    if is_built_in(core_algos):
-        return
-    from hpo_plugin.glue.worker import HysteresisTrainingWorker
-
-    owner = engine_workers.ActorRolloutRefWorker
-    if owner.actor_worker_cls is not engine_workers.TrainingWorker:
-        raise RegistrationError(
-            f"ActorRolloutRefWorker.actor_worker_cls is already {owner.actor_worker_cls.__qualname__} of "
-            f"{owner.actor_worker_cls.__module__}; hpo_plugin does not replace it. Derive that class from "
-            "hpo_plugin.glue.worker.HysteresisTrainingWorker, or keep one of the two packages out with "
-            "VERL_USE_EXTERNAL_PLUGINS."
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.apply_defaults()
+    data, batch_keys, estimator, config = (call.arguments[parameter] for parameter in OF_SESSIONS)
+    name, preset = str(getattr(estimator, "value", estimator)), (config or {}).get("policy_loss")
+    if preset in VARIANTS and preset != name and not is_built_in(core_algos):
+        raise ConfigError(
+            f"{keys.KEY_POLICY_LOSS}={preset} was not applied: this trainer calls neither verl's validate_config nor "
+            f"run_ppo. Set {keys.KEY_ESTIMATOR}={preset} and {keys.KEY_AGGREGATION}={keys.MEAN_LENGTH} instead."
         )
-    owner.actor_worker_cls = HysteresisTrainingWorker
+    if core_algos.ADV_ESTIMATOR_REGISTRY.get(name) is estimators.estimator(name):
+        batch = data.batch
+        batch["advantages"], batch["returns"] = estimators.estimator(name)(
+            token_level_rewards=batch["token_level_rewards"],
+            response_mask=batch["response_mask"],
+            index=data.non_tensor_batch.get("uid"),
+            config=config,
+            last_row=estimators.last_rows(batch_keys),
+            token_level_scores=batch["token_level_scores"] if config.get("use_kl_in_reward") else None,
+        )
+        return data
+    data = original(*args, **kwargs)
+    if preset is not None and preset not in VARIANTS and "uid" in data.non_tensor_batch:
+        estimators.record_comparison(name, data, estimators.last_rows(batch_keys))
+    return data
+
+
+SEAMS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "verl.utils.config": (_validate_config, {"config"}),
+    "verl.trainer.main_ppo": (_run_ppo, {"config"}),
+    "verl.trainer.ppo.metric_utils": (_compute_data_metrics, set()),
+    "verl.trainer.ppo.v1.utils": (_compute_advantage_for_multi_trajectories, set(OF_SESSIONS)),
+}
+"""Modules of verl, what is called in place of the function of that name, and the parameters that it needs."""
+
+
+def replace(module: ModuleType) -> None:
+    """Put this package's function in the place of verl's, in a module of :data:`SEAMS`.
+
+    What stands there then is a plain function of verl's name: pickle finds it by reference, and cloudpickle (Ray) takes
+    it by value where it stands in a class of ``__main__``. RegistrationError if verl's function is not there.
+    """
+    around, needed = SEAMS[module.__name__]
+    name = around.__name__.removeprefix("_")
+    original = getattr(module, name, None)
+    if original is None or not needed <= set(inspect.signature(original).parameters):
+        raise RegistrationError(f"{module.__name__}.{name} is not there: hpo_plugin was not made for this verl")
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(module, name, replacement)

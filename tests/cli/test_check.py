@@ -80,7 +80,7 @@ def test_a_name_that_another_package_holds_fails_and_names_the_package(tmp_path)
     )
     (tmp_path / "sitecustomize.py").write_text("import rival\n")
     problem = problem_of(run_check("--local", PYTHONPATH=str(tmp_path)))
-    assert "already registered by rival" in problem["found"]
+    assert "the name is held by rival.take" in problem["found"]
 
 
 def test_another_version_of_verl_fails_before_anything_is_imported(monkeypatch):
@@ -206,8 +206,8 @@ def test_a_fresh_ray_worker_reports_what_is_broken_there(tmp_path):
 # --- the config ----------------------------------------------------------------------------------------------------
 
 
-def compose(*overrides):
-    config, finding = _checks.compose("hpo_trainer", overrides)
+def compose(*overrides, config_name="hpo_trainer"):
+    config, finding = _checks.compose(config_name, ["actor_rollout_ref.rollout.n=8", *overrides])
     assert finding.ok, finding
     return config
 
@@ -220,17 +220,40 @@ def test_a_config_of_ones_own_is_found_in_its_directory_and_only_there(tmp_path)
     assert not _checks.compose("mine", [])[1].ok
 
 
-def test_the_arm_of_our_trainer_config_is_shown_with_what_distinguishes_it():
-    finding = _checks.check_arm(compose())
-    assert finding.ok
-    assert finding.found == (
-        "ahpo: α adaptive, α_min = 0.1, weighed by the policy loss; adv_estimator ahpo, loss_mode ahpo, "
+def test_the_algorithm_of_our_trainer_config_is_shown_with_what_distinguishes_it():
+    algorithm, batch = _checks.check_algorithm(compose())
+    assert algorithm.ok
+    assert algorithm.found == (
+        "A-HPO: α = clip(p̂⁺ / p̂⁻, α_min, 1), alpha_min = 0.1; adv_estimator ahpo, loss_mode ahpo, "
         "aggregation token-mean, clip range [1-0.2, 1+0.2]"
     )
+    assert (batch.name, batch.found) == ("α", "V1 sync: α of the step's rollout batch")
 
 
-def test_an_arm_without_hysteresis_is_shown_under_its_own_name():
-    assert _checks.check_arm(compose("algorithm.policy_loss=gspo")).found.startswith("gspo: no hysteretic weights")
+def test_an_algorithm_without_alpha_is_shown_under_its_own_name():
+    (finding,) = _checks.check_algorithm(compose("algorithm.policy_loss=gspo"))
+    assert finding.found.startswith("gspo: no hysteretic weights")
+
+
+def test_what_a_preset_sets_in_verls_stock_config_is_shown_and_the_config_stays_as_it_is():
+    config = compose("+algorithm.policy_loss=ahpo", config_name="ppo_trainer")
+    algorithm, _, *changes = _checks.check_algorithm(config)
+    assert algorithm.found.startswith("A-HPO")
+    assert [change.found for change in changes] == [
+        "algorithm.adv_estimator: gae -> ahpo",
+        "actor_rollout_ref.actor.policy_loss.loss_mode: vanilla -> ahpo",
+    ]
+    assert config.algorithm.adv_estimator == "gae"
+
+
+def test_half_of_hpo_is_named():
+    overrides = [
+        "algorithm.adv_estimator=ahpo",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=sapo",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    ]
+    findings = _checks.check_algorithm(compose(*overrides, config_name="ppo_trainer"))
+    assert any("half of A-HPO" in finding.found for finding in findings)
 
 
 @pytest.mark.parametrize(
@@ -238,12 +261,14 @@ def test_an_arm_without_hysteresis_is_shown_under_its_own_name():
     [
         ("algorithm.policy_loss=nonsense", "is not a preset"),
         ("algorithm.adv_estimator=hpo", "two different algorithms"),
-        ("algorithm.hpo.alpha=0.5", "only hpo has a fixed α"),
+        ("algorithm.hpo.alpha=0.5", "it is a setting of hpo"),
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "token-mean"),
+        ("actor_rollout_ref.rollout.n=1", "actor_rollout_ref.rollout.n=1 trains nothing"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=kl_cov", "not homogeneous"),
     ],
 )
 def test_a_contradiction_is_printed_plainly(override, said):
-    finding = _checks.check_arm(compose(override))
+    (finding,) = _checks.check_algorithm(compose(override))
     assert not finding.ok
     assert said in finding.remedy
 
@@ -276,7 +301,7 @@ def data_config(train, val, batch=2, reward_path=None, reward_name="compute_scor
             "reward": {
                 "reward_model": {"enable": False},
                 "custom_reward_function": {"path": reward_path, "name": reward_name},
-                "reward_manager": {"name": "naive"},
+                "reward_manager": {"name": "naive", "source": "register"},
             },
         }
     )
@@ -312,7 +337,42 @@ def test_a_reward_function_is_loaded_and_tried_on_the_first_row(tmp_path):
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("def compute_score(**kwargs): return 'one'", "'one', which is not a number"),
+        ("def compute_score(**kwargs): return True", "gives 1 "),
+        ("import numpy\ndef compute_score(**kwargs): return numpy.bool_(True)", "gives 1 "),
+        ("import torch\ndef compute_score(**kwargs): return torch.tensor(0.5)", "gives 0.5 "),
+        ("def compute_score(**kwargs): return {'score': 0.25, 'acc': False}", "gives 0.25 "),
+        ("def compute_score(extra_info, **kwargs): return extra_info['num_turns']", "gives 2 "),
+        ("def compute_score(extra_info, **kwargs): return len(extra_info['rollout_reward_scores'])", "gives 0 "),
+        ("def compute_score(data_source, solution_str, ground_truth, extra_info): return 0", "gives 0 "),
+        ("async def compute_score(**kwargs): return 0.75", "gives 0.75 "),
+    ],
+)
+def test_what_verls_reward_manager_accepts_is_accepted(tmp_path, code, said):
+    (tmp_path / "reward.py").write_text(code)
+    good = parquet(tmp_path / "a.parquet", 1)
+    finding = _checks.check_reward(data_config(good, good, reward_path=str(tmp_path / "reward.py")))
+    assert finding.ok, finding
+    assert said in finding.found
+
+
+def test_a_function_that_asks_a_reward_model_is_loaded_and_not_tried(tmp_path):
+    """Verl's manager would give it ``reward_router_address``, which there is none of yet."""
+    code = "def compute_score(reward_router_address, reward_model_tokenizer, **kwargs): return 1"
+    (tmp_path / "reward.py").write_text(code)
+    good = parquet(tmp_path / "a.parquet", 1)
+    config = data_config(good, good, reward_path=str(tmp_path / "reward.py"))
+    config.reward.reward_model.enable = True
+    finding = _checks.check_reward(config)
+    assert finding.ok, finding
+    assert "asks a reward model" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def compute_score(**kwargs): return 'one'", "'one', which is not a finite number"),
+        ("def compute_score(**kwargs): return float('nan')", "nan, which is not a finite number"),
+        ("def compute_score(**kwargs): return None", "None, which is not a finite number"),
         ("def compute_score(**kwargs): return {'points': 1}", "raises KeyError"),
         ("def other(**kwargs): return 1", "cannot be loaded"),
         ("raise ImportError('no such library')", "no such library"),

@@ -36,13 +36,13 @@ def small(monkeypatch):
 @pytest.mark.parametrize("task", list(LAPTOP_TASKS))
 def test_every_task_has_a_config_of_its_name_with_the_algorithm_selected(task):
     from hpo_plugin.cli._checks import compose
-    from hpo_plugin.glue.arms import resolve_arm
+    from hpo_plugin.glue.selection import read_selection
 
     request = Request("ahpo", seed=0, steps=1, rollout="hf", n_test=40, task=task)
     paths = ["actor_rollout_ref.model.path=x", "data.train_files=y", "data.val_files=z"]
     config, finding = compose(request.config_name, paths)
     assert config is not None, finding
-    assert resolve_arm(config).hysteresis == "ahpo"
+    assert read_selection(config).variant.name == "ahpo"
     assert config.trainer.project_name == request.config_name
     assert request.stem.startswith(f"{task}_cpu-ahpo-")
 

@@ -105,11 +105,11 @@ def test_the_printed_command_names_an_interpreter_that_the_users_shell_finds(tmp
 
 def test_the_overrides_compose_with_the_public_config_and_select_the_arm():
     from hpo_plugin.cli._checks import compose
-    from hpo_plugin.glue.arms import resolve_arm
+    from hpo_plugin.glue.selection import read_selection
 
     config, finding = compose("countdown_cpu", training_overrides(REQUEST, INPUTS))
     assert config is not None, finding
-    assert resolve_arm(config).hysteresis == "ahpo"
+    assert read_selection(config).variant.name == "ahpo"
     assert (config.data.seed, config.trainer.total_training_steps) == (3, 60)
 
 
@@ -232,6 +232,23 @@ def test_a_request_that_cannot_be_met_is_an_error_and_not_a_traceback(tmp_path):
     result = CliRunner().invoke(app, ["quickstart", "--seed", "-1", "--output", str(tmp_path)])
     assert result.exit_code == 2
     assert "--seed" in result.output
+
+
+def test_a_wrong_preset_is_refused_at_once_naming_those_there_are_and_leaves_nothing(tmp_path):
+    output = tmp_path / "runs"
+    result = CliRunner().invoke(app, ["quickstart", "--policy-loss", "foo", "--output", str(output)])
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    for word in ("--policy-loss", "'foo' is not a preset", "grpo", "ahpo"):
+        assert word in said
+    assert not output.exists()
+
+
+def test_the_presets_that_help_names_are_those_there_are():
+    from hpo_plugin.glue.presets import preset_rows
+
+    said = CliRunner().invoke(app, ["quickstart", "--help"], env={"COLUMNS": "300"}).output
+    assert all(name in said for name in preset_rows())
 
 
 def test_the_final_table_shows_success_time_alpha_and_where_everything_is(run):

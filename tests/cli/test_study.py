@@ -467,6 +467,11 @@ def test_an_unknown_config_or_key_is_found_before_anything_is_made(declared, stu
     done = call("prepare", study_file(declared), "--no-check")
     assert done.exit_code == 1
     assert "train_batchsize" in done.output
+    declared["overrides"] = []
+    declared["arms"]["grpo"]["overrides"] = ["algorithm.policy_loss=banana"]
+    done = call("prepare", study_file(declared), "--no-check")
+    assert done.exit_code == 1
+    assert "algorithm.policy_loss=banana is not a preset" in " ".join(done.output.split())
 
 
 def test_an_unknown_field_of_the_start_model_is_named_with_those_that_there_are(declared, workspace):

@@ -109,7 +109,7 @@ Traceback (most recent call last):
   File "main_ppo.py", line 94, in run_ppo
 ray.exceptions.RayTaskError(StepError): ray::TaskRunnerV1.run() (pid=12, ip=10.0.0.1)
   File "worker.py", line 61, in train_mini_batch
-hpo_plugin.glue.step.StepError: this batch has no `uid`
+hpo_plugin.glue.selection.ConfigError: this batch has no `uid`
 """
 
 
@@ -118,7 +118,7 @@ def test_an_exception_of_the_agent_loop_is_the_cause_although_another_one_ends_t
 
 
 def test_the_cause_is_the_exception_and_not_rays_wrapper_of_it():
-    assert failure_cause(plain_lines(WORKER)) == "hpo_plugin.glue.step.StepError: this batch has no `uid`"
+    assert failure_cause(plain_lines(WORKER)) == "hpo_plugin.glue.selection.ConfigError: this batch has no `uid`"
 
 
 def test_output_without_an_exception_has_no_cause():

@@ -10,7 +10,7 @@ pytest.importorskip("verl")
 
 import typer.main
 
-from hpo_plugin.cli._checks import check_arm, check_by_verl, compose
+from hpo_plugin.cli._checks import check_algorithm, check_by_verl, compose
 from hpo_plugin.cli._launch import plan, refuse_own_keys
 from hpo_plugin.cli.app import app
 from hpo_plugin.cpu.checks import CPUS_PER_RANK, RAY_CPU_SLACK
@@ -25,7 +25,7 @@ def parsed(words):
     refuse_own_keys(values["overrides"])
     config, finding = compose(values["config_name"], values["overrides"])
     assert config is not None, finding
-    for checked in (check_arm(config), check_by_verl(config)):
+    for checked in (*check_algorithm(config), check_by_verl(config)):
         assert checked.ok, checked
     assert plan(config, values["config_name"], values["overrides"]).save_every > 0
     return values, config

@@ -382,6 +382,13 @@ def test_what_the_launcher_sets_cannot_be_set(launch, override):
         launch((STEPS, "done"), overrides=[override])
 
 
+def test_a_wrong_preset_is_refused_naming_those_there_are_and_leaves_no_directory(tmp_path):
+    wanted = Launch("hpo_trainer", ("algorithm.policy_loss=foo",), tmp_path / "run", 1, 1.0, 60.0, 60.0)
+    with pytest.raises(TrainingError, match=r"algorithm.policy_loss=foo is not a preset. Choose one of: grpo, .*ahpo"):
+        run_launch(wanted, Console())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("key", ["max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep"])
 def test_a_single_checkpoint_is_refused(launch, key):
     with pytest.raises(TrainingError, match=f"set trainer.{key}=2 or more"):

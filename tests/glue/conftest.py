@@ -22,11 +22,11 @@ STOCK_DIRECTORY = str(Path(next(iter(verl.trainer.config.__path__))))
 
 @pytest.fixture(scope="session")
 def compose_stock() -> Callable[..., DictConfig]:
-    """The stock ``ppo_trainer``, as ``python -m verl.trainer.main_ppo`` composes it."""
+    """The stock ``ppo_trainer`` or ``ppo_megatron_trainer``, as ``python -m verl.trainer.main_ppo`` composes it."""
 
-    def compose_trainer(*overrides: str) -> DictConfig:
+    def compose_trainer(*overrides: str, trainer: str = "ppo_trainer") -> DictConfig:
         with initialize_config_dir(STOCK_DIRECTORY, version_base=None):
-            return compose("ppo_trainer", [*MICRO_BATCHES, *overrides])
+            return compose(trainer, [*MICRO_BATCHES, *overrides])
 
     return compose_trainer
 
@@ -58,7 +58,7 @@ def recipe(recipes: dict[str, DictConfig]) -> Iterator[Callable[..., DictConfig]
 
     A second call within a test undoes the first, and the test's end the last: copying a config takes a second.
     """
-    nodes = ("algorithm", "actor_rollout_ref.actor")
+    nodes = ("algorithm", "actor_rollout_ref.actor", "actor_rollout_ref.rollout")
     before = {
         (trainer, node): OmegaConf.to_container(OmegaConf.select(config, node), resolve=False)
         for trainer, config in recipes.items()

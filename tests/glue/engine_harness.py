@@ -43,9 +43,13 @@ class Case:
     per_token: bool = False
     """Advantages that differ between the tokens of a response."""
     rewards: str = "sparse"
+    rejected: bool = False
+    """Rollout correction has rejected every fifth response: V1 clears its ``response_mask``, not its ``loss_mask``."""
+    masked_mini_batch: bool = False
+    """No token of the second mini-batch is unmasked."""
     hpo: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
-    """``micro-batch``: take α from the micro-batch, as a naive implementation would. ``twice``: weigh twice."""
+    """``micro-batch``: take α from the micro-batch, as a naive implementation would. ``twice``: apply α twice."""
 
 
 @dataclass
@@ -56,6 +60,8 @@ class Batch:
     responses: torch.Tensor
     lengths: torch.Tensor
     response_mask: torch.Tensor
+    loss_mask: torch.Tensor
+    """What verl counts the tokens of a mini-batch in."""
     old_log_probs: torch.Tensor
     rollout_is_weights: torch.Tensor
     rewards: torch.Tensor
@@ -78,14 +84,23 @@ def make_batch(case: Case) -> Batch:
     turns[:, 0] = True
     # Prompt 0 is solved by one of six, prompt 1 by two, prompt 2 by all, prompt 3 by none: p̂⁺ = 3/24, p̂⁻ = 9/24.
     sparse = torch.tensor([1, 0, 0, 0, 0, 0] + [0, 1, 0, 0, 1, 0] + [1] * 6 + [0] * 6, dtype=torch.float32)
+    # "noisy": the mean of six equal rewards of 0.9 or 0.3 is not 0.9 or 0.3 in fp32.
     rewards = sparse if case.rewards == "sparse" else torch.where(sparse > 0, 0.9, 0.3)
+    mask = (mask & turns if case.multi_turn else mask).long()
+    generated = mask
+    if case.rejected:
+        mask = mask * (torch.arange(n) % 5 != 0).long().unsqueeze(1)
+    if case.masked_mini_batch:
+        mask = mask * (torch.arange(n) % case.mini_batches != 1).long().unsqueeze(1)
+        generated = mask
     batch = Batch(
         prompts=[draw(3, VOCABULARY, int(k)) for k in draw(2, 5, n)],
         responses=draw(3, VOCABULARY, n, LONGEST),
         lengths=lengths,
-        response_mask=(mask & turns if case.multi_turn else mask).long(),
-        old_log_probs=(-3.2 + 0.5 * torch.randn(n, LONGEST, generator=generator)) * mask,
-        rollout_is_weights=(0.5 + torch.rand(n, LONGEST, generator=generator)) * mask,
+        response_mask=mask,
+        loss_mask=generated,
+        old_log_probs=-3.2 + 0.5 * torch.randn(n, LONGEST, generator=generator),
+        rollout_is_weights=0.5 + torch.rand(n, LONGEST, generator=generator),
         rewards=rewards,
         uid=np.array([f"prompt-{i // RESPONSES_EACH}" for i in range(n)], dtype=object),
         tilt=torch.linspace(0.5, 1.5, LONGEST).expand(n, -1),
@@ -99,7 +114,7 @@ def add_padding(batch: Batch, rows: int) -> Batch:
         return batch
     out = copy.deepcopy(batch)
     out.prompts += [torch.tensor([3, 4])] * rows
-    for name in ("responses", "response_mask", "old_log_probs", "rollout_is_weights", "tilt"):
+    for name in ("responses", "response_mask", "loss_mask", "old_log_probs", "rollout_is_weights", "tilt"):
         value = getattr(batch, name)
         setattr(out, name, torch.cat([value, torch.zeros(rows, LONGEST, dtype=value.dtype)]))
     out.responses[-rows:, 0] = 3
@@ -131,7 +146,7 @@ def _compose(adv_estimator: str, loss_mode: str, hpo: tuple[tuple[str, float], .
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
-    from hpo_plugin.glue import arms, seams
+    from hpo_plugin.glue import seams
 
     GlobalHydra.instance().clear()
     with initialize_config_module("verl.trainer.config", version_base=None):
@@ -143,11 +158,11 @@ def _compose(adv_estimator: str, loss_mode: str, hpo: tuple[tuple[str, float], .
                 "actor_rollout_ref.actor.strategy=fsdp2",
                 "actor_rollout_ref.actor.fsdp_config.strategy=fsdp2",
                 "actor_rollout_ref.actor.use_dynamic_bsz=True",
+                f"actor_rollout_ref.rollout.n={RESPONSES_EACH}",
                 *(f"+algorithm.hpo.{key}={value}" for key, value in hpo),
             ],
         )
-    arm = arms.resolve_arm(config)
-    seams.hand_down(config, arm)
+    seams.prepare(config)
     return config
 
 
@@ -188,7 +203,7 @@ def rank_share(case: Case, batch: Batch, advantages: torch.Tensor, rank: int, wo
         "prompts": nested([batch.prompts[i] for i in rows]),
         "responses": cut(batch.responses),
         "response_mask": cut(batch.response_mask),
-        "loss_mask": cut(batch.response_mask),
+        "loss_mask": cut(batch.loss_mask),
         "old_log_probs": cut(batch.old_log_probs),
         "advantages": cut(advantages),
     }
@@ -236,9 +251,9 @@ def build_model(path: Path) -> None:
 
 
 def build_worker(model_path: str) -> Any:
-    """The worker class that ``ActorRolloutRefWorker`` would use, on verl's FSDP2 engine."""
+    """Verl's own worker of the actor, on its FSDP2 engine."""
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
-    from verl.workers.engine_workers import ActorRolloutRefWorker
+    from verl.workers.engine_workers import TrainingWorker
 
     config = TrainingWorkerConfig(
         model_type="language_model",
@@ -266,7 +281,7 @@ def build_worker(model_path: str) -> Any:
         optimizer_config=FSDPOptimizerConfig(lr=1e-3, clip_grad=1e9),
         checkpoint_config=None,
     )
-    worker = ActorRolloutRefWorker.actor_worker_cls(config=config)
+    worker = TrainingWorker(config=config)
     worker.reset()
     return worker
 
@@ -276,30 +291,25 @@ def full(tensor: Any) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def inject(fault: str | None) -> Any:
+def inject(fault: str | None, alpha: float) -> Any:
     """Put a fault into the loss, to show that the equivalence test has the power to see it. Returns the undo."""
-    from hpo_plugin import algorithm
-    from hpo_plugin.glue import losses
+    from hpo_plugin import algorithm, fused
 
-    original = losses._policy_loss
+    original = fused.surrogate_loss
     if fault is None:
         return lambda: None
 
-    def faulty(name: str, old: Any, new: Any, advantages: Any, mask: Any, *rest: Any) -> Any:
-        step = losses.current_step()
-        alpha = step.alpha
+    def faulty(new: Any, old: Any, advantages: Any, mask: Any, **settings: Any) -> Any:
+        signs = algorithm.response_signs(advantages, mask)
+        wrong = alpha
         if fault == "micro-batch":
-            signs = algorithm.response_signs(advantages, mask)
-            step.alpha = float(algorithm.adaptive_alpha(algorithm.count_signs(signs, mask.any(-1)), 0.1))
-        elif fault == "twice":
-            step.alpha = alpha * alpha
-        try:
-            return original(name, old, new, advantages, mask, *rest)
-        finally:
-            step.alpha = alpha
+            counts = algorithm.count_signs(signs, mask.any(-1))
+            wrong = float(algorithm.adaptive_alpha(counts, 0.1)) / alpha
+        weights = algorithm.hysteretic_weights(signs, wrong).unsqueeze(-1)
+        return original(new, old, advantages * weights, mask, **settings)
 
-    losses._policy_loss = faulty
-    return lambda: setattr(losses, "_policy_loss", original)
+    fused.surrogate_loss = faulty
+    return lambda: setattr(fused, "surrogate_loss", original)
 
 
 def run_case(case: Case, worker: Any, start: dict[str, torch.Tensor], rank: int, world: int) -> dict[str, Any]:
@@ -308,9 +318,12 @@ def run_case(case: Case, worker: Any, start: dict[str, torch.Tensor], rank: int,
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.utils.losses import ppo_loss
 
+    from hpo_plugin.glue import metrics
+
     config = compose(case)
     batch = add_padding(make_batch(case), case.padding_rows)
     advantages = advantages_of(case, batch, config)
+    driver = metrics.drain()
     data, _ = rank_share(case, batch, advantages, rank, world)
 
     engine = worker.engine
@@ -335,13 +348,14 @@ def run_case(case: Case, worker: Any, start: dict[str, torch.Tensor], rank: int,
         return ppo_loss(**kwargs)
 
     worker.set_loss_fn(functools.partial(counted_ppo_loss, config=actor))
-    undo = inject(case.fault)
+    undo = inject(case.fault, driver["actor/hpo/alpha"])
     try:
         output = worker.train_mini_batch(data)
     finally:
         undo()
     return {
         "gradients": gradients,
+        "driver": driver,
         "metrics": tu.get(output, "metrics"),
         "advantages": advantages,
         "micro_batches": len(calls),

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from hpo_plugin.glue.arms import ConfigError
 from hpo_plugin.glue.layout import Layout, check_cut, check_layout
+from hpo_plugin.glue.selection import ConfigError
 
 #: Qwen2.5-1.5B on one node: 16 prompts of 8 responses, two mini-batches of 64 rows.
 LAYOUT = Layout(
@@ -99,7 +99,15 @@ def test_a_config_that_is_no_recipe_is_not_looked_at():
 
 def test_a_strategy_that_no_recipe_has_is_refused():
     config = OmegaConf.create(
-        {"recipe": {}, "actor_rollout_ref": {"actor": {"strategy": "veomni"}, "rollout": {"n": 8}}}
+        {
+            "recipe": {"architecture": {"layers": 1}},
+            "actor_rollout_ref": {"actor": {"strategy": "veomni"}, "rollout": {"n": 8}},
+        }
     )
     with pytest.raises(ConfigError, match=r"actor\.strategy=veomni is none"):
         check_layout(config)
+
+
+def test_a_node_of_the_same_name_in_somebody_elses_config_is_left_alone():
+    check_layout(OmegaConf.create({"recipe": {"name": "dapo"}, "actor_rollout_ref": {"actor": {"strategy": "veomni"}}}))
+    check_layout(OmegaConf.create({"recipe": "dapo"}))

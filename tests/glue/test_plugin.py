@@ -18,21 +18,22 @@ from verl.trainer.ppo import core_algos
 
 from hpo_plugin.glue import plugin, registration
 from hpo_plugin.glue.config import HPOPolicyLossConfig
-from hpo_plugin.glue.estimators import ESTIMATORS
-from hpo_plugin.glue.losses import LOSSES
+from hpo_plugin.glue.estimators import estimator
+from hpo_plugin.glue.losses import policy_loss
 from hpo_plugin.glue.registration import RegistrationError, require_registered
+from hpo_plugin.variants import VARIANTS, Variant, register_variant
 
 LOADING = """
 import json, sys
 import hpo_plugin.glue.plugin
 facts = {"with_plugin": sorted({"verl", "torch", "omegaconf", "numpy"} & set(sys.modules))}
 import verl
-heavy = ["verl.trainer.ppo.core_algos", "verl.workers.engine_workers", "hpo_plugin.algorithm", "hpo_plugin.glue.worker"]
+heavy = ["verl.trainer.ppo.core_algos", "verl.workers.engine_workers", "hpo_plugin.glue.estimators"]
 facts["with_verl"] = [name for name in heavy if name in sys.modules]
 from verl.trainer.ppo import core_algos
 facts["with_core_algos"] = [name for name in heavy if name in sys.modules]
-facts["estimators"] = {n: f.__module__ for n, f in core_algos.ADV_ESTIMATOR_REGISTRY.items() if "hpo" in n}
-facts["losses"] = {n: f.__module__ for n, f in core_algos.POLICY_LOSS_REGISTRY.items() if "hpo" in n}
+facts["estimators"] = {n: f.func.__module__ for n, f in core_algos.ADV_ESTIMATOR_REGISTRY.items() if "hpo" in n}
+facts["losses"] = {n: f.func.__module__ for n, f in core_algos.POLICY_LOSS_REGISTRY.items() if "hpo" in n}
 print(json.dumps(facts))
 """
 
@@ -57,7 +58,7 @@ facts = {}
 from hpo_plugin.glue.registration import require_registered
 for mode in ("ahpo", "vanilla"):
     try:
-        require_registered("grpo", mode)
+        require_registered(mode, mode)
         facts[mode] = None
     except Exception as error:
         facts[mode] = [type(error).__name__, str(error)]
@@ -66,28 +67,52 @@ print(json.dumps(facts))
 
 
 TAKEN = """
-import json, sys
-from omegaconf import OmegaConf
-from hpo_plugin.glue import seams
-sys.modules.pop("hpo_plugin.glue.plugin", None)
-import os
+import json, os
 os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
 from verl.trainer.ppo import core_algos
 import verl.utils.config
 @core_algos.register_policy_loss("ahpo")
 def foreign(): ...
 import hpo_plugin.glue.plugin
-config = OmegaConf.create({
-    "algorithm": {"adv_estimator": "grpo"},
-    "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "ahpo"}, "loss_agg_mode": "token-mean"}},
-})
-try:
-    verl.utils.config.validate_config(config, False, False)
-    said = None
-except Exception as error:
-    said = [type(error).__name__, str(error)]
-print(json.dumps({"said": said, "foreign": core_algos.POLICY_LOSS_REGISTRY["ahpo"] is foreign}))
+from omegaconf import OmegaConf
+from hpo_plugin.glue.seams import prepare
+facts = {}
+for loss_mode in ("vanilla", "ahpo"):
+    config = OmegaConf.create({
+        "algorithm": {"adv_estimator": "ahpo"},
+        "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": loss_mode}, "loss_agg_mode": "token-mean"}},
+    })
+    try:
+        prepare(config)
+        facts[loss_mode] = None
+    except Exception as error:
+        facts[loss_mode] = [type(error).__name__, str(error)]
+print(json.dumps(facts | {"foreign": core_algos.POLICY_LOSS_REGISTRY["ahpo"] is foreign}))
 """
+
+
+VARIANT = (
+    """
+import json, sys
+sys.modules["my_variant"] = module = type(sys)("my_variant")
+exec("""
+    + "'''"
+    + """
+# A user's module that imports verl's registry before it registers its own variant.
+from verl.trainer.ppo import core_algos
+from hpo_plugin.variants import VARIANTS, Variant, register_variant
+
+def sqrt_alpha(counts, values):
+    return (counts.positive / counts.negative.clamp(min=1)).sqrt().clamp(values["alpha_min"], 1.0)
+
+register_variant(Variant("sqrt_hpo", "√-HPO", "α = √(p̂⁺ / p̂⁻)", sqrt_alpha, VARIANTS["ahpo"].settings))
+"""
+    + "'''"
+    + """, module.__dict__)
+from verl.trainer.ppo import core_algos
+print(json.dumps([core_algos.get_adv_estimator_fn("sqrt_hpo").args, core_algos.get_policy_loss_fn("sqrt_hpo").args]))
+"""
+)
 
 
 def fresh(script: str) -> tuple[dict[str, Any], str]:
@@ -115,13 +140,16 @@ def test_import_verl_loads_no_more_of_verl_or_of_us_than_without_the_plugin(load
 
 @pytest.mark.timeout(400)
 def test_the_plugin_adds_a_few_small_modules_to_import_verl():
-    """What verl loads by our entry points is ours, and wrapt. benchmarks/startup.py has the milliseconds."""
+    """What verl loads by our entry points is ours, and wrapt: verl has imported torch and OmegaConf by then.
+
+    benchmarks/startup.py has the milliseconds.
+    """
     added = fresh(ADDED)[0]
     modules = [*added["hpo"], *added["hpo_cpu"]]
     assert "hpo_plugin.glue.plugin" in modules
     assert {name.partition(".")[0] for name in modules} <= {"hpo_plugin", "wrapt"}
-    assert len([name for name in modules if name.startswith("hpo_plugin")]) <= 10
-    assert len(modules) <= 30
+    assert len([name for name in modules if name.startswith("hpo_plugin")]) <= 16
+    assert len(modules) <= 36
 
 
 @pytest.mark.timeout(400)
@@ -129,14 +157,14 @@ def test_estimators_and_losses_are_registered_when_verls_registry_is_imported_an
     ours = dict.fromkeys(("hpo", "ahpo"), "hpo_plugin.glue.estimators")
     assert loading["estimators"] == ours
     assert loading["losses"] == dict.fromkeys(("hpo", "ahpo"), "hpo_plugin.glue.losses")
-    assert loading["with_core_algos"] == ["verl.trainer.ppo.core_algos", "hpo_plugin.algorithm"]
+    assert loading["with_core_algos"] == ["verl.trainer.ppo.core_algos", "hpo_plugin.glue.estimators"]
 
 
 @pytest.mark.timeout(400)
 def test_a_plugin_that_cannot_load_is_logged_and_whatever_needs_it_raises_the_reason():
     """Verl itself would log it at DEBUG and go on. Here the hook that runs at once fails, after the first was set."""
     facts, stderr = fresh(BROKEN)
-    assert "hpo_plugin could not be loaded into verl" in stderr
+    assert "hpo_plugin could not be set up: runs that select hpo or ahpo stop" in stderr
     kind, message = facts["ahpo"]
     assert kind == "RegistrationError"
     assert "hpo_plugin.glue.seams" in message
@@ -145,28 +173,29 @@ def test_a_plugin_that_cannot_load_is_logged_and_whatever_needs_it_raises_the_re
 
 
 @pytest.mark.timeout(400)
-def test_a_name_that_was_taken_before_stops_the_driver_with_the_reason():
-    """The registration hook fails at once; the hook of the config check is set all the same, and says why."""
-    facts, stderr = fresh(TAKEN)
-    assert "hpo_plugin could not be loaded into verl" in stderr
+def test_a_name_that_was_taken_before_stays_its_owners_and_stops_only_runs_that_select_it():
+    facts, _ = fresh(TAKEN)
     assert facts["foreign"]
-    kind, message = facts["said"]
+    assert facts["vanilla"] is None
+    kind, message = facts["ahpo"]
     assert kind == "RegistrationError"
-    assert "is already registered by __main__.foreign" in message
+    assert "the name is held by __main__.foreign" in message
+
+
+@pytest.mark.timeout(400)
+def test_a_variant_that_is_registered_later_is_in_verls_registries_too():
+    assert fresh(VARIANT)[0] == [["sqrt_hpo"], ["sqrt_hpo"]]
 
 
 def test_a_failed_installation_keeps_its_reason(monkeypatch, caplog):
-    def explode(module: str, hook: Any) -> None:
-        raise ImportError("no wrapt here")
-
     monkeypatch.setattr(plugin, "FAILURE", None)
-    monkeypatch.setattr(plugin, "_set_hook", explode)
+    monkeypatch.setitem(sys.modules, "wrapt", None)
     with caplog.at_level(logging.ERROR):
         plugin.load()
-    assert plugin.FAILURE == "ImportError: no wrapt here"
-    assert "hpo and ahpo are not available" in caplog.text
-    with pytest.raises(RegistrationError, match="no wrapt here"):
-        HPOPolicyLossConfig(adv_estimator="grpo", loss_mode="ahpo")
+    assert plugin.FAILURE.startswith("ModuleNotFoundError: import of wrapt halted")
+    assert "runs that select hpo or ahpo stop" in caplog.text
+    with pytest.raises(RegistrationError, match="import of wrapt halted"):
+        HPOPolicyLossConfig(adv_estimator="ahpo", loss_mode="ahpo")
 
 
 def test_a_plugin_verl_was_told_not_to_load_is_missed(monkeypatch):
@@ -175,9 +204,9 @@ def test_a_plugin_verl_was_told_not_to_load_is_missed(monkeypatch):
         require_registered("ahpo", "vanilla")
 
 
-def test_what_is_registered_is_ours_and_without_hysteresis_nothing_is_asked_for(monkeypatch):
+def test_what_is_registered_is_ours_and_without_a_variant_nothing_is_asked_for(monkeypatch):
     require_registered("ahpo", "ahpo")
-    require_registered("grpo", "hpo")
+    require_registered("hpo", "gspo")
     monkeypatch.setattr(plugin, "FAILURE", "broken")
     require_registered("grpo", "vanilla")
 
@@ -188,7 +217,7 @@ def test_a_loss_that_somebody_overwrote_later_is_noticed(monkeypatch, name):
     monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", dict(core_algos.POLICY_LOSS_REGISTRY))
     core_algos.register_policy_loss(name)(core_algos.compute_policy_loss_vanilla)
     with pytest.raises(RegistrationError, match=rf"policy loss '{name}'.*compute_policy_loss_vanilla"):
-        require_registered("grpo", name)
+        require_registered(name, name)
 
 
 @pytest.mark.parametrize("registry", ["POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY"])
@@ -211,20 +240,30 @@ def test_registration_fills_both_registries_and_may_be_repeated():
     module = stand_in()
     registration.register(module)
     registration.register(module)
-    assert module.ADV_ESTIMATOR_REGISTRY == ESTIMATORS
-    assert module.POLICY_LOSS_REGISTRY == LOSSES
+    assert {name: estimator(name) for name in VARIANTS} == module.ADV_ESTIMATOR_REGISTRY
+    assert {name: policy_loss(name) for name in VARIANTS} == module.POLICY_LOSS_REGISTRY
 
 
 @pytest.mark.parametrize("registry", ["POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY"])
 @pytest.mark.parametrize("name", ["hpo", "ahpo"])
-def test_a_name_held_by_another_package_is_refused_and_nothing_is_overwritten(registry, name):
+def test_a_name_held_by_another_package_is_not_overwritten_and_the_others_are_registered(registry, name):
     def foreign() -> None: ...
 
     module = stand_in(**{registry: {name: foreign}})
-    with pytest.raises(RegistrationError) as refused:
-        registration.register(module)
-    for text in (f"'{name}'", __name__, "foreign", "VERL_USE_EXTERNAL_PLUGINS"):
-        assert text in str(refused.value)
-    assert getattr(module, registry) == {name: foreign}
-    other = {"POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY"} - {registry}
-    assert getattr(module, other.pop()) == {}
+    registration.register(module)
+    assert getattr(module, registry)[name] is foreign
+    held = [module.ADV_ESTIMATOR_REGISTRY.get(n) for n in VARIANTS] + [
+        module.POLICY_LOSS_REGISTRY.get(n) for n in VARIANTS
+    ]
+    ours = [estimator(n) for n in VARIANTS] + [policy_loss(n) for n in VARIANTS]
+    assert sum(a is b for a, b in zip(held, ours, strict=True)) == 3
+
+
+def test_a_name_that_is_neither_verls_nor_a_variants_is_no_business_of_ours():
+    require_registered("somebody_elses", "gspo")
+
+
+def test_registering_a_variant_twice_is_refused_only_if_it_differs():
+    register_variant(VARIANTS["ahpo"])
+    with pytest.raises(ValueError, match="'ahpo' is already registered"):
+        register_variant(Variant("ahpo", "A-HPO", "other", VARIANTS["ahpo"].alpha))

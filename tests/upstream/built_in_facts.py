@@ -11,14 +11,20 @@ import numpy as np
 import torch
 import verl
 from omegaconf import OmegaConf
-from verl.trainer.ppo import core_algos
-from verl.workers import engine_workers
+from verl.protocol import DataProto
+from verl.trainer.ppo import core_algos, metric_utils
+from verl.trainer.ppo.v1 import utils as v1_utils
 from verl.workers.config.actor import ActorConfig, PolicyLossConfig
 
-from hpo_plugin.cli._checks import check_by_verl, check_registration, compose
+from hpo_plugin import algorithm, fused
+from hpo_plugin.cli._checks import check_algorithm, check_by_verl, check_registration, compose
 from hpo_plugin.cli._probe import probe
-from hpo_plugin.glue.step import Rows, gather_step
+from hpo_plugin.glue import metrics
+from hpo_plugin.glue.presets import preset_rows
+from hpo_plugin.glue.seams import prepare
+from hpo_plugin.glue.selection import BASE_ESTIMATORS
 from hpo_plugin.upstream.contribution import FILES
+from hpo_plugin.variants import VARIANTS, settings
 
 
 def said(config):
@@ -38,7 +44,6 @@ facts = {
         for name, function in registry.items()
         if "hpo" in name
     },
-    "worker": engine_workers.ActorRolloutRefWorker.actor_worker_cls.__module__,
     "check": [finding.found for finding in check_registration(probe())],
 }
 
@@ -48,15 +53,38 @@ facts["configs"] = {}
 for name, *overrides in (
     ("hpo_trainer", "algorithm.policy_loss=ahpo", "algorithm.hpo.alpha_min=0.2"),
     ("hpo_trainer", "algorithm.policy_loss=hpo", "algorithm.hpo.alpha=0.3"),
-    ("hpo_trainer", "algorithm.policy_loss=gspo"),
+    *(("hpo_trainer", f"algorithm.policy_loss={preset}") for preset in preset_rows()),
     ("hpo_megatron_trainer", "algorithm.policy_loss=ahpo"),
     ("hpo_recipe", "recipe/task=countdown4"),
     ("ppo_trainer", "algorithm.adv_estimator=hpo", "++algorithm.hpo.alpha=0.3"),
+    ("ppo_trainer", "algorithm.adv_estimator=rloo", "actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"),
+    ("ppo_trainer", "+algorithm.policy_loss=ahpo"),
+    ("ppo_trainer", "+algorithm.policy_loss=gspo"),
     ("ppo_trainer", "algorithm.adv_estimator=hpo", "actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"),
 ):
     config, finding = compose(name, [*overrides, *sizes])
     assert config is not None, finding
     facts["configs"][" ".join([name, *overrides])] = said(config)
+
+# What the plugin makes of a config: the algorithm that it finds, its lines, and the keys that it changes.
+facts["prepared"] = {}
+for name, *overrides in (
+    ("hpo_trainer", "algorithm.policy_loss=ahpo"),
+    ("hpo_trainer", "algorithm.policy_loss=gspo"),
+    ("ppo_trainer", "algorithm.adv_estimator=ahpo"),
+    ("ppo_trainer", "algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"),
+    ("ppo_trainer", "+algorithm.policy_loss=ahpo"),
+):
+    config, finding = compose(name, [*overrides, *sizes])
+    assert config is not None, finding
+    before = config.copy()
+    selection, lines = prepare(config)
+    facts["prepared"][" ".join([name, *overrides])] = {
+        "selection": None if selection is None else selection.label,
+        "lines": lines,
+        "unchanged": before == config,
+        "check": [finding.found for finding in check_algorithm(before)],
+    }
 
 # The contributed scripts, run with a python3 that prints its arguments.
 facts["scripts"] = {}
@@ -90,40 +118,81 @@ config, _ = compose("hpo_trainer", ["algorithm.policy_loss=ahpo", "algorithm.hpo
 facts["batch"] = {"scores": scores.tolist(), "mask": mask.tolist()}
 facts["advantages"] = {}
 for name in ("hpo", "ahpo"):
-    algorithm = OmegaConf.merge(config.algorithm, {"adv_estimator": name})
+    node = OmegaConf.merge(config.algorithm, {"adv_estimator": name})
     advantages, returns = core_algos.get_adv_estimator_fn(name)(
-        token_level_rewards=rewards, response_mask=mask, index=uids, config=algorithm
+        token_level_rewards=rewards, response_mask=mask, index=uids, config=node
     )
     facts["advantages"][name] = advantages.tolist()
     facts["plain"] = returns.tolist()
 
-# A-HPO by the loss: with each estimator of verl that knows groups, the batch above and five prompts with one response.
+# What stands in the place of verl's functions in the driver, and verl's own functions, on the same batch.
+facts["seams"] = {}
+for name, *overrides in (
+    ("hpo_trainer", "algorithm.policy_loss=ahpo"),
+    ("hpo_trainer", "algorithm.policy_loss=hpo"),
+    ("hpo_trainer", "algorithm.policy_loss=ahpo", "algorithm.adv_estimator=grpo"),
+    ("ppo_trainer", "algorithm.adv_estimator=ahpo"),
+    ("ppo_trainer", "algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"),
+):
+    config, finding = compose(name, [*overrides, *sizes])
+    assert config is not None, finding
+    seam, estimated = v1_utils.compute_advantage_for_multi_trajectories, []
+    for function in (seam, seam.__wrapped__):
+        tensors = {"token_level_rewards": rewards.clone(), "token_level_scores": rewards.clone(), "response_mask": mask}
+        data = function(
+            DataProto.from_dict(tensors=tensors, non_tensors={"uid": uids}),
+            # Sessions of two outputs.
+            batch_keys=[f"{uid}_{i // 2}_{i % 2}" for i, uid in enumerate(uids)],
+            adv_estimator=config.algorithm.adv_estimator,
+            config=config.algorithm,
+        )
+        estimated.append(data)
+    replaced, own = estimated
+    of_batch = {
+        "prompts": torch.zeros(n, 1, dtype=torch.long),
+        "responses": torch.zeros_like(mask),
+        "attention_mask": torch.cat([torch.ones(n, 1, dtype=torch.long), mask], dim=1),
+    }
+    logged = DataProto.from_dict(tensors=dict(own.batch) | of_batch)
+    seam = metric_utils.compute_data_metrics
+    facts["seams"][" ".join([name, *overrides])] = {
+        "same": all(torch.equal(replaced.batch[key], own.batch[key]) for key in ("advantages", "returns")),
+        "added": sorted(seam(logged, use_critic=False).keys() - seam.__wrapped__(logged, use_critic=False).keys()),
+    }
+
+# A-HPO by the loss, with each estimator of verl that the plugin can apply α to. What verl logs, and what the plugin
+# would log; the second time with five more prompts that have one response each.
 facts["group_relative"] = [str(name.value) for name in core_algos.GROUP_RELATIVE_ESTIMATORS]
 lone = torch.zeros(n + 5, length)
 lone[:, 0] = torch.cat([scores, torch.tensor([1.0, -1.0, -1.0, -1.0, 0.0])])
 lone_mask = torch.cat([mask, torch.ones(5, length, dtype=torch.long)])
 lone_uids = np.append(uids, [f"lone-{i}" for i in range(5)])
+defaults = {name: setting.default for name, setting in settings().items()}
 facts["by_loss"] = {}
-for name in ("grpo", "rloo", "gpg", "opo", "reinforce_plus_plus_baseline", "ahpo"):
+for name in (*BASE_ESTIMATORS, "ahpo"):
     config, finding = compose("ppo_trainer", [f"algorithm.adv_estimator={name}", *sizes])
     assert config is not None, finding
     config.actor_rollout_ref.actor.policy_loss.loss_mode = "ahpo"
-    advantages, returns = core_algos.get_adv_estimator_fn(name)(
-        token_level_rewards=lone.clone(), response_mask=lone_mask, index=lone_uids, config=config.algorithm
-    )
-    tensors = {"token_level_rewards": lone, "response_mask": lone_mask, "advantages": advantages, "returns": returns}
-    data = SimpleNamespace(batch=tensors, non_tensor_batch={"uid": lone_uids})
-    metrics = core_algos.compute_rollout_batch_info(data, config)[1]
-    step = gather_step(
-        Rows.of(returns, lone_mask, lone_uids),
-        adv_estimator=name,
-        hysteresis="ahpo",
-        weigh="loss",
-        alpha=0.6,
-        alpha_min=0.1,
-        all_gather=lambda rows: [rows],
-    )
-    facts["by_loss"][name] = [metrics, {key: step.metrics[key.removeprefix("actor/")] for key in metrics}]
+    facts["by_loss"][name] = []
+    for rows in (n, n + 5):
+        tensors = {"token_level_rewards": lone[:rows], "response_mask": lone_mask[:rows]}
+        advantages, returns = core_algos.get_adv_estimator_fn(name)(
+            **{key: value.clone() for key, value in tensors.items()}, index=lone_uids[:rows], config=config.algorithm
+        )
+        tensors |= {"advantages": advantages, "returns": returns}
+        data = SimpleNamespace(batch=tensors, non_tensor_batch={"uid": lone_uids[:rows]})
+        logged = core_algos.compute_rollout_batch_info(data, config)[1]
+        reward, magnitude = fused.rewards_of_responses(tensors["token_level_rewards"])
+        result = algorithm.hysteretic_advantage(
+            reward,
+            torch.from_numpy(np.unique(lone_uids[:rows].astype(str), return_inverse=True)[1]),
+            lambda counts: VARIANTS["ahpo"].alpha(counts, defaults),
+            magnitude=magnitude,
+            base=returns if name == "ahpo" else advantages,
+            base_is_zero_without_signal=BASE_ESTIMATORS.get(name, True),
+        )
+        plugins = metrics.step_metrics([result.statistics])
+        facts["by_loss"][name].append([logged, {key: plugins[key] for key in logged}])
 
 old = -torch.rand(n, length, generator=generator)
 new = (old + 0.5 * torch.randn(n, length, generator=generator)).requires_grad_()

@@ -8,22 +8,19 @@ from types import SimpleNamespace
 import pytest
 
 from hpo_plugin.glue import registration
-from hpo_plugin.glue.arms import HYSTERETIC
+from hpo_plugin.glue.presets import preset_rows
 from hpo_plugin.glue.registration import RegistrationError
 from hpo_plugin.upstream.contribution import FILES
 
+CORE_ALGOS = "verl.trainer.ppo.core_algos"
+NAMES = ("hpo", "ahpo")
 LINE = "verl has HPO and A-HPO built in: hpo_plugin steps aside in their favor"
 
 
 @pytest.mark.timeout(600)
 def test_the_built_in_algorithms_stay_registered(built_in):
-    assert set(built_in["registered"]) == {f"{kind} {name}" for kind in ("estimator", "loss") for name in HYSTERETIC}
-    assert set(built_in["registered"].values()) == {"verl.trainer.ppo.core_algos"}
-
-
-@pytest.mark.timeout(600)
-def test_verls_own_worker_trains(built_in):
-    assert built_in["worker"] == "verl.workers.engine_workers"
+    assert set(built_in["registered"]) == {f"{kind} {name}" for kind in ("estimator", "loss") for name in NAMES}
+    assert set(built_in["registered"].values()) == {CORE_ALGOS}
 
 
 @pytest.mark.timeout(600)
@@ -40,8 +37,38 @@ def test_check_says_so(built_in):
 @pytest.mark.timeout(600)
 def test_command_lines_go_on_working_and_verl_refuses_what_contradicts_itself(built_in):
     *good, contradictory = built_in["configs"].items()
+    assert {f"hpo_trainer algorithm.policy_loss={preset}" for preset in preset_rows()} <= {name for name, _ in good}
     assert [(name, said) for name, said in good if said != "passed"] == []
     assert "two different algorithms" in contradictory[1]
+
+
+@pytest.mark.timeout(600)
+def test_the_plugin_checks_and_sets_nothing_where_verls_own_algorithms_are_selected(built_in):
+    prepared = dict(built_in["prepared"])
+    without = prepared.pop("hpo_trainer algorithm.policy_loss=gspo")
+    assert without["selection"] == "no hysteretic weights"
+    assert (without["lines"], without["unchanged"]) == ([], True)
+    by_preset = prepared.pop("ppo_trainer +algorithm.policy_loss=ahpo")
+    assert by_preset["selection"] is None
+    assert by_preset["lines"] == [
+        "algorithm.adv_estimator: gae -> ahpo",
+        "actor_rollout_ref.actor.policy_loss.loss_mode: vanilla -> ahpo",
+    ]
+    assert prepared
+    for name, by_verl in prepared.items():
+        assert by_verl == {
+            "selection": None,
+            "lines": [],
+            "unchanged": True,
+            "check": ["verl's own hpo and ahpo, which verl checks itself"],
+        }, name
+
+
+@pytest.mark.timeout(600)
+def test_advantages_and_metrics_are_verls_own(built_in):
+    """A metric that the plugin added would replace verl's own α, which has the same name."""
+    assert built_in["seams"]
+    assert {name: facts for name, facts in built_in["seams"].items() if facts != {"same": True, "added": []}} == {}
 
 
 def registries(**held):
@@ -59,25 +86,39 @@ def registries(**held):
     )
 
 
-def test_a_verl_that_has_a_part_is_a_conflict_that_names_the_part_and_what_to_do():
-    core_algos = registries(hpo=registration.CORE_ALGOS, ahpo=registration.CORE_ALGOS)
-    core_algos.POLICY_LOSS_REGISTRY.clear()
+@pytest.mark.parametrize("part", ["ADV_ESTIMATOR_REGISTRY", "POLICY_LOSS_REGISTRY"])
+def test_a_verl_that_has_a_part_keeps_it_and_the_runs_that_select_hpo_stop(caplog, monkeypatch, part):
+    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    from hpo_plugin.cli._checks import compose
+    from hpo_plugin.glue.seams import prepare
+
+    built_in = getattr(registries(**dict.fromkeys(NAMES, CORE_ALGOS)), part)
+    for registry in ("ADV_ESTIMATOR_REGISTRY", "POLICY_LOSS_REGISTRY"):
+        others = {name: value for name, value in getattr(core_algos, registry).items() if name not in NAMES}
+        monkeypatch.setattr(core_algos, registry, others | built_in if registry == part else others)
+    with caplog.at_level(logging.WARNING):
+        registration.register(core_algos)
     assert not registration.is_built_in(core_algos)
-    part = "the advantage estimator 'hpo', the advantage estimator 'ahpo'"
-    with pytest.raises(RegistrationError, match=rf"\({part}\).*Install an hpo_plugin that was made for this verl"):
-        registration.register(core_algos)
-    assert core_algos.POLICY_LOSS_REGISTRY == {}
-
-
-def test_another_package_is_a_conflict(caplog):
-    core_algos = registries(hpo="other.package", ahpo="other.package")
-    with caplog.at_level(logging.WARNING), pytest.raises(RegistrationError, match="already registered"):
-        registration.register(core_algos)
     assert LINE not in caplog.text
+    assert {name: getattr(core_algos, part)[name] for name in NAMES} == built_in
+
+    def run(*overrides):
+        config, finding = compose("ppo_trainer", ["actor_rollout_ref.rollout.n=8", *overrides])
+        assert config is not None, finding
+        return prepare(config)[0]
+
+    for overrides in (
+        ["algorithm.adv_estimator=ahpo", "actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"],
+        ["algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=hpo"],
+        ["+algorithm.policy_loss=ahpo"],
+    ):
+        with pytest.raises(RegistrationError, match=r"part of HPO built in.* an hpo_plugin that was made for it"):
+            run(*overrides)
+    assert run("algorithm.adv_estimator=grpo").variant is None
 
 
 def test_nothing_is_registered_beside_the_built_in(caplog):
-    core_algos = registries(hpo=registration.CORE_ALGOS, ahpo=registration.CORE_ALGOS)
+    core_algos = registries(hpo=CORE_ALGOS, ahpo=CORE_ALGOS)
     before = dict(core_algos.POLICY_LOSS_REGISTRY)
     with caplog.at_level(logging.WARNING):
         registration.register(core_algos)

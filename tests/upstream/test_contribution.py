@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from hpo_plugin import algorithm
 from hpo_plugin.cli.app import app
-from hpo_plugin.glue.step import GROUP_RELATIVE
+from hpo_plugin.glue.selection import BASE_ESTIMATORS
 from hpo_plugin.upstream import contribution
 from hpo_plugin.upstream.contribution import CORE_ALGOS, FILES, INSERTIONS, SNIPPETS, UnknownTreeError
+from hpo_plugin.variants import VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -308,29 +309,30 @@ def batch(built_in):
     return torch.tensor(built_in["batch"]["scores"]), torch.tensor(built_in["batch"]["mask"])
 
 
-def plugin_advantages(built_in, alpha):
-    scores, mask = batch(built_in)
-    advantage, _ = algorithm.group_relative_advantage(scores, torch.arange(24) // 8)
-    weighted = advantage * algorithm.hysteretic_weights(advantage.sign(), alpha)
-    return advantage.unsqueeze(-1) * mask, weighted.unsqueeze(-1) * mask
-
-
-@pytest.mark.timeout(600)
-def test_fixed_weights_are_the_plugins(built_in):
-    plain, weighted = plugin_advantages(built_in, 0.3)
-    torch.testing.assert_close(torch.tensor(built_in["plain"]), plain, rtol=2e-5, atol=1e-6)
-    torch.testing.assert_close(torch.tensor(built_in["advantages"]["hpo"]), weighted, rtol=2e-5, atol=1e-6)
-
-
-@pytest.mark.timeout(600)
-def test_adaptive_weights_are_the_plugins_and_equal_rewards_are_not_counted(built_in):
+def plugins(built_in, name):
+    """The plugin's own result on the batch, with the settings of the facts."""
     scores, _ = batch(built_in)
-    advantage, degenerate = algorithm.group_relative_advantage(scores, torch.arange(24) // 8)
-    assert degenerate[16:].all()
+    settings = {"alpha": 0.3, "alpha_min": 0.1}
+    return algorithm.hysteretic_advantage(
+        scores, torch.arange(24) // 8, lambda counts: VARIANTS[name].alpha(counts, settings)
+    )
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["hpo", "ahpo"])
+def test_advantages_are_the_plugins(built_in, name):
+    _, mask = batch(built_in)
+    result = plugins(built_in, name)
+    for contributed, own in (("plain", result.advantage), (name, result.weighted)):
+        values = torch.tensor((built_in | built_in["advantages"])[contributed])
+        torch.testing.assert_close(values, own.unsqueeze(-1) * mask, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(600)
+def test_equal_rewards_are_not_counted(built_in):
+    statistics = plugins(built_in, "ahpo").statistics
+    assert (statistics.groups, statistics.degenerate_groups) == (3, 1)
     assert not torch.tensor(built_in["plain"])[16:].any()
-    alpha = algorithm.adaptive_alpha(algorithm.count_signs(advantage), 0.1)
-    _, weighted = plugin_advantages(built_in, alpha)
-    torch.testing.assert_close(torch.tensor(built_in["advantages"]["ahpo"]), weighted, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.timeout(600)
@@ -346,6 +348,22 @@ def test_loss_and_gradient_are_the_plugins(built_in):
 
 @pytest.mark.timeout(600)
 def test_shares_and_alpha_by_the_loss_are_the_plugins_with_every_estimator(built_in):
-    assert set(built_in["group_relative"]) == GROUP_RELATIVE
-    for name, (contributed, plugins) in built_in["by_loss"].items():
+    assert set(built_in["by_loss"]) == {*BASE_ESTIMATORS, "ahpo"}
+    for name, ((contributed, plugins), _) in built_in["by_loss"].items():
         assert contributed == pytest.approx(plugins), name
+
+
+@pytest.mark.timeout(600)
+def test_estimators_are_relative_to_a_group_where_the_plugin_says_so(built_in):
+    relative = {name for name in built_in["by_loss"] if name in built_in["group_relative"]}
+    assert relative == {name for name, is_relative in BASE_ESTIMATORS.items() if is_relative} | {"ahpo"}
+
+
+@pytest.mark.timeout(600)
+def test_a_lone_response_has_a_sign_in_the_contribution_alone(built_in):
+    """One response of its prompt: some estimators of verl give it its reward for an advantage, the plugin 0.
+
+    The contribution counts that advantage; the plugin makes it 0, because nothing can be relative to a group of one.
+    """
+    differ = {name for name, (_, (logged, own)) in built_in["by_loss"].items() if logged != pytest.approx(own)}
+    assert differ == {"grpo", "rloo", "gpg", "opo"}

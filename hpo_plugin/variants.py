@@ -1,0 +1,120 @@
+"""The algorithms by name: each is a rule that computes α from the batch's sign counts, and the settings of that rule.
+
+A framework adapter reads everything it needs from this table: the names to register, the settings of its config with
+their bounds and defaults, the text to show. A new variant is one call of :func:`register_variant`
+(``docs/variants.md``). This module imports torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hpo_plugin.algorithm import SignCounts, adaptive_alpha
+
+__all__ = ["VARIANTS", "Setting", "Variant", "register_variant", "settings"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number that a user may set."""
+
+    name: str
+    default: float
+    description: str
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One algorithm: GRPO's advantages, negative ones weighted by α, over the batch's mean response length."""
+
+    name: str
+    """As in a config: ``ahpo``."""
+
+    title: str
+    """As in a text: ``A-HPO``."""
+
+    formula: str
+    """α, in one line: ``α = clip(p̂⁺ / p̂⁻, alpha_min, 1)``."""
+
+    alpha: Callable[[SignCounts, Mapping[str, float]], Tensor | float]
+    """The rule: sign counts of the whole rollout batch, and the value of each setting, to α in [0, 1]. A function of
+    a module (it is looked up by its name in other processes), without state."""
+
+    settings: tuple[Setting, ...] = ()
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """The algorithm with its settings in one line."""
+        return f"{self.title}: {self.formula}" + "".join(f", {s.name} = {values[s.name]:g}" for s in self.settings)
+
+
+VARIANTS: dict[str, Variant] = {}
+"""Every registered variant by name."""
+
+_listeners: list[Callable[[], None]] = []
+
+
+def settings() -> dict[str, Setting]:
+    """The settings of all variants by name."""
+    return {setting.name: setting for variant in VARIANTS.values() for setting in variant.settings}
+
+
+def register_variant(variant: Variant) -> Variant:
+    """Make a variant available under its name, in every adapter.
+
+    Args:
+        variant: the entry. Variants may share a setting, if they define it alike.
+
+    Returns:
+        The same variant.
+
+    Raises:
+        ValueError: if the name is taken, or a setting has another definition already.
+    """
+    if VARIANTS.get(variant.name, variant) != variant:
+        raise ValueError(f"the variant {variant.name!r} is already registered: {VARIANTS[variant.name]}")
+    known = settings()
+    for setting in variant.settings:
+        if known.get(setting.name, setting) != setting:
+            raise ValueError(f"the setting {setting.name!r} of {variant.name!r} differs from {known[setting.name]}")
+    VARIANTS[variant.name] = variant
+    for listener in _listeners:
+        listener()
+    return variant
+
+
+def on_registration(listener: Callable[[], None]) -> None:
+    """Call ``listener`` after every later :func:`register_variant`: an adapter then registers what is new."""
+    _listeners.append(listener)
+
+
+def _fixed(counts: SignCounts, values: Mapping[str, float]) -> float:
+    return values["alpha"]
+
+
+def _adaptive(counts: SignCounts, values: Mapping[str, float]) -> Tensor:
+    return adaptive_alpha(counts, values["alpha_min"])
+
+
+register_variant(
+    Variant(
+        name="hpo",
+        title="HPO",
+        formula="fixed α",
+        alpha=_fixed,
+        settings=(Setting("alpha", 0.6, "α: weight of responses with negative advantage"),),
+    )
+)
+register_variant(
+    Variant(
+        name="ahpo",
+        title="A-HPO",
+        formula="α = clip(p̂⁺ / p̂⁻, α_min, 1)",
+        alpha=_adaptive,
+        settings=(Setting("alpha_min", 0.1, "α_min: lower limit of α"),),
+    )
+)

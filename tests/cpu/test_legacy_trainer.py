@@ -1,0 +1,61 @@
+"""Short runs of verl's legacy trainer on CPU, from verl's stock config and one key.
+
+The V1 sync trainer is in ``test_e2e.py``; the others need what the CPU backend does not have (``docs/trainers.md``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+from test_e2e import LIMIT_S, train
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(LIMIT_S + 100)]
+
+LEGACY = [
+    "trainer.use_v1=False",
+    "+backend=cpu",
+    "+cpu_rollout=hf",
+    "data.max_prompt_length=64",
+    "data.max_response_length=32",
+    "data.seed=1",
+    "actor_rollout_ref.rollout.seed=1",
+    "trainer.val_before_train=False",
+    "trainer.save_freq=-1",
+]
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_the_legacy_trainer_takes_steps_from_one_key_on_the_stock_config(inputs, tmp_path, bypass):
+    """A proxy in the place of a function of verl would stop Ray, and α applied twice would show in bypass mode.
+
+    On policy a token's loss is −w A, so that the shares of the loss are those of the weighted advantages.
+    """
+    settings = ["+algorithm.policy_loss=ahpo", f"algorithm.rollout_correction.bypass_mode={bypass}"]
+    one_update = "actor_rollout_ref.actor.ppo_mini_batch_size=8"
+    steps = train(inputs, tmp_path, *LEGACY, *settings, one_update, config_name="ppo_trainer")
+    for step in steps.values():
+        positive, negative = step["actor/hpo/share_positive"], step["actor/hpo/share_negative"]
+        assert step["actor/hpo/alpha"] == pytest.approx(min(1.0, max(0.1, positive / negative)))
+        assert 0.1 <= step["actor/hpo/alpha"] < 1
+        assert 0 < step["actor/grad_norm"] < math.inf
+        loss = step["actor/hpo/pg_loss_negative"] / -step["actor/hpo/pg_loss_positive"]
+        mass = step["actor/hpo/loss_share_negative"] / step["actor/hpo/loss_share_positive"]
+        assert loss == pytest.approx(mass, rel=1e-3)
+    said = (tmp_path / "output.log").read_text(encoding="utf-8", errors="replace")
+    assert "[hpo_plugin] algorithm.adv_estimator: gae -> ahpo" in said
+
+
+def test_the_legacy_trainer_without_hpo_runs_as_without_the_plugin(inputs, tmp_path, monkeypatch):
+    """The same numbers with the entry point of this package kept out."""
+    found = []
+    for plugins in ("auto", "hpo_cpu"):
+        folder = tmp_path / plugins
+        folder.mkdir()
+        monkeypatch.setitem(os.environ, "VERL_USE_EXTERNAL_PLUGINS", plugins)
+        steps = train(inputs, folder, *LEGACY, "algorithm.adv_estimator=grpo", config_name="ppo_trainer")
+        keys = ("actor/pg_loss", "actor/grad_norm", "critic/advantages/min", "critic/score/mean")
+        found.append([step[key] for step in steps.values() for key in keys])
+        assert not [key for key in steps[1] if "hpo" in key]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
