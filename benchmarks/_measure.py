@@ -6,6 +6,7 @@ import os
 import statistics
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,11 +38,15 @@ def medians(functions: dict[str, Callable[[], Any]], *, seconds: float, at_least
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most that torch's CPU allocator holds at a time for a call, its result included.
+    """The most that torch's CPU allocator holds at a time for a call, and Python and numpy, its result included.
 
-    From the allocation events of torch's profiler, so that every temporary within an operator counts; memory that is
-    not torch's (Python, numpy) does not.
+    From the allocation events of torch's profiler, so that every temporary within an operator counts, and from
+    tracemalloc. The two maxima need not be at the same time: their sum is an upper bound.
     """
+    tracemalloc.start()
+    result = function()
+    python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     with _quiet(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = function()
     del result
@@ -50,7 +55,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    return peak
+    return peak + python
 
 
 @contextmanager

@@ -31,9 +31,9 @@ def batch(responses: int, tokens: int, group: int) -> tuple[torch.Tensor, torch.
 
 
 def moving_the_bytes(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """No less can be done: read the rewards, read the mask, write a result into fresh memory."""
+    """No less can be done: read the rewards, read the mask, write a result into fresh memory (numpy's huge pages)."""
     rewards.sum(dim=-1)
-    return torch.empty(mask.shape, dtype=rewards.dtype).copy_(mask)
+    return torch.from_numpy(np.empty(mask.shape, dtype=np.float32)).copy_(mask)
 
 
 def functions(responses: int, tokens: int, group: int) -> dict:

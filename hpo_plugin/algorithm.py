@@ -257,8 +257,8 @@ def hysteretic_advantage(
             at masked tokens, and a response has the sign of its sum.
         base_is_zero_without_signal: ``base`` is 0, up to rounding, where a group's rewards are all equal; it is made
             exactly 0 there. False for estimators that whiten over the batch.
-        counted_rewards: (N,) rewards whose group-relative advantages are counted in place of those of ``rewards``: the
-            task's scores, where ``rewards`` contain a KL penalty.
+        counted_rewards: (N,) rewards whose group-relative advantages, and whose groups without a signal, are counted in
+            place of those of ``rewards``: the task's scores, where ``rewards`` contain a KL penalty.
 
     Returns:
         :class:`HystereticAdvantage`; dtype and device of the advantages.
@@ -288,7 +288,8 @@ def hysteretic_advantage(
     if counted_rewards is None:
         counts = count_signs(signs, valid)
     else:
-        counts = count_signs(group_relative_advantage(counted_rewards, groups, valid=valid).advantage, valid)
+        counted, degenerate = group_relative_advantage(counted_rewards, groups, valid=valid)
+        counts = count_signs(counted, valid)
     value = torch.as_tensor(alpha(counts), dtype=torch.float32, device=rewards.device)
     weights = hysteretic_weights(signs, value)
     mass = (mass * weights).double()

@@ -331,12 +331,13 @@ def responses_with_tokens(response_mask: Tensor) -> Tensor:
     return found
 
 
-def spread_over_tokens(values: Tensor, response_mask: Tensor) -> Tensor:
+def spread_over_tokens(values: Tensor, response_mask: Tensor, out: Tensor | None = None) -> Tensor:
     """``values.unsqueeze(-1) * response_mask``, without a copy of an integer mask in floating point.
 
     Args:
         values: (N,) floating point.
         response_mask: (N, T) of 0 and 1, bool or any number; int64, as verl has it, takes one pass on a CPU.
+        out: (N, T) memory for the result on a CPU, dtype of ``values``; new memory, if None.
 
     Returns:
         (N, T), dtype of ``values``.
@@ -344,7 +345,9 @@ def spread_over_tokens(values: Tensor, response_mask: Tensor) -> Tensor:
     column = values.unsqueeze(-1)
     if response_mask.device.type != "cpu":
         return column * response_mask  # one kernel, which converts as it reads
+    if out is None:
+        out = torch.empty(response_mask.shape, dtype=values.dtype)
     if response_mask.dtype == torch.int64:
         # 0 or the row's value: the mask is itself the index.
-        return torch.cat([torch.zeros_like(column), column], dim=1).gather(1, response_mask)
-    return torch.empty(response_mask.shape, dtype=values.dtype).copy_(response_mask).mul_(column)
+        return torch.gather(torch.cat([torch.zeros_like(column), column], dim=1), 1, response_mask, out=out)
+    return out.copy_(response_mask).mul_(column)

@@ -107,7 +107,7 @@ WORKER = """\
 Error executing job with overrides: ['a=1']
 Traceback (most recent call last):
   File "main_ppo.py", line 94, in run_ppo
-ray.exceptions.RayTaskError(StepError): ray::TaskRunnerV1.run() (pid=12, ip=10.0.0.1)
+ray.exceptions.RayTaskError(ConfigError): ray::TaskRunnerV1.run() (pid=12, ip=10.0.0.1)
   File "worker.py", line 61, in train_mini_batch
 hpo_plugin.glue.selection.ConfigError: this batch has no `uid`
 """
