@@ -42,7 +42,7 @@ quickstart: install  ## Train Countdown with A-HPO in verl on this machine, and 
 test: install-dev  ## Run the tests, without the training runs.
 	$(BIN)/python -m pytest $(ARGS)
 
-test-training: install-vllm  ## Train a few steps with verl's trainer and A-HPO, with each rollout; kill a quickstart, go on.
+test-training: install-vllm  ## Train a few steps with verl's trainer and A-HPO, with each rollout; kill a quickstart, resume.
 	$(BIN)/python -m pytest -m "e2e and not slow" $(ARGS)
 
 test-all: install-vllm  ## Run all tests, with the training runs of both rollout backends.
@@ -79,7 +79,7 @@ lock: $(BIN)/uv  ## Resolve requirements/*.txt anew, keeping the versions that s
 
 clean:  ## Remove the environment and everything built; runs and data stay.
 	rm -rf .venv build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find hpo_plugin hydra_plugins benchmarks tests recipes -name __pycache__ -prune -exec rm -rf {} +
+	find hpo_plugin hydra_plugins benchmarks contrib tests recipes -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \

@@ -12,7 +12,7 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, compute_
 from benchmarks._measure import medians, peak_bytes
 from benchmarks._table import markdown, row
 from hpo_plugin.algorithm import adaptive_alpha, count_signs, hysteretic_weights
-from hpo_plugin.glue.estimators import estimator
+from hpo_plugin.verl.estimators import estimator
 
 RESPONSES, TOKENS, GROUP = 16384, 2048, 16
 SCALING = ((1024, 512, 16), (4096, 512, 16), (4096, 2048, 16), (4096, 512, 4), (4096, 512, 64))

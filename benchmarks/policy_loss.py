@@ -12,16 +12,16 @@ from verl.workers.config import FSDPActorConfig
 from benchmarks._measure import medians, peak_bytes
 from benchmarks._table import Row, markdown, row
 from hpo_plugin.algorithm import hpo_loss, hysteretic_weights, response_signs
-from hpo_plugin.glue.config import HPOPolicyLossConfig
+from hpo_plugin.verl.config import HPOPolicyLossConfig
 
+#: Responses × tokens of a micro-batch: 4k to 512k tokens.
 SIZES = ((2, 2048), (8, 2048), (32, 2048), (256, 2048))
-"""Responses × tokens of a micro-batch: 4k to 512k tokens."""
 
+#: 512k tokens in other shapes.
 SHAPES = ((4096, 128), (64, 8192), (4, 131072))
-"""512k tokens in other shapes."""
 
+#: So few tokens that what is left is the fixed cost of the calls.
 NEXT_TO_NOTHING = (2, 8)
-"""So few tokens that what is left is the fixed cost of the calls."""
 
 ALPHA = 0.25
 Call = Callable[[], tuple[Tensor, Tensor]]

@@ -24,14 +24,16 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks._table import Row, markdown, row
-from hpo_plugin.cli._cluster import SLOW_START
-from hpo_plugin.cli._laptop import ENVIRONMENT, Inputs, prepare_countdown_run
-from hpo_plugin.cli._quickstart import ARM_NAMES, training_overrides
-from hpo_plugin.cli._runs import Request, Run
-from hpo_plugin.cli._trainer import Trainer
-from hpo_plugin.cli._training import LOG_ENVIRONMENT, STARTS, failure, why
-from hpo_plugin.cli._verl_log import Metrics, Rows, read_rows
+from hpo_plugin.check.cluster import SLOW_START
+from hpo_plugin.quickstart.form import ENVIRONMENT, Inputs
+from hpo_plugin.quickstart.run import PRESET_TITLES, quickstart_inputs, training_of
+from hpo_plugin.runs.directory import RunRequest
+from hpo_plugin.runs.process import Trainer
+from hpo_plugin.runs.training import LOG_ENVIRONMENT, STARTS, failure, why
+from hpo_plugin.runs.verl_log import Metrics, Rows, read_rows
+from hpo_plugin.tasks.task import load_task
 
+COUNTDOWN = load_task("countdown")
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("ahpo", "grpo", "grpo", "ahpo")
 STEPS = 16
@@ -41,23 +43,23 @@ WARM_UP = 2
 RATIO_BAR = 1.02
 #: Seconds without a step after which a run has failed.
 STALL = 300.0
-#: What must agree between the arms in each step.
+#: What must agree between the presets in each step.
 EQUAL = ("perf/total_num_tokens", "response_length/mean", "critic/rewards/mean")
 #: The parts of a step that an algorithm takes part in, by verl's names of their times.
 ALGORITHM_PARTS = ("timing_s/adv", "timing_s/update_actor")
 
 
-def request(arm: str) -> Request:
-    """The quickstart's request for an arm, with frozen weights and without evaluations."""
+def request(preset: str) -> RunRequest:
+    """The quickstart's request for a preset, with frozen weights and without evaluations."""
     frozen = ("actor_rollout_ref.actor.optim.lr=0.0", "trainer.val_before_train=False", "trainer.test_freq=-1")
-    return Request(policy_loss=arm, seed=0, steps=STEPS, rollout="hf", n_test=512, overrides=frozen)
+    return RunRequest(policy_loss=preset, seed=0, steps=STEPS, rollout="hf", n_test=512, overrides=frozen)
 
 
-def train(arm: str, inputs: Inputs, folder: Path) -> Rows:
+def train(preset: str, inputs: Inputs, folder: Path) -> Rows:
     """Run verl's trainer once.
 
     Args:
-        arm: ``algorithm.policy_loss``.
+        preset: ``algorithm.policy_loss``.
         inputs: Data and start model.
         folder: Takes the log and the metrics.
 
@@ -67,9 +69,9 @@ def train(arm: str, inputs: Inputs, folder: Path) -> Rows:
     Raises:
         TrainingError: It failed; its log is shown.
     """
-    asked = request(arm)
+    training = training_of(COUNTDOWN, request(preset), inputs)
     overrides = [
-        *training_overrides(asked, inputs),
+        *training.overrides,
         "trainer.logger=[file]",
         "trainer.save_freq=-1",
         "trainer.resume_mode=disable",
@@ -77,7 +79,7 @@ def train(arm: str, inputs: Inputs, folder: Path) -> Rows:
         f"hydra.run.dir={folder / 'hydra'}",
     ]
     log, metrics = folder / "trainer.log", folder / "metrics.jsonl"
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-name={asked.config_name}", *overrides]
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", f"--config-name={training.config_name}", *overrides]
     environment = {**ENVIRONMENT, **LOG_ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(metrics)}
     size = 0
 
@@ -100,19 +102,19 @@ def check_equal(runs: Sequence[tuple[str, Rows]]) -> None:
     """Check that every run had the same tokens and rewards in every step.
 
     Args:
-        runs: (arm, metrics by step) of each.
+        runs: (preset, metrics by step) of each.
 
     Raises:
         ValueError: Two runs differ, with the step and the metric; or a step is missing.
     """
-    first_arm, first = runs[0]
-    for number, (arm, rows) in enumerate(runs, start=1):
+    first_preset, first = runs[0]
+    for number, (preset, rows) in enumerate(runs, start=1):
         for step in range(1, STEPS + 1):
             for name in EQUAL:
                 a, b = first[step][name], rows[step][name]
                 if abs(a - b) > 1e-6 * abs(a):
                     raise ValueError(
-                        f"step {step}: {name} is {a} in run 1 ({first_arm}) and {b} in run {number} ({arm}): "
+                        f"step {step}: {name} is {a} in run 1 ({first_preset}) and {b} in run {number} ({preset}): "
                         "their times cannot be compared"
                     )
 
@@ -130,36 +132,36 @@ def compare(runs: Sequence[tuple[str, Rows]]) -> list[Row]:
     """Make the table of finished runs.
 
     Args:
-        runs: (arm, metrics by step) in the order in which they were made.
+        runs: (preset, metrics by step) in the order in which they were made.
     """
     check_equal(runs)
     rows = []
     medians: dict[str, float] = {}
-    by_run = [(arm, statistics.median(times(steps))) for arm, steps in runs]
-    for arm in dict.fromkeys(ORDER):
-        seconds = [value for name, steps in runs if name == arm for value in times(steps)]
-        medians[arm] = statistics.median(seconds)
-        each = ", ".join(f"{median:.3f}" for name, median in by_run if name == arm)
+    by_run = [(preset, statistics.median(times(steps))) for preset, steps in runs]
+    for preset in dict.fromkeys(ORDER):
+        seconds = [value for name, steps in runs if name == preset for value in times(steps)]
+        medians[preset] = statistics.median(seconds)
+        each = ", ".join(f"{median:.3f}" for name, median in by_run if name == preset)
         note = f"median of {len(seconds)} steps; of each run: {each}"
-        rows.append(row(f"{ARM_NAMES[arm]}, step", medians[arm], "s", note=note))
-    repeated = {arm: [median for name, median in by_run if name == arm] for arm in medians}
-    noise = ", ".join(f"{ARM_NAMES[arm]} {max(pair) / min(pair):.3f}" for arm, pair in repeated.items())
+        rows.append(row(f"{PRESET_TITLES[preset]}, step", medians[preset], "s", note=note))
+    repeated = {preset: [median for name, median in by_run if name == preset] for preset in medians}
+    noise = ", ".join(f"{PRESET_TITLES[preset]} {max(pair) / min(pair):.3f}" for preset, pair in repeated.items())
     note = f"two runs of the same algorithm: {noise}"
     rows.append(row("A-HPO / GRPO, step", medians["ahpo"] / medians["grpo"], "", at_most=RATIO_BAR, note=note))
-    parts = {arm: _part(runs, arm) for arm in medians}
-    for arm, part in parts.items():
-        rows.append(row(f"{ARM_NAMES[arm]}, advantages and update", part, "s", note=_split(runs, arm)))
+    parts = {preset: _part(runs, preset) for preset in medians}
+    for preset, part in parts.items():
+        rows.append(row(f"{PRESET_TITLES[preset]}, advantages and update", part, "s", note=_split(runs, preset)))
     note = "the parts in which the algorithms differ; the others do the same work"
     rows.append(row("A-HPO / GRPO, advantages and update", parts["ahpo"] / parts["grpo"], "", note=note))
     return rows
 
 
-def _part(runs: Sequence[tuple[str, Rows]], arm: str, names: Sequence[str] = ALGORITHM_PARTS) -> float:
-    return statistics.median(value for name, steps in runs if name == arm for value in times(steps, names))
+def _part(runs: Sequence[tuple[str, Rows]], preset: str, names: Sequence[str] = ALGORITHM_PARTS) -> float:
+    return statistics.median(value for name, steps in runs if name == preset for value in times(steps, names))
 
 
-def _split(runs: Sequence[tuple[str, Rows]], arm: str) -> str:
-    seconds: Mapping[str, float] = {name: _part(runs, arm, [name]) for name in ALGORITHM_PARTS}
+def _split(runs: Sequence[tuple[str, Rows]], preset: str) -> str:
+    seconds: Mapping[str, float] = {name: _part(runs, preset, [name]) for name in ALGORITHM_PARTS}
     return ", ".join(f"{name.partition('/')[2]} {value:.3f} s" for name, value in seconds.items())
 
 
@@ -169,13 +171,13 @@ def run() -> list[Row]:
     console = Console(stderr=True)
     output = ROOT / "runs"
     with tempfile.TemporaryDirectory(prefix="whole-step-") as work:
-        inputs = prepare_countdown_run(Run(Path(work)), request("ahpo"), output, console)
+        inputs = quickstart_inputs(COUNTDOWN, request("ahpo"), output, logs=Path(work), console=console)
         runs = []
-        for number, arm in enumerate(ORDER, start=1):
-            console.print(f"run {number} of {len(ORDER)}: {ARM_NAMES[arm]}")
-            folder = Path(work) / f"{number}-{arm}"
+        for number, preset in enumerate(ORDER, start=1):
+            console.print(f"run {number} of {len(ORDER)}: {PRESET_TITLES[preset]}")
+            folder = Path(work) / f"{number}-{preset}"
             folder.mkdir()
-            runs.append((arm, train(arm, inputs, folder)))
+            runs.append((preset, train(preset, inputs, folder)))
             console.print(f"median of a step: {statistics.median(times(runs[-1][1])):.3f} s")
     return compare(runs)
 

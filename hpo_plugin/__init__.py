@@ -1,7 +1,7 @@
 """HPO and A-HPO (Hysteretic Policy Optimization, arXiv 2605.30201) for verl.
 
 - :mod:`hpo_plugin.algorithm`: the mathematics; imports torch only.
-- :mod:`hpo_plugin.glue`: what registers it in verl.
+- :mod:`hpo_plugin.verl`: what registers it in verl.
 - :mod:`hpo_plugin.cpu`: verl's trainer on a machine without a GPU; opt-in.
 - :mod:`hpo_plugin.tasks`: problems, prompts and rewards; know neither of the above.
 - :mod:`hpo_plugin.configs`: Hydra configs, found by ``--config-name`` without a path.

@@ -55,15 +55,15 @@ __all__ = [
     "response_signs",
 ]
 
+#: Added to a group's standard deviation; the value of verl's ``grpo`` (verl/trainer/ppo/core_algos.py).
 STD_EPSILON = 1e-6
-"""Added to a group's standard deviation; the value of verl's ``grpo`` (verl/trainer/ppo/core_algos.py)."""
 
+#: Rewards that differ by less than this times the sum of their tokens' magnitudes are equal: eight units in the last
+#: place of fp32, in which every framework keeps rewards.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
-"""Rewards that differ by less than this times the sum of their tokens' magnitudes are equal: eight units in the last
-place of fp32, in which every framework keeps rewards."""
 
+#: Log-ratios are clamped to ± this before ``exp``, as in every policy loss of verl.
 LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to ± this before ``exp``, as in every policy loss of verl."""
 
 
 class RewardError(ValueError):
@@ -78,17 +78,25 @@ class RewardError(ValueError):
 
 
 class GroupAdvantage(NamedTuple):
-    """What :func:`group_relative_advantage` returns."""
+    """What :func:`group_relative_advantage` returns.
+
+    Attributes:
+        advantage: (N,) floating point: A_i; exactly 0 in degenerate groups and for rows that are not valid.
+        degenerate: (N,) bool: row i is valid and all valid rewards of its group are equal, up to rounding.
+    """
 
     advantage: Tensor
-    """(N,) floating point: A_i; exactly 0 in degenerate groups and for rows that are not valid."""
-
     degenerate: Tensor
-    """(N,) bool: row i is valid and all valid rewards of its group are equal, up to rounding."""
 
 
 class SignCounts(NamedTuple):
-    """How many responses of a batch have A > 0, A < 0, and any A. Each is a 0-d int64 tensor."""
+    """How many responses of a batch have A > 0, A < 0, and any A. Each is a 0-d int64 tensor.
+
+    Attributes:
+        positive: 0-d int64: responses with A > 0.
+        negative: 0-d int64: responses with A < 0.
+        responses: 0-d int64: all valid responses.
+    """
 
     positive: Tensor
     negative: Tensor
@@ -107,60 +115,62 @@ class BatchStatistics(NamedTuple):
     """What one batch's metrics are made of.
 
     All fields but ``alpha`` add up over batches, not over parts of one: a part would have an α of its own.
+
+    Attributes:
+        alpha: α of the batch.
+        positive: Responses with A > 0.
+        negative: Responses with A < 0.
+        responses: Valid responses.
+        groups: Groups with a valid response; 0 where equal rewards do not mean A = 0.
+        degenerate_groups: Groups whose rewards are all equal, up to rounding.
+        tokens: Σ T_i over valid responses.
+        abs_advantage_positive: Σ T_i A_i over responses with A > 0.
+        abs_advantage_negative: α Σ T_i |A_i| over responses with A < 0.
     """
 
     alpha: float
     positive: int
-    """Responses with A > 0."""
     negative: int
-    """Responses with A < 0."""
     responses: int
-    """Valid responses."""
     groups: int
-    """Groups with a valid response; 0 where equal rewards do not mean A = 0."""
     degenerate_groups: int
-    """Groups whose rewards are all equal, up to rounding."""
     tokens: int
-    """Σ T_i over valid responses."""
-    mass_positive: float
-    """Σ T_i A_i over responses with A > 0."""
-    mass_negative: float
-    """α Σ T_i |A_i| over responses with A < 0."""
+    abs_advantage_positive: float
+    abs_advantage_negative: float
 
 
 class HystereticAdvantage(NamedTuple):
-    """What :func:`hysteretic_advantage` returns."""
+    """What :func:`hysteretic_advantage` returns.
+
+    Attributes:
+        weighted: w_i A_i: (N,), or (N, T) for token-level base advantages.
+        advantage: A_i, same shape, before the weights.
+        alpha: α: 0-d fp32.
+        counts: The counts that α was computed from.
+        statistics: The batch's metrics.
+    """
 
     weighted: Tensor
-    """w_i A_i: (N,), or (N, T) for token-level base advantages."""
-
     advantage: Tensor
-    """A_i, same shape, before the weights."""
-
     alpha: Tensor
-    """α: 0-d fp32."""
-
     counts: SignCounts
-    """The counts that α was computed from."""
-
     statistics: BatchStatistics
-    """The batch's metrics."""
 
 
 class ClippedSurrogate(NamedTuple):
-    """What :func:`clipped_surrogate` returns; every field has the shape of ``log_prob``."""
+    """What :func:`clipped_surrogate` returns; every field has the shape of ``log_prob``.
+
+    Attributes:
+        loss: fp32 or fp64, differentiable: the negated surrogate of each token, before any weight, mask or mean.
+        log_ratio: log r, clamped to ±20; its negative is verl's k1 estimate of KL(old ‖ new).
+        clipped: bool: the clip of the ratio decides the loss (verl's ``pg_clipfrac``).
+        dual_clipped: bool: the dual clip decides the loss of a negative advantage (verl's ``pg_clipfrac_lower``).
+    """
 
     loss: Tensor
-    """fp32 or fp64, differentiable: the negated surrogate of each token, before any weight, mask or mean."""
-
     log_ratio: Tensor
-    """log r, clamped to ±20; its negative is verl's k1 estimate of KL(old ‖ new)."""
-
     clipped: Tensor
-    """bool: the clip of the ratio decides the loss (verl's ``pg_clipfrac``)."""
-
     dual_clipped: Tensor
-    """bool: the dual clip decides the loss of a negative advantage (verl's ``pg_clipfrac_lower``)."""
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
@@ -283,7 +293,9 @@ def hysteretic_advantage(
     if base is not None:
         kept = valid & ~degenerate if base_is_zero_without_signal else valid
         advantage = torch.where(kept if base.dim() == 1 else kept.unsqueeze(-1), base, torch.zeros_like(base))
-    mass = advantage.abs() * (1 if lengths is None else lengths) if advantage.dim() == 1 else advantage.abs().sum(-1)
+    magnitudes = (
+        advantage.abs() * (1 if lengths is None else lengths) if advantage.dim() == 1 else advantage.abs().sum(-1)
+    )
     signs = (advantage if advantage.dim() == 1 else advantage.sum(dim=-1)).sign()
     if counted_rewards is None:
         counts = count_signs(signs, valid)
@@ -292,10 +304,10 @@ def hysteretic_advantage(
         counts = count_signs(counted, valid)
     value = torch.as_tensor(alpha(counts), dtype=torch.float32, device=rewards.device)
     weights = hysteretic_weights(signs, value)
-    mass = (mass * weights).double()
+    magnitudes = (magnitudes * weights).double()
 
     def groups_of(rows: Tensor) -> Tensor:
-        return torch.zeros_like(mass).index_add(0, groups, rows.double()).count_nonzero()
+        return torch.zeros_like(magnitudes).index_add(0, groups, rows.double()).count_nonzero()
 
     relative = base is None or base_is_zero_without_signal
     numbers = torch.stack(
@@ -305,8 +317,8 @@ def hysteretic_advantage(
             groups_of(valid) * relative,
             groups_of(degenerate) * relative,
             valid.sum() if lengths is None else lengths[valid].sum(),
-            mass[signs > 0].sum(),
-            mass[signs < 0].sum(),
+            magnitudes[signs > 0].sum(),
+            magnitudes[signs < 0].sum(),
         ]
     ).tolist()
     statistics = BatchStatistics(numbers[0], *map(int, numbers[1:7]), *numbers[7:])

@@ -34,32 +34,31 @@ from hpo_plugin import algorithm
 
 __all__ = ["SurrogateSums", "responses_with_tokens", "rewards_of_responses", "spread_over_tokens", "surrogate_loss"]
 
+#: Elements: few enough that a block stays in the cache, and so many that threads, which wait for each other after every
+#: operation on a block, do so rarely: a core that is busy with something else then costs little.
 BLOCK_PER_THREAD = 65536
-"""Elements: few enough that a block stays in the cache, and so many that threads, which wait for each other after every
-operation on a block, do so rarely: a core that is busy with something else then costs little."""
 
+#: Elements: a batch within it is one block, so that the number of kernels does not grow with it.
 BLOCK_ON_ACCELERATOR = 1 << 22
-"""Elements: a batch within it is one block, so that the number of kernels does not grow with it."""
 
 
 class SurrogateSums(NamedTuple):
-    """What a loss is made of, for metrics: (N,) of one floating-point dtype, without gradients."""
+    """What a loss is made of, for metrics: (N,) of one floating-point dtype, without gradients.
+
+    Attributes:
+        objective: s_i: the negative of :attr:`~hpo_plugin.algorithm.ClippedSurrogate.loss` times the token weights,
+            summed over the response's tokens.
+        sign: :func:`~hpo_plugin.algorithm.response_signs`.
+        log_ratio: log r, clamped to ±20, summed over the response's tokens.
+        clipped: How many tokens the clip of the ratio decides.
+        dual_clipped: How many tokens the dual clip decides.
+    """
 
     objective: Tensor
-    """s_i: the negative of :attr:`~hpo_plugin.algorithm.ClippedSurrogate.loss` times the token weights, summed over the
-    response's tokens."""
-
     sign: Tensor
-    """:func:`~hpo_plugin.algorithm.response_signs`."""
-
     log_ratio: Tensor
-    """log r, clamped to ±20, summed over the response's tokens."""
-
     clipped: Tensor
-    """How many tokens the clip of the ratio decides."""
-
     dual_clipped: Tensor
-    """How many tokens the dual clip decides."""
 
 
 def surrogate_loss(
@@ -281,7 +280,7 @@ def _block_size(device: torch.device) -> int:
 
 
 def _blocks(inputs: tuple[Tensor | None, ...], sums: Tensor, height: int, width: int) -> Iterator[tuple[Any, ...]]:
-    """Cut (N, T) inputs into blocks of ``height`` rows and ``width`` columns, and (strips, 5, N) sums alike."""
+    """Split (N, T) inputs into blocks of ``height`` rows and ``width`` columns, and (strips, 5, N) sums alike."""
     log_prob = inputs[0]
     assert log_prob is not None
     if log_prob.shape[0] <= height and log_prob.shape[1] <= width:

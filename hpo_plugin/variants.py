@@ -14,12 +14,20 @@ from torch import Tensor
 
 from hpo_plugin.algorithm import SignCounts, adaptive_alpha
 
-__all__ = ["VARIANTS", "Setting", "Variant", "register_variant", "settings"]
+__all__ = ["VARIANTS", "Variant", "VariantSetting", "register_variant", "settings"]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A number that a user may set."""
+class VariantSetting:
+    """A number that a user may set.
+
+    Attributes:
+        name: Key below ``algorithm.hpo``.
+        default: Value where the config sets none.
+        description: What the number is, for error messages.
+        low: Smallest value.
+        high: Largest value.
+    """
 
     name: str
     default: float
@@ -30,35 +38,35 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """One algorithm: GRPO's advantages, negative ones weighted by α, over the batch's mean response length."""
+    """One algorithm: GRPO's advantages, negative ones weighted by α, over the batch's mean response length.
+
+    Attributes:
+        name: As in a config: ``ahpo``.
+        title: As in a text: ``A-HPO``.
+        formula: α, in one line: ``α = clip(p̂⁺ / p̂⁻, alpha_min, 1)``.
+        alpha: The rule: sign counts of the whole rollout batch, and the value of each setting, to α in [0, 1]. A
+            function of a module (it is looked up by its name in other processes), without state.
+        settings: Numbers that a user may set.
+    """
 
     name: str
-    """As in a config: ``ahpo``."""
-
     title: str
-    """As in a text: ``A-HPO``."""
-
     formula: str
-    """α, in one line: ``α = clip(p̂⁺ / p̂⁻, alpha_min, 1)``."""
-
     alpha: Callable[[SignCounts, Mapping[str, float]], Tensor | float]
-    """The rule: sign counts of the whole rollout batch, and the value of each setting, to α in [0, 1]. A function of
-    a module (it is looked up by its name in other processes), without state."""
-
-    settings: tuple[Setting, ...] = ()
+    settings: tuple[VariantSetting, ...] = ()
 
     def describe(self, values: Mapping[str, float]) -> str:
         """The algorithm with its settings in one line."""
         return f"{self.title}: {self.formula}" + "".join(f", {s.name} = {values[s.name]:g}" for s in self.settings)
 
 
+#: Every registered variant by name.
 VARIANTS: dict[str, Variant] = {}
-"""Every registered variant by name."""
 
 _listeners: list[Callable[[], None]] = []
 
 
-def settings() -> dict[str, Setting]:
+def settings() -> dict[str, VariantSetting]:
     """The settings of all variants by name."""
     return {setting.name: setting for variant in VARIANTS.values() for setting in variant.settings}
 
@@ -106,7 +114,7 @@ register_variant(
         title="HPO",
         formula="fixed α",
         alpha=_fixed,
-        settings=(Setting("alpha", 0.6, "α: weight of responses with negative advantage"),),
+        settings=(VariantSetting("alpha", 0.6, "α: weight of responses with negative advantage"),),
     )
 )
 register_variant(
@@ -115,6 +123,6 @@ register_variant(
         title="A-HPO",
         formula="α = clip(p̂⁺ / p̂⁻, α_min, 1)",
         alpha=_adaptive,
-        settings=(Setting("alpha_min", 0.1, "α_min: lower limit of α"),),
+        settings=(VariantSetting("alpha_min", 0.1, "α_min: lower limit of α"),),
     )
 )

@@ -17,17 +17,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from hpo_plugin.cli._checks import compose
-from hpo_plugin.glue.layout import check_cut
-from hpo_plugin.glue.selection import ConfigError
-from hpo_plugin.sizing import BF16, GIB, Sizes
+from hpo_plugin.check.compose import compose
+from hpo_plugin.errors import ConfigError
+from hpo_plugin.recipe.layout import check_sharding
+from hpo_plugin.recipe.memory import BF16, GIB, Sizes
 
 PAGE = Path(__file__).parents[1] / "docs" / "hardware.md"
-GROUPS = Path(__file__).parents[1] / "hpo_plugin" / "configs" / "recipe"
+GROUPS = Path(__file__).parents[1] / "hpo_plugin" / "configs" / "hpo"
 ENGINES = ("fsdp2", "megatron")
 
+#: Task, model, engine.
 Recipe = tuple[str, str, str]
-"""Task, model, engine."""
 
 
 def choices(group: str) -> list[str]:
@@ -42,7 +42,7 @@ def recipes() -> dict[Recipe, DictConfig]:
     composed = {}
     for recipe in itertools.product(choices("task"), choices("model"), ENGINES):
         names = zip(("task", "model", "engine"), recipe, strict=True)
-        config, finding = compose("hpo_recipe", [f"recipe/{group}={name}" for group, name in names])
+        config, finding = compose("hpo_recipe", [f"hpo/{group}={name}" for group, name in names])
         if config is None:
             raise RuntimeError(f"{recipe}: {finding.found}")
         composed[recipe] = config
@@ -50,10 +50,10 @@ def recipes() -> dict[Recipe, DictConfig]:
 
 
 def on(sizes: Sizes, nodes: int, gpus_per_node: int) -> Sizes | None:
-    """The same recipe on another cluster, or None if its batch and model cannot be cut over it."""
+    """The same recipe on another cluster, or None if its batch and model cannot be sharded over it."""
     layout = dataclasses.replace(sizes.layout, nodes=nodes, gpus_per_node=gpus_per_node)
     try:
-        check_cut(layout, sizes.architecture)
+        check_sharding(layout, sizes.architecture)
     except ConfigError:
         return None
     return dataclasses.replace(sizes, layout=layout)

@@ -17,12 +17,12 @@ from typing import Annotated
 
 import typer
 
-from hpo_plugin.cli._quickstart import ARM_NAMES
+from hpo_plugin.quickstart.run import PRESET_TITLES
 
 
-def finished(output: Path, task: str, arm: str, seed: int) -> dict | None:
+def finished(output: Path, task: str, preset: str, seed: int) -> dict | None:
     """The result of the first finished run with the default steps; None if there is none."""
-    for path in sorted(output.glob(f"{task}_cpu-{arm}-seed{seed}-*/result.json")):
+    for path in sorted(output.glob(f"{task}_cpu-{preset}-seed{seed}-*/result.json")):
         return json.loads(path.read_text())
     return None
 
@@ -51,15 +51,21 @@ def print_telelogs_models(output: Path) -> None:
 
 def main(
     output: Annotated[Path, typer.Option(help="Where the runs are, or go.")] = Path("runs/results"),
-    arms: Annotated[str, typer.Option(help="Values of algorithm.policy_loss, with commas.")] = "ahpo,grpo",
+    presets: Annotated[str, typer.Option(help="Values of algorithm.policy_loss, with commas.")] = "ahpo,grpo",
     seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
     task: Annotated[str, typer.Option(help="countdown or telelogs.")] = "countdown",
 ) -> None:
     """Print the table as Markdown."""
-    pairs = [(arm, int(seed)) for arm in arms.split(",") for seed in seeds.split(",")]
-    for arm, seed in pairs:
-        if finished(output, task, arm, seed) is None:
-            command = ["quickstart", f"--task={task}", f"--policy-loss={arm}", f"--seed={seed}", f"--output={output}"]
+    pairs = [(preset, int(seed)) for preset in presets.split(",") for seed in seeds.split(",")]
+    for preset, seed in pairs:
+        if finished(output, task, preset, seed) is None:
+            command = [
+                "quickstart",
+                f"--task={task}",
+                f"--policy-loss={preset}",
+                f"--seed={seed}",
+                f"--output={output}",
+            ]
             subprocess.run([sys.executable, "-m", "hpo_plugin.cli", *command], check=True, stdout=sys.stderr)
     results = {pair: finished(output, task, *pair) for pair in pairs}
     ratios = [result["success_after"] / result["success_before"] for result in results.values()]
@@ -69,12 +75,12 @@ def main(
 
     print("| algorithm | seed | before | after | standard error | times |")
     print("|---|---|---|---|---|---|")
-    for ((arm, seed), result), ratio in zip(results.items(), ratios, strict=True):
+    for ((preset, seed), result), ratio in zip(results.items(), ratios, strict=True):
         before, after, error = (100 * result[f"{key}"] for key in ("success_before", "success_after", "standard_error"))
-        print(f"| {ARM_NAMES[arm]} | {seed} | {before:.1f} % | {after:.1f} % | {error:.1f} % | {ratio:.1f} |")
-    for arm in dict.fromkeys(arm for arm, _ in pairs):
-        mean = sum(100 * results[pair]["success_after"] for pair in pairs if pair[0] == arm) / len(seeds.split(","))
-        print(f"| {ARM_NAMES[arm]} | mean | | {mean:.1f} % | | |")
+        print(f"| {PRESET_TITLES[preset]} | {seed} | {before:.1f} % | {after:.1f} % | {error:.1f} % | {ratio:.1f} |")
+    for preset in dict.fromkeys(preset for preset, _ in pairs):
+        mean = sum(100 * results[pair]["success_after"] for pair in pairs if pair[0] == preset) / len(seeds.split(","))
+        print(f"| {PRESET_TITLES[preset]} | mean | | {mean:.1f} % | | |")
     print(f"\n{steps.pop()} steps, {problems.pop()} held-out problems, one sample each at temperature 1.\n")
 
     (print_countdown_models if task == "countdown" else print_telelogs_models)(output)

@@ -7,8 +7,8 @@ verl's tests need pytest-asyncio beside this project's development environment: 
 A tree is a git checkout, or an unpacked source distribution; it is copied, and left as it is. The gates are the local
 hooks of the tree's .pre-commit-config.yaml, word for word, and those of its workflows that need neither a network nor a
 GPU; ruff and mypy are this environment's, with the tree's settings. The table and how to read it go to
-hpo_plugin/upstream/gates.md (the text of the pull request has it) and into docs/upstream.md; the outcome of each
-contributed test goes to hpo_plugin/upstream/contributed_tests.json, of which the text of the pull request takes it.
+contrib/upstream/gates.md (the text of the pull request has it) and into docs/upstream.md; the outcome of each
+contributed test goes to contrib/upstream/contributed_tests.json, of which the text of the pull request takes it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from xml.etree import ElementTree
 
 import yaml
 
-from hpo_plugin.upstream import contribution
+from contrib.upstream import contribution
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "hpo_plugin/upstream/gates.md"
-OUTCOMES = ROOT / "hpo_plugin/upstream/contributed_tests.json"
+TABLE = ROOT / "contrib/upstream/gates.md"
+OUTCOMES = ROOT / "contrib/upstream/contributed_tests.json"
 PAGE = ROOT / "docs/upstream.md"
 BEGIN, END = "<!-- begin: scripts/upstream_gates.py -->", "<!-- end -->"
 

@@ -16,7 +16,7 @@ def inputs(tmp_path_factory):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from hpo_plugin.cpu.start_model import build_tokenizer
+    from hpo_plugin.quickstart.start_model import build_tokenizer
     from hpo_plugin.tasks.countdown.dataset import prepare_countdown
     from hpo_plugin.tasks.countdown.problems import CountdownConfig
 

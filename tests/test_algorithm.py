@@ -619,8 +619,8 @@ def test_weighted_advantages_alpha_and_statistics_worked_out_by_hand():
             groups=2,
             degenerate_groups=1,
             tokens=16,
-            mass_positive=0.75,
-            mass_negative=7 * 0.25 / 3,
+            abs_advantage_positive=0.75,
+            abs_advantage_negative=7 * 0.25 / 3,
         )
     )
 
@@ -659,7 +659,7 @@ def test_the_advantages_of_another_estimator_are_weighted_in_place_of_the_group_
     assert (result.statistics.groups, result.statistics.degenerate_groups) == ((2, 1) if zero else (0, 0))
 
 
-def test_a_mass_of_per_token_advantages_is_the_sum_of_their_sizes():
+def test_the_share_of_per_token_advantages_is_of_the_sum_of_their_sizes():
     """|3| + |−1| = 4 of a positive response, α (|−2| + |1|) = 1.5 of a negative one; lengths count tokens only."""
     base = torch.tensor([[3.0, -1.0], [-2.0, 1.0]])
     result = hysteretic_advantage(
@@ -667,13 +667,15 @@ def test_a_mass_of_per_token_advantages_is_the_sum_of_their_sizes():
     )
     assert result.weighted.tolist() == [[3.0, -1.0], [-1.0, 0.5]]
     assert torch.equal(result.advantage, base)
-    assert result.statistics == BatchStatistics(0.5, 1, 1, 2, 1, 0, tokens=7, mass_positive=4.0, mass_negative=1.5)
+    assert result.statistics == BatchStatistics(
+        0.5, 1, 1, 2, 1, 0, tokens=7, abs_advantage_positive=4.0, abs_advantage_negative=1.5
+    )
 
 
 def test_without_lengths_a_response_has_one_token():
     """Masses 0.75 and 1/3 · 3 · 0.25 of six valid responses."""
     found = hysteretic_advantage(REWARDS, GROUPS, adaptive, valid=VALID, normalize_by_std=False).statistics
-    assert (found.tokens, found.mass_positive, found.mass_negative) == pytest.approx((6, 0.75, 0.25))
+    assert (found.tokens, found.abs_advantage_positive, found.abs_advantage_negative) == pytest.approx((6, 0.75, 0.25))
 
 
 def test_an_empty_batch_has_no_advantages_and_alpha_one():
@@ -755,8 +757,8 @@ def test_neither_alpha_nor_the_statistics_of_a_batch_are_those_of_its_parts():
     assert adaptive(total) == whole.alpha
     added = BatchStatistics(*(sum(column) for column in zip(*(part.statistics for part in parts), strict=True)))
     assert added[1:7] == whole.statistics[1:7]
-    assert added.mass_positive == whole.statistics.mass_positive
-    assert (added.mass_negative, whole.statistics.mass_negative) == pytest.approx((1.25, 1.05))
+    assert added.abs_advantage_positive == whole.statistics.abs_advantage_positive
+    assert (added.abs_advantage_negative, whole.statistics.abs_advantage_negative) == pytest.approx((1.25, 1.05))
 
 
 @pytest.mark.parametrize("clip_dual", [None, 3.0])

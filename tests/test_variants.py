@@ -11,7 +11,7 @@ import torch
 
 from hpo_plugin import variants
 from hpo_plugin.algorithm import SignCounts, hysteretic_advantage
-from hpo_plugin.variants import VARIANTS, Setting, Variant, on_registration, register_variant, settings
+from hpo_plugin.variants import VARIANTS, Variant, VariantSetting, on_registration, register_variant, settings
 
 
 @pytest.fixture(autouse=True)
@@ -102,5 +102,5 @@ def test_a_name_that_is_taken_and_a_setting_that_is_defined_otherwise_are_refuse
     with pytest.raises(ValueError, match="the variant 'ahpo' is already registered"):
         register_variant(replace(SQRT, name="ahpo"))
     with pytest.raises(ValueError, match="the setting 'alpha_min' of 'sqrt_hpo' differs"):
-        register_variant(replace(SQRT, settings=(Setting("alpha_min", 0.5, "another"),)))
+        register_variant(replace(SQRT, settings=(VariantSetting("alpha_min", 0.5, "another"),)))
     assert set(VARIANTS) == {"hpo", "ahpo"}

@@ -32,7 +32,10 @@ def check(
 
     from rich.console import Console
 
-    from hpo_plugin.cli._checks import run_checks
+    from hpo_plugin.cli.requirements import require
+
+    require("check", "verl")
+    from hpo_plugin.check.checks import run_checks
 
     console, errors = Console(), Console(stderr=True)
     show_status = errors.is_terminal and not as_json

@@ -13,7 +13,7 @@ def launch(
     run_dir: Annotated[
         Path,
         typer.Option(
-            help="For logs, metrics and checkpoints, on a file system that all nodes share. A run there goes on.",
+            help="For logs, metrics and checkpoints, on a file system that all nodes share. A run there is resumed.",
             show_default=False,
         ),
     ],
@@ -33,18 +33,21 @@ def launch(
     """Train on a Ray cluster: RAY_ADDRESS, or ray_kwargs.ray_init of the config.
 
     Waits for trainer.nnodes nodes with trainer.n_gpus_per_node accelerators, runs the checks of `hpo-plugin check` on
-    all of them, and trains. Where the trainer fails, it goes on from the last checkpoint; the same call goes on with a
-    run that was ended. Exit status 0: finished; 1: failed; 143 or 130: ended by SIGTERM or Ctrl-C.
+    all of them, and trains. Where the trainer fails, it resumes from the last checkpoint; the same command resumes a
+    run that was stopped. Exit status 0: finished; 1: failed; 143 or 130: stopped by SIGTERM or Ctrl-C.
     """
     import signal
     import sys
 
     from rich.console import Console
 
-    from hpo_plugin.cli._errors import stopped
-    from hpo_plugin.cli._launch import Launch, run_launch
-    from hpo_plugin.cli._trainer import interruptible
-    from hpo_plugin.cli._training import TrainingError
+    from hpo_plugin.cli.requirements import require
+
+    require("launch", "verl")
+    from hpo_plugin.check.signals import interruptible
+    from hpo_plugin.console import stopped
+    from hpo_plugin.runs.launch import Launch, run_launch
+    from hpo_plugin.runs.training import TrainingError
 
     # The file is named: while others' output is sent elsewhere, the launcher's own is not.
     console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -64,5 +67,5 @@ def launch(
         raise stopped(error) from None
     except KeyboardInterrupt as ended:
         name = str(ended) or "SIGINT"
-        console.print(f"Ended by {name}; the same command goes on from the last checkpoint.")
+        console.print(f"Stopped by {name}; the same command resumes from the last checkpoint.")
         raise typer.Exit(128 + signal.Signals[name]) from None

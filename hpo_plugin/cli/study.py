@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from hpo_plugin.cli._study_cells import Workspace
+    from hpo_plugin.study.cells import Workspace
     from hpo_plugin.study.spec import Cell
 
 app = typer.Typer(no_args_is_help=True, help="Run a matrix of arms, settings and seeds, and report it.")
@@ -31,7 +31,7 @@ def _data_file(study_file: Path, data: Path | None) -> Path:
 
 
 def _load(study_file: Path, output: Path, only: list[str] | None) -> tuple[Workspace, list[Cell]]:
-    from hpo_plugin.cli._study_cells import Workspace
+    from hpo_plugin.study.cells import Workspace
     from hpo_plugin.study.spec import load_study, select
 
     study = load_study(study_file)
@@ -46,11 +46,14 @@ def prepare(
     check: Annotated[bool, typer.Option(help="Check the installation and the configs.")] = True,
 ) -> None:
     """Make data and start models, and check the config of each arm in each setting. `run` does this first."""
+    from hpo_plugin.cli.requirements import require
+
+    require("study prepare", "verl", "study")
     from rich.console import Console
 
-    from hpo_plugin.cli._errors import stopped
-    from hpo_plugin.cli._study_inputs import check_cells, compose_cells, make_inputs
-    from hpo_plugin.cli._trainer import interruptible
+    from hpo_plugin.check.signals import interruptible
+    from hpo_plugin.console import stopped
+    from hpo_plugin.study.inputs import check_cells, compose_cells, make_study_inputs
     from hpo_plugin.study.spec import StudyError
 
     console = Console(highlight=False)
@@ -59,7 +62,7 @@ def prepare(
             workspace, cells = _load(study_file, output, only)
             workspace.directory.mkdir(parents=True, exist_ok=True)
             compose_cells(cells)
-            make_inputs(workspace, cells, console)
+            make_study_inputs(workspace, cells, console)
             if check:
                 check_cells(workspace, cells, console)
     except (StudyError, OSError) as error:
@@ -87,18 +90,21 @@ def run(
         bool, typer.Option("--again", help="With --submit: also cells that were submitted before.")
     ] = False,
 ) -> None:
-    """Run the cells that are not finished. Killed, the same command goes on where it was.
+    """Run the cells that are not finished. The same command resumes a study that was killed.
 
     Exit status 1 if a cell failed; the others are run all the same, and the next call tries it again.
     """
+    from hpo_plugin.cli.requirements import require
+
+    require("study run", "verl", "study")
     from rich.console import Console
 
-    from hpo_plugin.cli import _study_run
-    from hpo_plugin.cli._errors import stopped
-    from hpo_plugin.cli._study_collect import check_same_inputs
-    from hpo_plugin.cli._study_inputs import prepare_in_child
-    from hpo_plugin.cli._trainer import interruptible
+    from hpo_plugin.check.signals import interruptible
+    from hpo_plugin.console import stopped
+    from hpo_plugin.study.collect import check_same_inputs
     from hpo_plugin.study.data import read_data
+    from hpo_plugin.study.inputs import prepare_in_child
+    from hpo_plugin.study.run import StudyRun, show_failures
     from hpo_plugin.study.spec import StudyError
 
     console = Console(highlight=False)
@@ -108,7 +114,7 @@ def run(
         with interruptible():
             workspace, cells = _load(study_file, output, only)
             collected = read_data(_data_file(study_file, data))
-            work = _study_run.StudyRun(workspace, cells, collected, stall=stall, console=console)
+            work = StudyRun(workspace, cells, collected, stall=stall, console=console)
             if not work.unfinished:
                 console.print(f"nothing to run: {len(cells)} cells are finished, or another process is running them")
                 return
@@ -121,48 +127,52 @@ def run(
     except (StudyError, OSError) as error:
         raise stopped(error) from None
     except KeyboardInterrupt:
-        console.print("Interrupted; every process of the cells is ended. The same command goes on where they were.")
+        console.print("Interrupted; every process of the cells has stopped. The same command resumes them.")
         raise typer.Exit(130) from None
-    _study_run.show_failures(work.failed, console)
+    show_failures(work.failed, console)
     if work.failed:
         console.print(f"\n{len(work.failed)} cells failed; the same command tries them again", style="bold red")
         raise typer.Exit(1)
 
 
 def _hand_over(workspace: Workspace, cells: list[Cell], *, submit: bool, again: bool) -> None:
-    from hpo_plugin.cli import _study_cells, _study_run
+    from hpo_plugin.study.cells import submitted_file
+    from hpo_plugin.study.run import submit_cell, submit_command
 
     for cell in cells:
         if not submit:
-            print(_study_run.submit_command(workspace, cell))
-        elif again or not _study_cells.submitted_file(workspace.run(cell)).exists():
-            print(f"{cell.name}: {_study_run.submit(workspace, cell)}")
+            print(submit_command(workspace, cell))
+        elif again or not submitted_file(workspace.run(cell)).exists():
+            print(f"{cell.name}: {submit_cell(workspace, cell)}")
 
 
 @app.command()
 def status(study_file: StudyFile, output: Output = DEFAULT_OUTPUT, data: Data = None, only: Only = None) -> None:
     """Show where every cell is, and why cells failed."""
+    from hpo_plugin.cli.requirements import require
+
+    require("study status", "study")
     from rich.console import Console
 
-    from hpo_plugin.cli import _study_run
-    from hpo_plugin.cli._errors import stopped
-    from hpo_plugin.cli._study_cells import State
+    from hpo_plugin.console import stopped
+    from hpo_plugin.study.cells import State
     from hpo_plugin.study.data import read_data
+    from hpo_plugin.study.run import look, show_failures, state_table
     from hpo_plugin.study.spec import StudyError
 
     console = Console(highlight=False)
     try:
         workspace, cells = _load(study_file, output, only)
-        entries = _study_run.look(workspace, cells, read_data(_data_file(study_file, data)))
+        entries = look(workspace, cells, read_data(_data_file(study_file, data)))
     except (StudyError, OSError) as error:
         raise stopped(error) from None
-    console.print(_study_run.state_table(workspace.study, entries))
+    console.print(state_table(workspace.study, entries))
     console.print()
     for entry in entries:
         if entry.state is State.RUNNING:
             line = entry.view.line(entry.cell.steps) if entry.view else "starting"
             console.print(f"{entry.cell.name}: {line}", markup=False, soft_wrap=True)
-    _study_run.show_failures([entry for entry in entries if entry.state is State.FAILED], console)
+    show_failures([entry for entry in entries if entry.state is State.FAILED], console)
     counts = {state: sum(entry.state is state for entry in entries) for state in State}
     console.print(", ".join(f"{count} {state.value}" for state, count in counts.items() if count))
 
@@ -175,16 +185,19 @@ def collect(
     prune: Annotated[bool, typer.Option("--prune", help="Drop collected cells that the study no longer has.")] = False,
 ) -> None:
     """Read the logs of all finished cells into one parquet file. What was collected before stays in it."""
+    from hpo_plugin.cli.requirements import require
+
+    require("study collect", "study")
     from rich.console import Console
 
-    from hpo_plugin.cli import _study_collect
-    from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.console import stopped
+    from hpo_plugin.study.collect import collect as collect_cells
     from hpo_plugin.study.spec import StudyError
 
     path = _data_file(study_file, data)
     try:
         workspace, _ = _load(study_file, output, None)
-        done = _study_collect.collect(workspace, path, prune=prune)
+        done = collect_cells(workspace, path, prune=prune)
     except (StudyError, OSError, ValueError) as error:
         raise stopped(error) from None
     console = Console(highlight=False, soft_wrap=True)
@@ -209,14 +222,14 @@ def report(
 
     Needs STUDY.yaml and the data, nothing else; the same data give the same bytes.
     """
-    from hpo_plugin.cli._errors import stopped
+    from hpo_plugin.cli.requirements import require
+
+    require("study report", "study")
+    from hpo_plugin.console import stopped
+    from hpo_plugin.study.data import read_data
+    from hpo_plugin.study.report import build_report, write_report
     from hpo_plugin.study.spec import StudyError, load_study
 
-    try:
-        from hpo_plugin.study.data import read_data
-        from hpo_plugin.study.report import build_report, write_report
-    except ModuleNotFoundError as error:
-        raise stopped(RuntimeError(f"{error.name} is not installed: pip install 'hpo-plugin[study]'")) from None
     path = _data_file(study_file, data)
     try:
         study = load_study(study_file)

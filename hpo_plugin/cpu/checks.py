@@ -5,6 +5,8 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig, OmegaConf
 
+#: ``actor_rollout_ref.rollout.name`` of the CPU backend's own rollout.
+ROLLOUT_NAME = "hf_cpu"
 # Logical CPUs that verl reserves for each training rank (verl/single_controller/ray/base.py, max_colocate_count).
 CPUS_PER_RANK = 3
 
@@ -16,7 +18,7 @@ STRATEGY_KEYS = ("actor_rollout_ref.actor.strategy", "actor_rollout_ref.ref.stra
 
 
 def require_cpu_platform() -> None:
-    """Refuse to go on unless this process was started with ``VERL_PLATFORM=cpu``.
+    """Refuse to run unless this process was started with ``VERL_PLATFORM=cpu``.
 
     Raises:
         RuntimeError: ``VERL_PLATFORM`` is unset or names another platform.
@@ -44,7 +46,7 @@ def require_fsdp2(strategy: str, key: str = "actor_rollout_ref.actor.strategy") 
 
 
 def require_vllm() -> None:
-    """Refuse to go on unless some vLLM can be imported.
+    """Refuse to run unless some vLLM can be imported.
 
     Raises:
         ModuleNotFoundError: With the command that installs the CPU build.
@@ -52,7 +54,7 @@ def require_vllm() -> None:
     if find_spec("vllm") is None:
         raise ModuleNotFoundError(
             "actor_rollout_ref.rollout.name=vllm, but vLLM is not installed: `make install-vllm` (see docs/cpu.md), or "
-            "take the default rollout, cpu_rollout=hf"
+            "take the default rollout, hpo/cpu_rollout=hf"
         )
 
 

@@ -26,10 +26,10 @@ class Sampling:
 
     Attributes:
         temperature: 0 means greedy.
-        top_p: Nucleus mass in (0, 1]; 1 keeps all tokens.
+        top_p: Probability of the nucleus in (0, 1]; 1 keeps all tokens.
         top_k: Number of tokens kept; -1 or 0 keeps all.
         repetition_penalty: 1 means none; counts the tokens of prompt and response.
-        ignore_eos: Go on after the end-of-sequence token.
+        ignore_eos: Whether to continue after the end-of-sequence token.
     """
 
     temperature: float = 1.0
@@ -60,7 +60,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One prompt to continue.
 
     Attributes:
@@ -187,7 +187,7 @@ class Generator:
         self._model.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._pad)
 
     @torch.inference_mode()
-    def __call__(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+    def __call__(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Response]:
         """Continue all requests as one left-padded batch.
 
         Args:

@@ -5,7 +5,7 @@ dictionary ``verl.workers.rollout.base._ROLLOUT_REGISTRY``. That dictionary is t
 writes to.
 """
 
-ROLLOUT_NAME = "hf_cpu"
+from hpo_plugin.cpu.checks import ROLLOUT_NAME
 
 ADAPTER = "hpo_plugin.cpu.rollout.HFServerAdapter"
 

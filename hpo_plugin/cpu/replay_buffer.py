@@ -2,7 +2,7 @@
 
 Selected by ``trainer.v1.sampler.custom_sampler``. verl passes a custom sampler neither the polling interval nor the
 group-filter settings (``PPOTrainer._build_replay_buffer``), so the config hands them over in
-``trainer.v1.sampler.sampler_kwargs`` (see ``configs/backend/cpu.yaml``).
+``trainer.v1.sampler.sampler_kwargs`` (see ``configs/hpo/backend/cpu.yaml``).
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class CPUReplayBuffer(ReplayBuffer):
     """:class:`verl.trainer.ppo.v1.replay_buffer.ReplayBuffer`, polled often and in a repeatable order.
 
     verl looks for finished rollouts every 2 s; a step of a small model takes about as long. verl also orders the
-    prompts of a step by a set of random ids, so two runs with the same seeds cut different mini-batches; here the
+    prompts of a step by a set of random ids, so two runs with the same seeds have different mini-batches; here the
     prompts of a step keep the order of the data loader, and a prompt's responses the order of their sessions.
     """
 

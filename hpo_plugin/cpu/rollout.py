@@ -21,9 +21,9 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
+from hpo_plugin.cpu.checks import ROLLOUT_NAME
+from hpo_plugin.cpu.generation import GenerationRequest, RequestSeeds, Response, Sampling
 from hpo_plugin.cpu.generation import Generator as TextGenerator
-from hpo_plugin.cpu.generation import Request, RequestSeeds, Response, Sampling
-from hpo_plugin.cpu.registration import ROLLOUT_NAME
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -54,7 +54,7 @@ class HFRolloutOptions:
 
 @dataclass
 class _Waiting:
-    request: Request
+    request: GenerationRequest
     sampling: Sampling
     answer: asyncio.Future = field(compare=False)
 
@@ -83,7 +83,7 @@ class RequestBatcher:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def submit(self, request: Request, sampling: Sampling) -> Response:
+    async def submit(self, request: GenerationRequest, sampling: Sampling) -> Response:
         """Generate one request, in whatever batch it falls into."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
@@ -228,7 +228,7 @@ class HFServer:
                 f"a prompt of {len(prompt)} tokens leaves no room for a response: the model's context is "
                 f"{self._max_model_len} tokens (actor_rollout_ref.rollout.max_model_len, or the model's own limit)"
             )
-        request = Request(
+        request = GenerationRequest(
             prompt_ids=prompt,
             max_tokens=max(1, min(max_tokens or self.config.response_length, room)),
             seed=self._seeds.next(prompt, sampling) if seed is None else int(seed),

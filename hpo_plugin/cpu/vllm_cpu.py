@@ -2,7 +2,7 @@
 
 ``importlib.metadata`` has an extension point for this: a finder of distributions on ``sys.meta_path``. What else
 stands between verl's vLLM rollout and a CPU is in :mod:`hpo_plugin.cpu.vllm_worker` and
-``configs/cpu_rollout/vllm.yaml``.
+``configs/hpo/cpu_rollout/vllm.yaml``.
 """
 
 import importlib.metadata

@@ -1,1 +1,1 @@
-"""What registers HPO and A-HPO in verl. Nothing here is imported before verl asks for it."""
+"""Names of version 0.1.0 that saved configs and installed entry points still use. New code imports hpo_plugin.verl."""

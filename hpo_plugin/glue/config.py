@@ -1,35 +1,20 @@
-"""The actor's ``policy_loss`` config node, extended: how a worker knows which estimator made the advantages.
-
-verl's ``PolicyLossConfig`` is a closed dataclass, so a new field needs a subclass named by ``_target_``
-(verl/workers/config/actor.py). Our yaml names it; for verl's stock yaml the plugin does (``glue/seams.py``).
-"""
+"""``_target_: hpo_plugin.glue.config.HPOPolicyLossConfig`` of configs that version 0.1.0 saved."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from verl.workers.config import PolicyLossConfig
-
-from hpo_plugin.glue.registration import require_registered
-
-__all__ = ["HPOPolicyLossConfig"]
+from hpo_plugin.verl import config
 
 
 @dataclass
-class HPOPolicyLossConfig(PolicyLossConfig):
-    """``actor_rollout_ref.actor.policy_loss`` with what HPO's loss needs to know.
+class HPOPolicyLossConfig(config.HPOPolicyLossConfig):
+    """The node with the two copies that version 0.1.0 saved in it. The estimator reads ``algorithm.hpo`` instead.
 
-    Args:
-        adv_estimator: copy of ``algorithm.adv_estimator``, which a worker does not see otherwise.
-
-    Raises:
-        ConfigError: when built, if the loss mode is a variant and the estimator is not the same one. verl builds it in
-            the driver (``validate_config``) and again in every worker.
-        RegistrationError: when built, if the plugin has not registered what the config selects.
+    Attributes:
+        alpha: Copy of ``algorithm.hpo.alpha``.
+        alpha_min: Copy of ``algorithm.hpo.alpha_min``.
     """
 
-    adv_estimator: str = "grpo"
-
-    def __post_init__(self) -> None:
-        """Fail in the driver rather than after a rollout."""
-        require_registered(self.adv_estimator, self.loss_mode)
+    alpha: float = 0.6
+    alpha_min: float = 0.1

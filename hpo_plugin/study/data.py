@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hpo_plugin.files import atomic_write
 from hpo_plugin.study.spec import Cell, StudyError
-from hpo_plugin.tasks._files import atomic_write
 
 #: Not verl's name, which contains the name of the data: ``val-core/<data source>/…``.
 HELD_OUT = "held_out_success"

@@ -15,11 +15,11 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hpo_plugin.study.curves import STYLE
+from hpo_plugin.files import atomic_write
+from hpo_plugin.runs.curves import STYLE
 from hpo_plugin.study.statistics import Estimate
-from hpo_plugin.tasks._files import atomic_write
 
-#: Okabe and Ito's colors, told apart by color-blind readers too; yellow is left out, it is too light for lines.
+#: Okabe and Ito's colors, which color-blind readers can distinguish. Without yellow, which is too light for lines.
 _COLORS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
 #: Theirs too, kept for the arm that is compared with the others.
 STRONG = "#d55e00"
@@ -111,7 +111,7 @@ def line_figure(title: str, xlabel: str, panels: Sequence[Panel]) -> Figure:
 
 
 def _add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """A legend below the axes, of as many columns as fit the figure: matplotlib cuts one off that is too wide."""
+    """A legend below the axes, of as many columns as fit the figure: matplotlib crops one that is too wide."""
     for columns in (3, 2, 1):
         legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:

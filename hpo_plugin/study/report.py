@@ -18,8 +18,9 @@ import markdown
 import numpy as np
 import numpy.typing as npt
 
+from hpo_plugin.files import atomic_write
+from hpo_plugin.runs.curves import SMOOTHED_OVER, smooth
 from hpo_plugin.study import statistics
-from hpo_plugin.study.curves import SMOOTHED_OVER, smooth
 from hpo_plugin.study.data import (
     ALPHA,
     HELD_OUT,
@@ -33,7 +34,6 @@ from hpo_plugin.study.data import (
 from hpo_plugin.study.figures import STRONG, Panel, Series, colors, line_figure, save, score_figure
 from hpo_plugin.study.spec import Experiment, Study, StudyError, paper_numbers
 from hpo_plugin.study.statistics import Estimate
-from hpo_plugin.tasks._files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,15 @@ class Picture:
 
 @dataclass
 class Section:
-    """A part of the page, in the order of its fields."""
+    """A part of the page, in the order of its fields.
+
+    Attributes:
+        title: Heading.
+        paragraphs: Text in Markdown.
+        tables: Tables.
+        notes: Text below the tables.
+        pictures: Pictures.
+    """
 
     title: str
     paragraphs: list[str] = field(default_factory=list)
@@ -88,8 +96,15 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Report:
-    """A page."""
+class StudyReport:
+    """A page.
+
+    Attributes:
+        name: Name of the study, of its files too.
+        title: Heading of the page.
+        text: Introduction in Markdown.
+        sections: Parts of the page.
+    """
 
     name: str
     title: str
@@ -159,7 +174,7 @@ def early_score(run: CellData, fraction: float) -> float:
     return float(rewards[: math.ceil(fraction * len(rewards))].mean(dtype=float))
 
 
-def build_report(study: Study, data: Mapping[str, CellData]) -> Report:
+def build_report(study: Study, data: Mapping[str, CellData]) -> StudyReport:
     """Compute everything that is reported.
 
     Args:
@@ -177,7 +192,7 @@ def build_report(study: Study, data: Mapping[str, CellData]) -> Report:
     sections = [_what_was_run(study, data, used)]
     sections += [_experiment(study, name, result) for name, result in results.items() if result.runs]
     sections += [*_overall(study, results), _how_to_read(study)]
-    return Report(study.name, study.title, study.text.strip(), sections)
+    return StudyReport(study.name, study.title, study.text.strip(), sections)
 
 
 def beside_paper(study: Study, data: Mapping[str, CellData]) -> dict[str, dict[str, str]]:
@@ -489,7 +504,7 @@ def _over_settings(study: Study, ours: str, arms: Sequence[str], compared: Seque
     settings = " and ".join(study.settings[result.experiment.setting].title for result in compared)
     text = (
         f"{settings} together. Scores of all runs are pooled as they are, since all are shares of answers that are "
-        "right: a setting with more seeds weighs more, and what the interquartile mean leaves out is mostly the lowest "
+        "right: a setting with more seeds counts more, and what the interquartile mean leaves out is mostly the lowest "
         "of the hardest setting and the highest of the easiest. Resampling is by setting. The probability is the mean "
         "over settings, the difference that of all pairs of runs with the same setting and seed."
     )
@@ -515,10 +530,10 @@ def _how_to_read(study: Study) -> Section:
             "out, rounded down, so of three seeds none, of five one at either end. In brackets is its 95 % interval: "
             f"percentile bootstrap over seeds, {statistics.RESAMPLES:,} resamples.\n"
             "- **Probability of improvement**: how often a run of the one scores higher than a run of the other, over "
-            "all pairs of runs, ties half. An interval that holds 0.5 does not tell the two apart.\n"
+            "all pairs of runs, ties half. The difference is not significant where the interval holds 0.5.\n"
             "- **Difference**: mean of the differences between runs with the same seed, with the 95 % interval of "
-            "Student's t. Where it leaves out 0, the two are told apart. That happens to equals in one of twenty "
-            "comparisons, and is not corrected for their number.\n"
+            "Student's t. It is significant where the interval excludes 0. That happens to equals in one of "
+            "twenty comparisons, and is not corrected for their number.\n"
             f"- **Curves**: trailing mean over {SMOOTHED_OVER} updates (held-out success: as measured), mean over "
             "seeds, band: 95 % interval of that mean.\n"
             "- **Time**: the trainer's own time for each step, evaluations and start-up not included, on the machine "
@@ -534,7 +549,7 @@ def _how_to_read(study: Study) -> Section:
 # --- writing it ----------------------------------------------------------------------------------------------------
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: StudyReport) -> str:
     """The page's text; its pictures are in a directory named as the report."""
     text = _templates().get_template("report.md.j2").render(report=report)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
@@ -552,7 +567,7 @@ def _templates() -> jinja2.Environment:
     )
 
 
-def write_report(report: Report, output: Path, *, png: bool = True) -> list[Path]:
+def write_report(report: StudyReport, output: Path, *, png: bool = True) -> list[Path]:
     """Write ``<name>.md``, ``<name>.html`` and the pictures in ``<name>/``.
 
     Args:
@@ -576,7 +591,7 @@ def write_report(report: Report, output: Path, *, png: bool = True) -> list[Path
     return written
 
 
-def _to_html(report: Report, text: str, inline: Mapping[str, tuple[str, str]]) -> str:
+def _to_html(report: StudyReport, text: str, inline: Mapping[str, tuple[str, str]]) -> str:
     """The Markdown page as HTML, with the pictures in it: name -> what it shows, SVG."""
     body = markdown.markdown(text, extensions=["tables", "fenced_code"])
     # Cells break between words, but not inside a figure with its interval.

@@ -7,19 +7,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hpo_plugin.tasks.countdown import CountdownConfig
-
-T = TypeVar("T")
+from hpo_plugin.quickstart.form import data_options
+from hpo_plugin.tasks.task import DataOptions, Task, TaskError, load_task
 
 #: Names become directories, keys of the data and words of a command line.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -48,12 +47,12 @@ class Prepare:
     """Inputs that the study makes itself, once for all cells of a setting.
 
     Attributes:
-        task: ``countdown``.
-        problems: Fields of :class:`hpo_plugin.tasks.countdown.CountdownConfig`.
-        train_size: Problems to train on.
-        test_size: Held-out problems.
-        seed: Of the start model.
-        start_model: Fields of ``hpo_plugin.cpu.start_model.StartModelConfig``; the defaults are the quickstart's.
+        task: Name of the task, or the path of its file; it has a laptop form.
+        problems: Fields of the options of the task's data, such as ``counts`` of Countdown.
+        train_size: Rows of the training split.
+        test_size: Rows of the test split.
+        seed: Seed of the start model. The seed of the data is ``problems.seed``.
+        start_model: Fields of :class:`hpo_plugin.quickstart.start_model.StartModelConfig`.
     """
 
     task: str = MISSING
@@ -92,7 +91,7 @@ class Arm:
 
     Attributes:
         title: For people.
-        overrides: Hydra overrides: what distinguishes the arm, nothing else.
+        overrides: Hydra overrides that make the arm, nothing else.
         paper: What the arm is called among the paper's numbers, where that is not its name here.
     """
 
@@ -277,12 +276,13 @@ class Study:
             )
         if setting.prepare is None:
             return
-        if setting.prepare.task != "countdown":
-            raise StudyError(f"{where}.prepare.task={setting.prepare.task!r} must be countdown")
         for key in ("train_size", "test_size"):
             _at_least_one(f"{where}.prepare.{key}", getattr(setting.prepare, key))
         try:
-            setting_problems(setting.prepare).validate()
+            task, options = setting_data(setting.prepare)
+            task.validate(options)
+        except TaskError as error:
+            raise StudyError(f"{where}.prepare.task: {error}") from error
         except (TypeError, ValueError) as error:
             raise StudyError(f"{where}.prepare.problems: {error}") from error
 
@@ -399,33 +399,19 @@ def load_study(path: Path) -> Study:
     return study
 
 
-def setting_problems(prepare: Prepare) -> CountdownConfig:
-    """The problems of a setting.
+def setting_data(prepare: Prepare) -> tuple[Task, DataOptions]:
+    """Return the task of a setting and the options of its data.
 
     Raises:
-        ValueError: A field that ``CountdownConfig`` does not have.
+        TaskError: There is no such task, or it has no laptop form.
+        ValueError: A field that the options do not have, or that the study or the laptop form sets.
     """
-    given = dict(prepare.problems)
-    if isinstance(given.get("counts"), list):
-        given["counts"] = tuple(given["counts"])
-    return of_fields(CountdownConfig, given)
-
-
-def of_fields(kind: type[T], given: Mapping[str, Any]) -> T:
-    """Make a dataclass of the fields that a file has.
-
-    Args:
-        kind: The dataclass.
-        given: Field -> value; those that are absent keep their default.
-
-    Raises:
-        ValueError: A field that the class does not have, with those that it has.
-    """
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{name} is not known; there are {', '.join(known)}")
-    return kind(**given)
+    task = load_task(prepare.task)
+    for name in ("train_size", "test_size"):
+        if name in prepare.problems:
+            raise ValueError(f"{name} belongs beside problems, not in it")
+    sizes = {"train_size": prepare.train_size, "test_size": prepare.test_size}
+    return task, data_options(task, {**prepare.problems, **sizes})
 
 
 @dataclass(frozen=True)

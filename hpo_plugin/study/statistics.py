@@ -3,8 +3,8 @@
 The measures are those of Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice"
 (2021): interquartile mean, stratified bootstrap, probability of improvement. Intervals are 95 % percentile intervals
 over :data:`RESAMPLES` resamples of the seeds, with a fixed seed, so that a report can be made again byte for byte. With
-three to five seeds they are too narrow: there are only so many different resamples. Two arms are told apart by the
-difference of runs with the same seed, which therefore has the interval of Student's t.
+three to five seeds they are too narrow: there are only so many different resamples. Whether two arms differ
+significantly is read from the difference of runs with the same seed, which therefore has the interval of Student's t.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from scipy import stats
 #: Of the bootstrap.
 RESAMPLES = 5_000
 CONFIDENCE = 0.95
-#: Share cut off at either end by the interquartile mean. Of fewer than four values nothing is cut: it is their mean.
-CUT = 0.25
+#: Share left out at either end by the interquartile mean. Of fewer than four values none is left out.
+TRIMMED = 0.25
 
 Floats = npt.NDArray[np.float64]
 #: One array of scores, a score per seed, for each setting.
@@ -53,7 +53,7 @@ def interquartile_mean(strata: Strata) -> Estimate:
     """
 
     def statistic(*samples: Floats, axis: int = -1) -> Any:
-        return stats.trim_mean(np.concatenate(samples, axis=axis), CUT, axis=axis)
+        return stats.trim_mean(np.concatenate(samples, axis=axis), TRIMMED, axis=axis)
 
     return _estimate(strata, statistic)
 

@@ -1,1 +1,5 @@
-"""Tasks: problems, prompts and rewards. They import neither verl nor the mathematics."""
+"""Tasks: problems, prompts and rewards behind one protocol, :class:`hpo_plugin.tasks.task.Task`.
+
+A task imports no framework and none of the mathematics. This module imports nothing, because verl imports the reward
+modules below it in each of its reward workers.
+"""

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hpo_plugin.cli.app import app
-from hpo_plugin.tasks.telelogs import Cause, generate, relabeled, render_prompt
+from hpo_plugin.tasks.telelogs import Cause, compute_score, generate, relabeled, render_prompt
 
 ROWS = generate(16, seed=7).rows
 
@@ -99,7 +99,7 @@ def test_labels_are_those_of_the_prompt_and_no_answer_is_an_exit_status(tmp_path
         ("missing.txt", None, "No such file"),
         ("empty.txt", "", "line 1"),
         ("broken.json", "{", "cannot be read as .json"),
-        ("other.csv", "a,b\n1,2\n", "no column 'question' or 'prompt' among a, b"),
+        ("other.csv", "a,b\n1,2\n", "no column 'prompt' among a, b"),
     ],
 )
 def test_what_cannot_be_read_is_an_error_and_not_a_traceback(tmp_path, name, content, message):
@@ -153,7 +153,8 @@ def test_options_without_effect_are_refused(tmp_path):
 
 
 def sample(prompt, number, pred, truth):
-    return json.dumps({"uid": f"{prompt}_{number}_0", "input": "…", "gts": truth, "pred": pred, "score": 0.0}) + "\n"
+    scored = compute_score("telelogs", rf"\boxed{{{pred}}}", truth) | {"pred": pred}
+    return json.dumps({"uid": f"{prompt}_{number}_0", "input": "…", "gts": truth, **scored}) + "\n"
 
 
 def test_pass_at_1_and_the_plain_majority_are_printed(tmp_path):

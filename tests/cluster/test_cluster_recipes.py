@@ -10,10 +10,11 @@ pytest.importorskip("verl")
 
 import typer.main
 
-from hpo_plugin.cli._checks import check_algorithm, check_by_verl, compose
-from hpo_plugin.cli._launch import plan, refuse_own_keys
+from hpo_plugin.check.checks import check_algorithm, check_by_verl
+from hpo_plugin.check.compose import compose
 from hpo_plugin.cli.app import app
 from hpo_plugin.cpu.checks import CPUS_PER_RANK, RAY_CPU_SLACK
+from hpo_plugin.runs.launch import plan, refuse_own_keys
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "cluster"
 

@@ -16,12 +16,12 @@ pytest.importorskip("verl")
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from hpo_plugin.cli import _launch
-from hpo_plugin.cli._checks import compose
-from hpo_plugin.cli._launch import Launch, cluster_overrides, plan, refuse_another_run, run_launch
-from hpo_plugin.cli._report import Finding, Report
-from hpo_plugin.cli._runs import Run
-from hpo_plugin.cli._training import TrainingError, bookkeeping_overrides
+from hpo_plugin.check.compose import compose
+from hpo_plugin.check.report import CheckReport, Finding
+from hpo_plugin.runs import launch as launch_module
+from hpo_plugin.runs.directory import Run
+from hpo_plugin.runs.launch import Launch, cluster_overrides, plan, refuse_another_run, run_launch
+from hpo_plugin.runs.training import TrainingError, bookkeeping_overrides
 
 #: Goes on from the checkpoint it is given; the plan says how far each attempt gets, and how it ends.
 TRAINER = """
@@ -92,11 +92,11 @@ class FakeCluster:
 @pytest.fixture
 def cluster(monkeypatch):
     fake = FakeCluster()
-    monkeypatch.setattr(_launch, "Cluster", lambda: fake)
+    monkeypatch.setattr(launch_module, "Cluster", lambda: fake)
     fake_class = type("Cluster", (), {"join": fake.join, "__new__": lambda cls: fake})
-    monkeypatch.setattr(_launch, "Cluster", fake_class)
-    monkeypatch.setattr(_launch, "POLL", 0.05)
-    monkeypatch.setattr(_launch, "DEATH_NOTICED", 1.0)
+    monkeypatch.setattr(launch_module, "Cluster", fake_class)
+    monkeypatch.setattr(launch_module, "POLL", 0.05)
+    monkeypatch.setattr(launch_module, "DEATH_NOTICED", 1.0)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     return fake
@@ -109,9 +109,9 @@ def checks(monkeypatch):
 
     def run_checks(config_name, overrides, *, timeout, local, shared):
         made.append("here" if local else "nodes")
-        return Report([Finding("all", "fine")])
+        return CheckReport([Finding("all", "fine")])
 
-    monkeypatch.setattr(_launch, "run_checks", run_checks)
+    monkeypatch.setattr(launch_module, "run_checks", run_checks)
     return made
 
 
@@ -193,7 +193,7 @@ def test_the_same_failure_twice_is_tried_again_where_a_node_was_lost(launch, clu
 
 
 def test_before_the_same_failure_ends_the_run_ray_gets_the_time_to_notice_a_dead_node(launch, cluster, monkeypatch):
-    tell = _launch._Launcher.tell
+    tell = launch_module._Launcher.tell
 
     def after_the_second_failure(launcher, text):
         if text.startswith("the trainer failed") and len(launcher.run.attempts()) == 2:
@@ -201,7 +201,7 @@ def test_before_the_same_failure_ends_the_run_ray_gets_the_time_to_notice_a_dead
             cluster.dies_after = 3
         tell(launcher, text)
 
-    monkeypatch.setattr(_launch._Launcher, "tell", after_the_second_failure)
+    monkeypatch.setattr(launch_module._Launcher, "tell", after_the_second_failure)
     run = launch((-1, "connection reset"), (-1, "connection reset"), (STEPS, "done"))
     assert "Ray has lost 10.0.0.2" in launch.said
     assert len(run.attempts()) == 3
@@ -240,11 +240,11 @@ def dies_during_the_checks(cluster, monkeypatch):
         def run_checks(config_name, overrides, *, timeout, local, shared):
             made.append("here" if local else "nodes")
             if local or made.count("nodes") > times:
-                return Report([Finding("all", "fine")])
+                return CheckReport([Finding("all", "fine")])
             cluster.dies_after = notices
-            return Report([Finding("node 10.0.0.2", "not schedulable", False, "look at its logs")])
+            return CheckReport([Finding("node 10.0.0.2", "not schedulable", False, "look at its logs")])
 
-        monkeypatch.setattr(_launch, "run_checks", run_checks)
+        monkeypatch.setattr(launch_module, "run_checks", run_checks)
         # As where another node is there in its place already.
         monkeypatch.setattr(cluster, "die", lambda node: cluster.dead.update({f"{node}{len(made)}": "10.0.0.2"}))
         return made
@@ -274,10 +274,12 @@ def test_a_node_that_dies_after_the_wait_is_waited_for_again(launch, cluster, mo
     def run_checks(config_name, overrides, *, timeout, local, shared):
         if not local and not cluster.dead:
             cluster.die("b")
-            return Report([Finding("accelerators", "2 x 8 asked for; the nodes have 8", False, "correct the config")])
-        return Report([Finding("all", "fine")])
+            return CheckReport(
+                [Finding("accelerators", "2 x 8 asked for; the nodes have 8", False, "correct the config")]
+            )
+        return CheckReport([Finding("all", "fine")])
 
-    monkeypatch.setattr(_launch, "run_checks", run_checks)
+    monkeypatch.setattr(launch_module, "run_checks", run_checks)
     launch((STEPS, "done"))
     assert "Ray has lost 10.0.0.2 while the nodes were checked" in launch.said
 
@@ -295,9 +297,9 @@ def test_a_check_that_fails_on_a_node_that_stays_alive_is_shown_and_not_made_aga
 
     def run_checks(config_name, overrides, *, timeout, local, shared):
         made.append("here" if local else "nodes")
-        return Report([Finding("node 10.0.0.2", "torch is missing", local, "install it")])
+        return CheckReport([Finding("node 10.0.0.2", "torch is missing", local, "install it")])
 
-    monkeypatch.setattr(_launch, "run_checks", run_checks)
+    monkeypatch.setattr(launch_module, "run_checks", run_checks)
     # One that was dead before is none that died meanwhile.
     cluster.dead = {"z": "10.0.0.9"}
     with pytest.raises(TrainingError, match="The trainer was not started"):
@@ -346,11 +348,11 @@ def test_sigterm_ends_the_trainer_and_the_exit_status_says_so(launch, tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_launch
-from hpo_plugin.cli import _launch
+from hpo_plugin.runs import launch as launch_module
 from hpo_plugin.cli.app import app
 fake = test_launch.FakeCluster()
-_launch.Cluster = type("Cluster", (), {{"join": fake.join, "__new__": lambda cls: fake}})
-_launch.run_checks = lambda *a, **k: test_launch.Report([])
+launch_module.Cluster = type("Cluster", (), {{"join": fake.join, "__new__": lambda cls: fake}})
+launch_module.run_checks = lambda *a, **k: test_launch.CheckReport([])
 app(["launch", "--config-name=countdown_cpu", "--run-dir={tmp_path / "run"}", "trainer.save_freq=2"])
 """
     # The trainer's PYTHONPATH hides verl from the process that composes the config, so verl is imported first.

@@ -13,7 +13,7 @@ pytest.importorskip("ray")
 
 from hosts import BIN, launch_arguments, two_hosts, wait_for
 
-from hpo_plugin.cli._runs import Run
+from hpo_plugin.runs.directory import Run
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "recipes" / "cluster" / "slurm.sbatch"

@@ -10,8 +10,8 @@ pytest.importorskip("verl")
 
 from hosts import launch_arguments, two_hosts, wait_for
 
-from hpo_plugin.cli._runs import Run
-from hpo_plugin.cli._verl_log import read_rows
+from hpo_plugin.runs.directory import Run
+from hpo_plugin.runs.verl_log import read_rows
 
 STEPS = 6
 

@@ -51,7 +51,7 @@ def test_the_vllm_rollout_needs_vllm(monkeypatch, installed):
     if installed:
         check_config(config(actor_rollout_ref__rollout__name="vllm"))
     else:
-        with pytest.raises(ModuleNotFoundError, match=r"rollout\.name=vllm.*`make install-vllm`.*cpu_rollout=hf"):
+        with pytest.raises(ModuleNotFoundError, match=r"rollout\.name=vllm.*`make install-vllm`.*hpo/cpu_rollout=hf"):
             check_config(config(actor_rollout_ref__rollout__name="vllm"))
 
 

@@ -165,7 +165,7 @@ def test_config_is_found_and_composes_with_verls_defaults(monkeypatch):
         assert config.actor_rollout_ref.rollout.name == "hf_cpu"
         assert config.trainer.device == "cpu"
         assert config.trainer.v1.sampler.sampler_kwargs.train_batch_size == config.data.train_batch_size
-        assert compose("countdown_cpu", ["cpu_rollout=vllm"]).actor_rollout_ref.rollout.name == "vllm"
+        assert compose("countdown_cpu", ["hpo/cpu_rollout=vllm"]).actor_rollout_ref.rollout.name == "vllm"
 
 
 def test_the_sft_trainers_process_group_would_name_the_device_twice_and_is_made_over_gloo_instead():

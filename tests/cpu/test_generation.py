@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from hpo_plugin.cpu.generation import Generator, Request, RequestSeeds, Sampling
+from hpo_plugin.cpu.generation import GenerationRequest, Generator, RequestSeeds, Sampling
 
 EOS, PAD = 1, 0
 PROMPTS = [(5, 6, 7), (8, 9), (10, 11, 12, 13, 14), (5, 6, 7)]
@@ -17,7 +17,7 @@ def generator(tiny_model):
 
 
 def requests(max_tokens=12):
-    return [Request(prompt, max_tokens, seed) for seed, prompt in enumerate(PROMPTS)]
+    return [GenerationRequest(prompt, max_tokens, seed) for seed, prompt in enumerate(PROMPTS)]
 
 
 def trainer_log_probs(model, prompt, response, temperature=1.0):
@@ -51,7 +51,7 @@ def test_a_repetition_penalty_is_blind_to_padding(generator):
 
 
 def test_greedy_takes_the_most_probable_token(generator, tiny_model):
-    response = generator([Request((5, 6, 7), 1, seed=3)], Sampling(temperature=0))[0]
+    response = generator([GenerationRequest((5, 6, 7), 1, seed=3)], Sampling(temperature=0))[0]
     with torch.no_grad():
         logits = tiny_model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
     assert response.token_ids == [int(logits.argmax())]
@@ -60,7 +60,7 @@ def test_greedy_takes_the_most_probable_token(generator, tiny_model):
 def test_samples_follow_the_model_distribution(generator, tiny_model):
     """4,000 draws of one token: each frequency within 5 standard errors of its probability."""
     draws = 4000
-    responses = generator([Request((5, 6, 7), 1, seed) for seed in range(draws)], Sampling())
+    responses = generator([GenerationRequest((5, 6, 7), 1, seed) for seed in range(draws)], Sampling())
     counts = Counter(response.token_ids[0] for response in responses)
     with torch.no_grad():
         probs = tiny_model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1)
@@ -69,7 +69,7 @@ def test_samples_follow_the_model_distribution(generator, tiny_model):
 
 
 def test_top_k_draws_from_the_k_most_probable_and_renormalizes(generator, tiny_model):
-    responses = generator([Request((5, 6, 7), 1, seed) for seed in range(200)], Sampling(top_k=3))
+    responses = generator([GenerationRequest((5, 6, 7), 1, seed) for seed in range(200)], Sampling(top_k=3))
     with torch.no_grad():
         logits = tiny_model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
     values, tokens = logits.topk(3)
@@ -81,14 +81,16 @@ def test_top_k_draws_from_the_k_most_probable_and_renormalizes(generator, tiny_m
 
 def test_a_response_ends_with_the_end_token_or_at_its_own_limit(generator):
     sampling = Sampling(temperature=3.0)
-    responses = generator([Request((5, 6), 4 + seed % 9, seed) for seed in range(100)], sampling)
+    responses = generator([GenerationRequest((5, 6), 4 + seed % 9, seed) for seed in range(100)], sampling)
     for seed, response in enumerate(responses):
         assert len(response.token_ids) == len(response.log_probs) <= 4 + seed % 9
         assert EOS not in response.token_ids[:-1]
         assert response.finished == (response.token_ids[-1] == EOS)
         assert response.finished or len(response.token_ids) == 4 + seed % 9
     assert any(response.finished for response in responses)
-    unending = generator([Request((5, 6), 6, seed) for seed in range(100)], Sampling(temperature=3.0, ignore_eos=True))
+    unending = generator(
+        [GenerationRequest((5, 6), 6, seed) for seed in range(100)], Sampling(temperature=3.0, ignore_eos=True)
+    )
     assert all(len(response.token_ids) == 6 for response in unending)
 
 
@@ -96,7 +98,7 @@ def test_checkpoint_defaults_do_not_leak_into_sampling(tiny_model):
     """A checkpoint's own generation config (top_k here) must not change what the trainer asked for."""
     tiny_model.generation_config.top_k = 1
     generator = Generator(tiny_model, eos_token_ids=[EOS], pad_token_id=PAD)
-    responses = generator([Request((5, 6, 7), 1, seed) for seed in range(50)], Sampling())
+    responses = generator([GenerationRequest((5, 6, 7), 1, seed) for seed in range(50)], Sampling())
     assert len({r.token_ids[0] for r in responses}) > 1
 
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("verl")
 
-from hpo_plugin.cpu.generation import Request, Response, Sampling
+from hpo_plugin.cpu.generation import GenerationRequest, Response, Sampling
 from hpo_plugin.cpu.rollout import HFRolloutOptions, RequestBatcher, _buckets
 
 
@@ -29,7 +29,7 @@ def submit_all(batcher, count, sampling=lambda index: Sampling(), pause_s=0.0):
     async def run():
         tasks = []
         for index in range(count):
-            request = Request((index,), 4, seed=index)
+            request = GenerationRequest((index,), 4, seed=index)
             tasks.append(asyncio.create_task(batcher.submit(request, sampling(index))))
             await asyncio.sleep(pause_s)
         return await asyncio.gather(*tasks, return_exceptions=True)

@@ -60,7 +60,7 @@ def difference(runs, ours, theirs, settings=SETTINGS[:1], *, final, seeds=range(
     return paired_difference(of(ours), of(theirs))
 
 
-def told_apart(found):
+def significant(found):
     return found.low > 0 or found.high < 0
 
 
@@ -135,14 +135,14 @@ FINAL = {
 
 
 @pytest.mark.parametrize("other", EARLY)
-def test_what_ahpo_is_told_apart_from(runs, other):
+def test_against_which_ahpo_differs_significantly(runs, other):
     for final, expected in ((False, EARLY[other]), (True, FINAL[other])):
         found = [difference(runs, "ahpo", other, which, final=final) for which in (SETTINGS, *((s,) for s in SETTINGS))]
-        assert (f"{found[0].value:+.3f}", *map(told_apart, found)) == expected
+        assert (f"{found[0].value:+.3f}", *map(significant, found)) == expected
 
 
 @pytest.mark.parametrize("other", ["grpo", "sapo"])
-def test_every_run_against_every_other_does_not_tell_ahpo_from_grpo_and_sapo(runs, other):
+def test_every_run_against_every_other_shows_no_significant_difference_of_ahpo_to_grpo_and_sapo(runs, other):
     for settings in (SETTINGS, SETTINGS[:1], SETTINGS[1:]):
         for final in (True, False):
             ours, theirs = (
@@ -156,8 +156,8 @@ def test_every_run_against_every_other_does_not_tell_ahpo_from_grpo_and_sapo(run
 def test_ahpo_against_each_fixed_weight(runs):
     finals = {arm: difference(runs, "ahpo", arm, final=True, seeds=range(3)) for arm in WEIGHTS}
     earlies = {arm: difference(runs, "ahpo", arm, final=False, seeds=range(3)) for arm in WEIGHTS}
-    assert [arm for arm in WEIGHTS if told_apart(finals[arm])] == ["hpo-0.4"]
-    assert not any(map(told_apart, earlies.values()))
+    assert [arm for arm in WEIGHTS if significant(finals[arm])] == ["hpo-0.4"]
+    assert not any(map(significant, earlies.values()))
     assert finals["hpo-0.4"].value > 0
     assert min(finals, key=lambda arm: finals[arm].value) == "hpo-1.0"
     assert f"{finals['hpo-1.0'].value:+.3f}" == "-0.008"
@@ -169,7 +169,7 @@ def test_no_weight_stands_out_and_none_collapses(runs):
         pairs = [
             (low, high)
             for low, high in itertools.combinations(WEIGHTS, 2)
-            if told_apart(difference(runs, high, low, final=final, seeds=range(3)))
+            if significant(difference(runs, high, low, final=final, seeds=range(3)))
         ]
         assert pairs == expected
     finals = {arm: np.mean([scores(runs, "countdown3", arm, final=True)[seed] for seed in range(3)]) for arm in WEIGHTS}
@@ -178,11 +178,11 @@ def test_no_weight_stands_out_and_none_collapses(runs):
     assert early["hpo-0.0"] == pytest.approx(max(early.values()), rel=0.05)
 
 
-def test_the_mean_length_alone_is_not_told_apart_from_grpo(runs):
+def test_the_mean_length_alone_makes_no_significant_difference_to_grpo(runs):
     for final, expected in ((True, "+0.014"), (False, "+0.002")):
         found = difference(runs, "hpo-1.0", "grpo", final=final)
         assert f"{found.value:+.3f}" == expected
-        assert not told_apart(found)
+        assert not significant(found)
     differs = {
         key: value
         for key, value in PRESETS["hpo"].items()

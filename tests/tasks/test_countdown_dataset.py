@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from hpo_plugin.cli.prepare import app
+from hpo_plugin.cli.app import app
 from hpo_plugin.tasks.countdown import (
     CountdownConfig,
     SourceUnavailableError,
@@ -85,7 +85,7 @@ def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["public", "terse"])
 def test_rows_have_the_columns_verl_reads_and_can_be_solved_and_scored(tmp_path: Path, layout: str) -> None:
     made = prepare_countdown(tmp_path, config=CONFIG, layout=layout, **SMALL)
-    for split, path, size in (("train", made.train_file, 40), ("test", made.test_file, 10)):
+    for split, path, size in (("train", made.files["train"], 40), ("test", made.files["test"], 10)):
         rows = rows_of(path)
         assert len(rows) == size
         for position, row in enumerate(rows):
@@ -104,7 +104,7 @@ def test_verls_dataset_reads_the_files(tmp_path: Path) -> None:
 
     made = prepare_countdown(tmp_path / "data", config=CONFIG, **SMALL)
     config = OmegaConf.create({"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts": False})
-    dataset = rl_dataset.RLHFDataset([str(made.train_file)], tokenizer=None, config=config)
+    dataset = rl_dataset.RLHFDataset([str(made.files["train"])], tokenizer=None, config=config)
     assert len(dataset) == 40
     row = dataset[7]
     truth = row["reward_model"]["ground_truth"]
@@ -119,7 +119,7 @@ def test_verls_dataset_reads_the_files(tmp_path: Path) -> None:
 def test_splits_share_no_problem_and_repeat_none(tmp_path: Path) -> None:
     config = CountdownConfig(counts=(3,), max_number=12)
     made = prepare_countdown(tmp_path, config=config, train_size=1500, test_size=300)
-    train, test = identities(made.train_file), identities(made.test_file)
+    train, test = identities(made.files["train"]), identities(made.files["test"])
     assert len(set(train)) == 1500
     assert len(set(test)) == 300
     assert not set(train) & set(test)
@@ -199,10 +199,10 @@ def test_a_source_is_cut_by_position_and_every_row_is_accounted_for(tmp_path: Pa
     source = write_source(tmp_path, suffix)
     made = prepare_countdown(tmp_path / "out", source=str(source), **SOURCE_SPLIT)
     # Of rows 0-7 the damaged row 2 is missing, of rows 8-11 the damaged row 9; order is kept.
-    assert [row["reward_model"]["ground_truth"]["numbers"] for row in rows_of(made.train_file)] == [
+    assert [row["reward_model"]["ground_truth"]["numbers"] for row in rows_of(made.files["train"])] == [
         ROWS[position]["nums"] for position in (0, 1, 3, 4, 5, 6, 7)
     ]
-    assert [row["reward_model"]["ground_truth"]["target"] for row in rows_of(made.test_file)] == [12, 30, 22]
+    assert [row["reward_model"]["ground_truth"]["target"] for row in rows_of(made.files["test"])] == [12, 30, 22]
     counts = dict(made.manifest["counts"])
     examples = counts.pop("malformed_examples")
     assert counts == {
@@ -285,7 +285,7 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
 
 
 def command(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["countdown", *arguments])
+    result = CliRunner().invoke(app, ["prepare", "countdown", *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, " ".join(result.output.split())
 

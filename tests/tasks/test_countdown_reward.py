@@ -21,7 +21,7 @@ from hpo_plugin.tasks.countdown.reward import (
     MAX_ANSWER_CHARACTERS,
     MAX_DEPTH,
     MAX_SEARCHED_CHARACTERS,
-    Verdict,
+    CountdownVerdict,
     compute_score,
     judge,
 )
@@ -164,7 +164,7 @@ def test_hole_the_whole_answer_is_parsed_not_only_its_last_line() -> None:
 
 
 def test_hole_a_number_used_twice() -> None:
-    assert judge("<answer>3+3</answer>", {"target": 6, "numbers": [3, 5]}) is Verdict.WRONG_NUMBERS
+    assert judge("<answer>3+3</answer>", {"target": 6, "numbers": [3, 5]}) is CountdownVerdict.WRONG_NUMBERS
     assert score("7+5*3+7-7") == 0.0
 
 
@@ -215,7 +215,7 @@ def test_hole_division_by_zero_is_wrong_and_does_not_raise() -> None:
     assert score("5-5/(3/(4-4))", 5, (5, 5, 3, 4, 4)) == 0.0
     assert score("(4-4)/(3-3)", 0, (4, 4, 3, 3)) == 0.0
     truth = {"target": 0, "numbers": [4, 4, 3, 3]}
-    assert judge("<answer>(4-4)/(3-3)</answer>", truth) is Verdict.DIVISION_BY_ZERO
+    assert judge("<answer>(4-4)/(3-3)</answer>", truth) is CountdownVerdict.DIVISION_BY_ZERO
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_there_is_no_unary_sign(answer: str, numbers: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("answer", ["", " ", "+", "3*5+", "*3", "3*5+7)", "(3*5+7", ")3*5+7(", "03*5+7", "(3*5)+()+7"])
 def test_what_is_not_an_expression_earns_nothing(answer: str) -> None:
-    assert judge(f"<answer>{answer}</answer>", TRUTH) is Verdict.MALFORMED
+    assert judge(f"<answer>{answer}</answer>", TRUTH) is CountdownVerdict.MALFORMED
     assert score(answer) == 0.0
 
 
@@ -451,11 +451,11 @@ def test_fuzz_random_valid_expressions_agree_with_fractions(
         value = reference_value(expression)
     except ZeroDivisionError:
         truth = {"target": 0, "numbers": numbers}
-        assert judge(spaced, truth, layout="terse") is Verdict.DIVISION_BY_ZERO
+        assert judge(spaced, truth, layout="terse") is CountdownVerdict.DIVISION_BY_ZERO
         return
     target = max(-(10**8), min(10**8, int(value) + offset))
     verdict = judge(spaced, {"target": target, "numbers": numbers}, layout="terse")
-    assert verdict is (Verdict.CORRECT if value == target else Verdict.WRONG_VALUE)
+    assert verdict is (CountdownVerdict.CORRECT if value == target else CountdownVerdict.WRONG_VALUE)
 
 
 @given(st.text(alphabet="0123456789+-*/() ", max_size=24))
@@ -478,7 +478,7 @@ def test_fuzz_well_formed_means_what_python_means_less_its_extras(text: str) -> 
     except (SyntaxError, ValueError):
         well_formed = False
     verdict = judge(text, {"target": 1, "numbers": [1]}, layout="terse")
-    assert (verdict is not Verdict.MALFORMED) == well_formed
+    assert (verdict is not CountdownVerdict.MALFORMED) == well_formed
 
 
 # --- time ---

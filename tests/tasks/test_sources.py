@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hpo_plugin.tasks._files import sha256
-from hpo_plugin.tasks._sources import SourceUnavailableError, describe_file, read_file, read_hub
+from hpo_plugin.files import sha256
+from hpo_plugin.tasks.sources import SourceUnavailableError, describe_file, read_file, read_hub
 
 #: Text with all that a CSV file has to quote, and a line separator that JSON does not escape.
 ROWS: list[dict[str, Any]] = [

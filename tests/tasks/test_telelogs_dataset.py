@@ -18,16 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import hpo_plugin
-from hpo_plugin.tasks import _files
-from hpo_plugin.tasks._files import sha256
-from hpo_plugin.tasks._sources import SourceUnavailableError
+from hpo_plugin import files
+from hpo_plugin.files import sha256
+from hpo_plugin.tasks.sources import SourceUnavailableError
+from hpo_plugin.tasks.task import DataSet
 from hpo_plugin.tasks.telelogs.dataset import (
     PUBLIC_CONFIG,
     PUBLIC_DATASET,
     SCHEMA,
     SFT_SCHEMA,
     NoAccessError,
-    TeleLogsData,
     prepare_telelogs,
     read_row,
 )
@@ -59,12 +59,12 @@ def scenarios(path: Path) -> set[str]:
     return {row["extra_info"]["scenario"] for row in rows_of(path)}
 
 
-def manifest_of(made: TeleLogsData) -> dict[str, Any]:
+def manifest_of(made: DataSet) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((made.publication.directory / "manifest.json").read_text())
     return manifest
 
 
-def check_accounts(made: TeleLogsData) -> None:
+def check_accounts(made: DataSet) -> None:
     """No row of the source is lost, and the manifest's counts are those of the files."""
     counts = made.manifest["counts"]
     assert counts["rows_in_source"] == counts["rows"]["train"] + counts["rows"]["test"] + counts["rows_refused"]
@@ -84,7 +84,7 @@ def source_rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> TeleLogsData:
+def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     directory = tmp_path_factory.mktemp("telelogs")
     return prepare_telelogs(directory, seed=3, relabeled=True, sft=True, **SMALL)
 
@@ -92,7 +92,7 @@ def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> TeleLogsData:
 # --- synthetic ---
 
 
-def test_rows_have_the_columns_verl_reads_and_can_be_scored(synthetic_data: TeleLogsData) -> None:
+def test_rows_have_the_columns_verl_reads_and_can_be_scored(synthetic_data: DataSet) -> None:
     for name, split, size, data_source in (
         ("train", "train", 48, "telelogs"),
         ("test", "test", 16, "telelogs"),
@@ -123,7 +123,7 @@ def test_rows_have_the_columns_verl_reads_and_can_be_scored(synthetic_data: Tele
             assert compute_score(row["data_source"], "I cannot tell.", label)["score"] == 0.0
 
 
-def test_splits_are_balanced_as_asked_and_share_no_scenario(tmp_path: Path, synthetic_data: TeleLogsData) -> None:
+def test_splits_are_balanced_as_asked_and_share_no_scenario(tmp_path: Path, synthetic_data: DataSet) -> None:
     def causes(path: Path) -> Counter[str]:
         return Counter(row["extra_info"]["cause"] for row in rows_of(path))
 
@@ -136,11 +136,16 @@ def test_splits_are_balanced_as_asked_and_share_no_scenario(tmp_path: Path, synt
     assert causes(long.files["test"]) == class_counts(80, "uniform") != class_counts(80, "train")
     for data in (synthetic_data, made):
         assert not scenarios(data.files["train"]) & scenarios(data.files["test"])
-        assert data.leakage.shared_scenarios == data.leakage.train_rows == data.leakage.test_rows == 0
-        assert data.leakage.test_scenarios == 2
+        assert (
+            data.manifest["leakage"]["shared_scenarios"]
+            == data.manifest["leakage"]["train_rows"]
+            == data.manifest["leakage"]["test_rows"]
+            == 0
+        )
+        assert data.manifest["leakage"]["test_scenarios"] == 2
 
 
-def test_the_rows_are_those_of_the_generator(synthetic_data: TeleLogsData) -> None:
+def test_the_rows_are_those_of_the_generator(synthetic_data: DataSet) -> None:
     train = generate(48, split="train", balance="train", seed=3).rows
     assert questions(synthetic_data.files["train"]) == [render_prompt(row.case) for row in train]
     test = generate(16, split="test", seed=3).rows
@@ -151,7 +156,7 @@ def test_the_rows_are_those_of_the_generator(synthetic_data: TeleLogsData) -> No
     assert truths(synthetic_data.files["test_relabeled"]) == [row.label for row in changed]
 
 
-def test_demonstrations_reason_to_the_answer(synthetic_data: TeleLogsData) -> None:
+def test_demonstrations_reason_to_the_answer(synthetic_data: DataSet) -> None:
     for split in ("train", "test"):
         path = synthetic_data.files[f"sft_{split}"]
         assert pq.read_schema(path).equals(SFT_SCHEMA)
@@ -162,9 +167,7 @@ def test_demonstrations_reason_to_the_answer(synthetic_data: TeleLogsData) -> No
             assert read_answer(row["messages"][1]["content"]) == label == row["cause"]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    tmp_path: Path, synthetic_data: TeleLogsData
-) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path, synthetic_data: DataSet) -> None:
     again = prepare_telelogs(tmp_path / "again", seed=3, relabeled=True, sft=True, **SMALL)
     names = {path.name for path in synthetic_data.publication.directory.iterdir()}
     assert names == {
@@ -183,7 +186,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert not set(questions(other.files["test"])) & set(questions(again.files["test"]))
 
 
-def test_a_second_call_leaves_the_files_alone(synthetic_data: TeleLogsData) -> None:
+def test_a_second_call_leaves_the_files_alone(synthetic_data: DataSet) -> None:
     directory = synthetic_data.publication.directory
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
     again = prepare_telelogs(directory, seed=3, relabeled=True, sft=True, **SMALL)
@@ -193,7 +196,7 @@ def test_a_second_call_leaves_the_files_alone(synthetic_data: TeleLogsData) -> N
     assert again.manifest == synthetic_data.manifest
 
 
-def test_the_manifest_says_how_the_data_was_made(synthetic_data: TeleLogsData) -> None:
+def test_the_manifest_says_how_the_data_was_made(synthetic_data: DataSet) -> None:
     manifest = manifest_of(synthetic_data)
     files = manifest.pop("files")
     assert manifest == json.loads(json.dumps(synthetic_data.manifest))
@@ -270,7 +273,7 @@ def test_other_data_is_refused_unless_forced(tmp_path: Path, source_rows: list[d
 def test_what_an_interruption_left_is_completed_and_never_taken_for_other_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = _files.atomic_write
+    real = files.atomic_write
 
     def interrupted(path: Path, data: bytes) -> None:
         if path.name == "test.parquet":
@@ -278,7 +281,7 @@ def test_what_an_interruption_left_is_completed_and_never_taken_for_other_data(
         real(path, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(_files, "atomic_write", interrupted)
+        patched.setattr(files, "atomic_write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare_telelogs(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["train.parquet"]
@@ -514,7 +517,7 @@ def test_without_a_split_scenarios_are_split_not_rows(
         check_accounts(made)
         # One scenario of five, with all of its rows.
         assert made.manifest["counts"]["rows"] == {"train": 32, "test": 8}
-        assert made.leakage.shared_scenarios == 0
+        assert made.manifest["leakage"]["shared_scenarios"] == 0
         assert not scenarios(made.files["train"]) & scenarios(made.files["test"])
         assert "by base scenario" in made.manifest["counts"]["splits"]
         by_seed.append(frozenset(scenarios(made.files["test"])))
@@ -663,13 +666,13 @@ def disputed(source_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory, disputed: list[dict[str, Any]]) -> TeleLogsData:
+def converted(tmp_path_factory: pytest.TempPathFactory, disputed: list[dict[str, Any]]) -> DataSet:
     folder = tmp_path_factory.mktemp("converted")
     source = write_rows(folder / "a.jsonl", disputed)
     return prepare_telelogs(folder / "out", source=str(source), relabeled=True, sft=True, seed=2)
 
 
-def test_labels_are_kept_whatever_the_oracle_says(converted: TeleLogsData, disputed: list[dict[str, Any]]) -> None:
+def test_labels_are_kept_whatever_the_oracle_says(converted: DataSet, disputed: list[dict[str, Any]]) -> None:
     check_accounts(converted)
     assert truths(converted.files["train"]) == [row["answer"] for row in disputed[:25]]
     assert truths(converted.files["test"]) == [row["answer"] for row in disputed[25:]]
@@ -685,7 +688,7 @@ def test_labels_are_kept_whatever_the_oracle_says(converted: TeleLogsData, dispu
 
 
 def test_a_label_that_the_oracle_rejects_gets_no_demonstration(
-    converted: TeleLogsData, disputed: list[dict[str, Any]]
+    converted: DataSet, disputed: list[dict[str, Any]]
 ) -> None:
     counts = converted.manifest["counts"]
     for split, part, missing in (("train", disputed[:25], 5), ("test", disputed[25:], 3)):
@@ -696,7 +699,7 @@ def test_a_label_that_the_oracle_rejects_gets_no_demonstration(
         assert [read_answer(row["messages"][1]["content"]) for row in rows] == [row["answer"] for row in agreed]
 
 
-def test_the_oracles_agreement_is_a_table(converted: TeleLogsData, disputed: list[dict[str, Any]]) -> None:
+def test_the_oracles_agreement_is_a_table(converted: DataSet, disputed: list[dict[str, Any]]) -> None:
     for split, part in (("train", disputed[:25]), ("test", disputed[25:])):
         pairs = Counter((row["answer"], str(diagnose(parse_prompt(row["question"])).label)) for row in part)
         table = converted.manifest["oracle"][split]
@@ -734,7 +737,8 @@ def test_progress_is_told(tmp_path: Path, source_rows: list[dict[str, Any]]) -> 
     source = write_rows(tmp_path / "a.jsonl", source_rows * 3)
     prepare_telelogs(tmp_path / "file", source=str(source), progress=progress)
     assert ("reading the source", 1, 1) in told
-    assert told[-1] == ("parsing prompts", 120, 120)
+    assert ("parsing prompts", 120, 120) in told
+    assert told[-1] == ("writing files", 2, 2)
 
 
 # --- the hub ---
@@ -895,7 +899,7 @@ def test_no_access_is_a_source_that_is_unavailable() -> None:
 # --- verl ---
 
 
-def test_verls_dataset_reads_the_files(tmp_path: Path, synthetic_data: TeleLogsData) -> None:
+def test_verls_dataset_reads_the_files(tmp_path: Path, synthetic_data: DataSet) -> None:
     rl_dataset = pytest.importorskip("verl.utils.dataset.rl_dataset")
     from omegaconf import OmegaConf
 
@@ -913,11 +917,11 @@ def test_verls_dataset_reads_the_files(tmp_path: Path, synthetic_data: TeleLogsD
     assert compute_score(batch["data_source"][1], rf"\boxed{{{truth}}}", truth)["score"] == 1.0
 
 
-def test_verls_sft_dataset_learns_the_answer_only(synthetic_data: TeleLogsData) -> None:
+def test_verls_sft_dataset_learns_the_answer_only(synthetic_data: DataSet) -> None:
     sft_dataset = pytest.importorskip("verl.utils.dataset.multiturn_sft_dataset")
     from omegaconf import OmegaConf
 
-    from hpo_plugin.cpu.start_model import build_tokenizer
+    from hpo_plugin.quickstart.start_model import build_tokenizer
 
     tokenizer = build_tokenizer(8192)
     config = OmegaConf.create({"max_length": 8192, "truncation": "error", "pad_mode": "no_padding"})

@@ -25,11 +25,11 @@ from hpo_plugin.tasks.telelogs.tables import (
     TEXT_COLUMNS,
     Case,
     Cause,
-    Cell,
     DriveTestRow,
-    Layout,
     Neighbor,
     Option,
+    PromptLayout,
+    RadioCell,
     Value,
 )
 from hpo_plugin.tasks.telelogs.variants import REDUCTIONS, reduce_case
@@ -164,7 +164,7 @@ CASE = Case(
         ),
     ),
     cells=(
-        Cell(
+        RadioCell(
             gnodeb_id="0000123",
             cell_id="1",
             longitude=Decimal("5.101"),
@@ -180,7 +180,7 @@ CASE = Case(
             max_transmit_power=Decimal("34.9"),
             antenna_model="Invented 1",
         ),
-        Cell(
+        RadioCell(
             gnodeb_id="0000123",
             cell_id="2",
             longitude=Decimal("5.101"),
@@ -257,7 +257,7 @@ def test_the_published_layout_renders_to_the_same_bytes() -> None:
 
 def test_values_without_their_layout_render_to_the_published_layout() -> None:
     # As the generator makes them: nothing of the layout is set. Only the digits after the point differ from PROMPT.
-    assert CASE.layout == Layout()
+    assert CASE.layout == PromptLayout()
     assert CASE.options == STANDARD_OPTIONS
     lines = render_prompt(CASE).split("\n")
     assert lines[:24] == LINES[:24]
@@ -371,7 +371,7 @@ def options(draw: st.DrawFn) -> tuple[Option, ...]:
 
 
 @st.composite
-def layouts(draw: st.DrawFn, count: int) -> Layout:
+def layouts(draw: st.DrawFn, count: int) -> PromptLayout:
     """Layouts as the parser names them: None where a prompt is as usual."""
     name = draw(st.sampled_from(sorted(WORDINGS)))
     wording = WORDINGS[name]
@@ -390,7 +390,7 @@ def layouts(draw: st.DrawFn, count: int) -> Layout:
         # Sentences of options end at an empty line.
         gaps = (*gaps[:2], max(gaps[2], 1), *gaps[3:])
     stated = draw(st.sampled_from([None, *range(1, 10)])) if name == "full" else None
-    return Layout(
+    return PromptLayout(
         wording=name,
         drive_test_columns=columns(DRIVE_TEST_COLUMNS),
         cell_columns=columns(CELL_COLUMNS),
@@ -425,9 +425,9 @@ def cases(draw: st.DrawFn) -> Case:
             },
         )
 
-    def cell() -> Cell:
+    def cell() -> RadioCell:
         found = {column: draw(texts if column in TEXT_COLUMNS else values) for column in layout.cell_columns}
-        return Cell(**{column: found.get(column) for column in CELL_COLUMNS})  # type: ignore[arg-type]
+        return RadioCell(**{column: found.get(column) for column in CELL_COLUMNS})  # type: ignore[arg-type]
 
     return Case(
         tuple(row() for _ in range(draw(st.integers(1, 3)))),
@@ -512,7 +512,7 @@ def test_labels_may_be_digits_or_a_letter_with_digits(labels: list[str]) -> None
 
 def test_the_tables_may_be_swapped() -> None:
     case = assert_kept(swapped())
-    assert case.layout == Layout(cells_first=True)
+    assert case.layout == PromptLayout(cells_first=True)
     assert (case.drive_test, case.cells) == (CASE.drive_test, CASE.cells)
 
 
@@ -545,7 +545,7 @@ def test_columns_may_be_moved_and_left_out() -> None:
 def test_other_spellings_are_read_and_kept(number: int, old: str, new: str, field: str) -> None:
     layout = assert_kept(edited(number, old, new)).layout
     assert new in getattr(layout, field)
-    assert replace(layout, **{field: None}) == Layout()
+    assert replace(layout, **{field: None}) == PromptLayout()
 
 
 @pytest.mark.parametrize("number", [number for number, line in enumerate(LINES, 1) if not line])
@@ -836,10 +836,10 @@ def test_fuzz_lines_dropped_doubled_and_swapped(seed: int) -> None:
 
 def test_a_layout_with_an_unknown_wording_or_column_is_refused() -> None:
     with pytest.raises(ValueError, match=r"wording='short' is not one of full, terse"):
-        render_prompt(replace(CASE, layout=Layout(wording="short")))
+        render_prompt(replace(CASE, layout=PromptLayout(wording="short")))
     for name in ("drive_test_columns", "cell_columns"):
         with pytest.raises(ValueError, match=r"column 'color' is not one of .*pci"):
-            render_prompt(replace(CASE, layout=Layout(**{name: ("pci", "color")})))
+            render_prompt(replace(CASE, layout=PromptLayout(**{name: ("pci", "color")})))
 
 
 def test_the_two_wordings_name_the_same_columns_and_no_name_twice() -> None:

@@ -17,7 +17,16 @@ from hpo_plugin.tasks.telelogs.reasoning import NoDiagnosisError, chain_of_thoug
 from hpo_plugin.tasks.telelogs.reward import compute_score, read_answer
 from hpo_plugin.tasks.telelogs.rules import diagnose
 from hpo_plugin.tasks.telelogs.synthetic import SyntheticRow, generate, relabeled
-from hpo_plugin.tasks.telelogs.tables import STANDARD_OPTIONS, Case, Cause, Cell, DriveTestRow, Neighbor, Option, Value
+from hpo_plugin.tasks.telelogs.tables import (
+    STANDARD_OPTIONS,
+    Case,
+    Cause,
+    DriveTestRow,
+    Neighbor,
+    Option,
+    RadioCell,
+    Value,
+)
 from hpo_plugin.tasks.telelogs.variants import REDUCTIONS
 
 #: Words by which a rung of the ladder can be told from the others.
@@ -72,7 +81,7 @@ def row(
     )
 
 
-def cell(pci: str, station: str | None, **changes: Any) -> Cell:
+def cell(pci: str, station: str | None, **changes: Any) -> RadioCell:
     values = {
         "longitude": "0",
         "latitude": "0",
@@ -80,7 +89,7 @@ def cell(pci: str, station: str | None, **changes: Any) -> Cell:
         "digital_tilt": "0",
         "height": "0",
     } | changes
-    return Cell(
+    return RadioCell(
         gnodeb_id=station,
         cell_id="1",
         pci=Decimal(pci),
@@ -175,25 +184,25 @@ def test_a_rule_that_holds_without_being_on_offer_is_not_denied() -> None:
     """The climb passes it in silence: "no other rule holds" would be a lie."""
     case = Case((row(speed="50"),) * 4, CELLS, (Option("C3", Cause.C3), Option("C8", Cause.C8)))
     found = diagnose(case)
-    assert [finding.cause for finding in found.findings if finding.holds] == [Cause.C7, Cause.C3]
+    assert [finding.cause for finding in found.results if finding.holds] == [Cause.C7, Cause.C3]
     assert rungs(thoughts(case))[-1] == ("C3", "No rule of another option holds", True)
 
 
 # --- every number ---
 
 
-def tilt_of(site: Cell) -> float:
+def tilt_of(site: RadioCell) -> float:
     assert site.mechanical_downtilt is not None
     assert site.digital_tilt is not None
     return float(site.mechanical_downtilt) + (6 if site.digital_tilt == 255 else float(site.digital_tilt))
 
 
-def width_of(site: Cell) -> float:
+def width_of(site: RadioCell) -> float:
     number = 0 if site.beam_scenario == "DEFAULT" else int((site.beam_scenario or "").removeprefix("SCENARIO_"))
     return 6 if number <= 5 else 12 if number <= 11 else 25
 
 
-def meters_between(here: DriveTestRow, site: Cell) -> float:
+def meters_between(here: DriveTestRow, site: RadioCell) -> float:
     """On the tangent plane: independent of the haversine, and as good at these distances."""
     longitude, latitude, east, north = (
         float(value or 0) for value in (here.longitude, here.latitude, site.longitude, site.latitude)
@@ -218,7 +227,7 @@ class Expected:
         ]
 
     @staticmethod
-    def elevation(here: DriveTestRow, site: Cell) -> float:
+    def elevation(here: DriveTestRow, site: RadioCell) -> float:
         return math.degrees(math.atan2(float(site.height or 0), meters_between(here, site)))
 
     def of(self, cause: Cause, place: int) -> list[str | float]:
@@ -385,7 +394,7 @@ def test_one_affected_row_is_a_row_and_none_is_said_to_be_none() -> None:
     assert thoughts(Case((replace(row(), throughput=None),), CELLS)).startswith("No row shows less than 600 Mbps.\n")
 
 
-def said_of_overlap(rows: tuple[DriveTestRow, ...], cells: tuple[Cell, ...]) -> str:
+def said_of_overlap(rows: tuple[DriveTestRow, ...], cells: tuple[RadioCell, ...]) -> str:
     options = (Option("C3", Cause.C3), Option("C4", Cause.C4))
     return rungs(thoughts(Case(rows, cells, options)))[0][1]
 
@@ -435,7 +444,7 @@ def test_cases_with_holes_are_explained_in_plain_words(
 
     for made in (*full, *laptop):
         share = rng.choice([0.02, 0.1, 0.5, 1.0])
-        columns = set(rng.sample([field.name for kind in (Cell, DriveTestRow) for field in fields(kind)], 2))
+        columns = set(rng.sample([field.name for kind in (RadioCell, DriveTestRow) for field in fields(kind)], 2))
         case = replace(
             made.case,
             drive_test=tuple(holed(entry, columns, share) for entry in made.case.drive_test),
@@ -493,7 +502,7 @@ def test_terse_numbers_are_quoted_from_the_case(laptop: list[SyntheticRow]) -> N
                 assert shown[0] in {str(here.neighbors[0].pci) for here in slow}
 
 
-def terse(rows: tuple[DriveTestRow, ...], cause: Cause, cells: tuple[Cell, ...] = CELLS) -> str:
+def terse(rows: tuple[DriveTestRow, ...], cause: Cause, cells: tuple[RadioCell, ...] = CELLS) -> str:
     case = Case(rows, cells, (Option("C3", Cause.C3), Option(cause.value, cause)))
     return thoughts(replace(case, layout=replace(case.layout, wording="terse")))
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hpo_plugin.tasks.telelogs.reward import (
     DATA_SOURCE,
     MAX_SEARCHED_CHARACTERS,
-    Verdict,
+    TeleLogsVerdict,
     compute_score,
     judge,
     majority_vote,
@@ -41,8 +41,8 @@ def score(text: str, label: str = "C3") -> float:
     assert result["score"] in (0.0, 1.0)
     assert (result["score"] == 1.0) == (result["pred"] == label)
     verdict = judge(text, label)
-    assert (result["score"] == 1.0) == (verdict is Verdict.CORRECT)
-    assert (result["pred"] == "") == (verdict in (Verdict.NO_ANSWER, Verdict.MALFORMED))
+    assert (result["score"] == 1.0) == (verdict is TeleLogsVerdict.CORRECT)
+    assert (result["pred"] == "") == (verdict in (TeleLogsVerdict.NO_ANSWER, TeleLogsVerdict.MALFORMED))
     return result["score"]
 
 
@@ -93,7 +93,7 @@ def test_each_form_of_a_wrong_answer_earns_nothing_and_is_a_vote_of_its_own(
     text = form % answer
     assert score(text, label) == 0.0
     assert vote(text, label) == pred
-    assert judge(text, label) is Verdict.WRONG_LABEL
+    assert judge(text, label) is TeleLogsVerdict.WRONG_LABEL
 
 
 def test_every_label_is_answered_by_itself_only() -> None:
@@ -211,9 +211,9 @@ def test_what_is_not_listed_is_not_an_answer(content: str, label: str) -> None:
     text = r"\boxed{%s}" % content  # noqa: UP031 - braces everywhere
     if content == r"\text{C3":
         # The only brace closes \text, and the box stays open.
-        assert judge(text, label) is Verdict.NO_ANSWER
+        assert judge(text, label) is TeleLogsVerdict.NO_ANSWER
     else:
-        assert judge(text, label) is Verdict.MALFORMED
+        assert judge(text, label) is TeleLogsVerdict.MALFORMED
     assert score(text, label) == 0.0
     assert vote(text, label) == ""
     assert read_answer(text) is None
@@ -254,7 +254,7 @@ def test_what_is_not_listed_is_not_an_answer(content: str, label: str) -> None:
     ],
 )
 def test_a_text_without_a_closed_box_has_no_answer(text: str) -> None:
-    assert judge(text, "C3") is Verdict.NO_ANSWER
+    assert judge(text, "C3") is TeleLogsVerdict.NO_ANSWER
     assert score(text) == 0.0
     assert vote(text) == ""
     assert read_answer(text) is None
@@ -325,21 +325,21 @@ def test_text_around_the_box_is_free() -> None:
 def test_boxes_are_searched_only_near_the_end_of_the_text() -> None:
     inside = "x" * 1000 + RIGHT + "y" * (MAX_SEARCHED_CHARACTERS - len(RIGHT))
     assert score(inside) == 1.0
-    assert judge(inside + "y", "C3") is Verdict.NO_ANSWER
+    assert judge(inside + "y", "C3") is TeleLogsVerdict.NO_ANSWER
     # A shorter text is searched from its beginning.
     for length in (len(RIGHT) + 1, MAX_SEARCHED_CHARACTERS // 2 + 1, MAX_SEARCHED_CHARACTERS - 1):
         assert score(RIGHT.ljust(length, "y")) == 1.0
     # A box that begins earlier does not exist, wherever it is closed and whatever follows.
-    assert judge(r"\boxed{" + "{}" * MAX_SEARCHED_CHARACTERS + "}", "C3") is Verdict.NO_ANSWER
-    assert judge(RIGHT + "x" * MAX_SEARCHED_CHARACTERS + r"\boxed{C4", "C3") is Verdict.NO_ANSWER
+    assert judge(r"\boxed{" + "{}" * MAX_SEARCHED_CHARACTERS + "}", "C3") is TeleLogsVerdict.NO_ANSWER
+    assert judge(RIGHT + "x" * MAX_SEARCHED_CHARACTERS + r"\boxed{C4", "C3") is TeleLogsVerdict.NO_ANSWER
     assert score("{" * MAX_SEARCHED_CHARACTERS + RIGHT) == 1.0
 
 
 def test_a_box_may_be_closed_far_away() -> None:
     """Its size decides that it is malformed, not that it is absent: it hides the box before it."""
-    assert judge(RIGHT + r"\boxed{" + "x" * 100_000 + "}", "C3") is Verdict.MALFORMED
-    assert judge(RIGHT + r"\boxed{" + "{}" * 50_000 + "}", "C3") is Verdict.MALFORMED
-    assert judge(RIGHT + r"\boxed{" + "{}" * 50_000, "C3") is Verdict.CORRECT
+    assert judge(RIGHT + r"\boxed{" + "x" * 100_000 + "}", "C3") is TeleLogsVerdict.MALFORMED
+    assert judge(RIGHT + r"\boxed{" + "{}" * 50_000 + "}", "C3") is TeleLogsVerdict.MALFORMED
+    assert judge(RIGHT + r"\boxed{" + "{}" * 50_000, "C3") is TeleLogsVerdict.CORRECT
 
 
 # --- votes ---

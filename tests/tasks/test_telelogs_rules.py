@@ -22,7 +22,7 @@ from hpo_plugin.tasks.telelogs.prompts import WORDINGS, parse_prompt, render_pro
 from hpo_plugin.tasks.telelogs.rules import (
     LADDER,
     Diagnosis,
-    Finding,
+    RuleResult,
     Situation,
     diagnose,
     distance,
@@ -35,10 +35,10 @@ from hpo_plugin.tasks.telelogs.tables import (
     STANDARD_OPTIONS,
     Case,
     Cause,
-    Cell,
     DriveTestRow,
     Neighbor,
     Option,
+    RadioCell,
     Value,
 )
 from hpo_plugin.tasks.telelogs.variants import REDUCTIONS
@@ -50,7 +50,7 @@ def decimal(value: Number) -> Value:
     return None if value is None else Decimal(value)
 
 
-def cell(pci: Number = 100, station: str | None = "home", **changes: Any) -> Cell:
+def cell(pci: Number = 100, station: str | None = "home", **changes: Any) -> RadioCell:
     """An antenna at 0° 0°, height 0, tilt 2° and beamwidth 6°: its lobe deficit is -1°."""
     values: dict[str, Any] = {
         "longitude": 0,
@@ -65,7 +65,7 @@ def cell(pci: Number = 100, station: str | None = "home", **changes: Any) -> Cel
     texts = {"cell_id": "1", "beam_scenario": "DEFAULT", "txrx_mode": None, "antenna_model": None}
     texts |= {name: changes.pop(name) for name in tuple(changes) if name in texts}
     values |= changes
-    return Cell(
+    return RadioCell(
         gnodeb_id=station, pci=decimal(pci), **texts, **{name: decimal(value) for name, value in values.items()}
     )
 
@@ -88,7 +88,9 @@ def row(throughput: Number = 500, *, pci: Number = 100, **changes: Any) -> Drive
 CELLS = (cell(), cell(101), cell(201, "other", longitude="0.003"))
 
 
-def case(drive_test: Iterable[DriveTestRow], cells: Iterable[Cell] = CELLS, options: Any = STANDARD_OPTIONS) -> Case:
+def case(
+    drive_test: Iterable[DriveTestRow], cells: Iterable[RadioCell] = CELLS, options: Any = STANDARD_OPTIONS
+) -> Case:
     return Case(tuple(drive_test), tuple(cells), tuple(options))
 
 
@@ -97,7 +99,7 @@ def four(**changes: Any) -> list[DriveTestRow]:
     return [row(900), *[row(**changes) for _ in range(4)], row(900)]
 
 
-def finding(rule: Callable[[Situation], Finding], of: Case) -> Finding:
+def finding(rule: Callable[[Situation], RuleResult], of: Case) -> RuleResult:
     return rule(Situation(of))
 
 
@@ -113,8 +115,8 @@ def generated() -> list[SyntheticRow]:
 def test_where_nothing_else_is_wrong_it_is_a_better_neighbor() -> None:
     found = diagnose(case(four()))
     assert (found.label, found.cause) == ("C3", Cause.C3)
-    assert [finding.holds for finding in found.findings] == [False] * 8 + [True]
-    assert found.evidence is found.findings[-1]
+    assert [finding.holds for finding in found.results] == [False] * 8 + [True]
+    assert found.evidence is found.results[-1]
     assert found.evidence.rows == (1, 2, 3, 4)
 
 
@@ -137,7 +139,9 @@ def test_a_row_is_affected_below_600() -> None:
         (rules.steep_beam, {"pci": 7}),
     ],
 )
-def test_rows_that_are_not_affected_do_not_count(rule: Callable[[Situation], Finding], changes: dict[str, Any]) -> None:
+def test_rows_that_are_not_affected_do_not_count(
+    rule: Callable[[Situation], RuleResult], changes: dict[str, Any]
+) -> None:
     cells = [*CELLS, cell(7, mechanical_downtilt=9)]
     for throughput, holds in (("599.99", True), (600, False), (None, False)):
         found = finding(rule, case([row(), *[row(throughput, **changes) for _ in range(4)]], cells))
@@ -556,7 +560,7 @@ def test_c4_begins_at_three_neighbors(pairs: int, cause: Cause) -> None:
         ([cell(), cell(201, "other"), cell(201, None)], True),
     ],
 )
-def test_c4_needs_neighbors_that_stand_elsewhere(cells: list[Cell], holds: bool) -> None:
+def test_c4_needs_neighbors_that_stand_elsewhere(cells: list[RadioCell], holds: bool) -> None:
     rows = four(neighbors=[(201, -80)])
     assert finding(rules.overlapping_coverage, case(rows, cells)).holds is holds
 
@@ -633,7 +637,7 @@ def test_each_rung_can_hold_alone() -> None:
     for number, rung in enumerate(RUNGS):
         found = diagnose(staged(rung))
         assert found.cause is Cause(rung[-2:])
-        assert len(found.findings) == number + 1
+        assert len(found.results) == number + 1
 
 
 PAIRS = [(upper, lower) for upper in range(len(RUNGS)) for lower in range(upper + 1, len(RUNGS))]
@@ -648,8 +652,8 @@ def test_of_two_rungs_that_hold_the_upper_one_decides(upper: int, lower: int) ->
     assert LADDER[lower](situation).holds
     found = diagnose(both)
     assert found.cause is Cause(RUNGS[upper][-2:])
-    assert len(found.findings) == upper + 1
-    assert [rung.holds for rung in found.findings] == [False] * upper + [True]
+    assert len(found.results) == upper + 1
+    assert [rung.holds for rung in found.results] == [False] * upper + [True]
 
 
 def test_the_ladder_is_in_the_order_of_the_data_set() -> None:
@@ -668,19 +672,19 @@ def test_a_rung_that_is_not_on_offer_is_passed(upper: int) -> None:
     kept = [option for option in STANDARD_OPTIONS if option.cause is not cause]
     both = replace(staged(RUNGS[upper], RUNGS[upper + 1]), options=tuple(kept))
     found = diagnose(both)
-    assert found.findings[upper].holds
+    assert found.results[upper].holds
     below = Cause(RUNGS[upper + 1][-2:])
     assert found.cause is below
-    assert found.evidence is found.findings[-1]
-    assert len(found.findings) == upper + 2
+    assert found.evidence is found.results[-1]
+    assert len(found.results) == upper + 2
 
 
 def test_where_no_option_fits_there_is_no_label() -> None:
     for options in ([], [Option("C5", Cause.C5), Option("C8", Cause.C8)]):
         found = diagnose(case(four(speed=50), options=options))
-        assert found == Diagnosis(None, None, None, found.findings)
-        assert len(found.findings) == len(LADDER)
-        assert [finding.cause for finding in found.findings if finding.holds] == [Cause.C7, Cause.C3]
+        assert found == Diagnosis(None, None, None, found.results)
+        assert len(found.results) == len(LADDER)
+        assert [finding.cause for finding in found.results if finding.holds] == [Cause.C7, Cause.C3]
 
 
 def test_the_label_is_the_one_on_offer() -> None:
@@ -708,7 +712,7 @@ def with_holes(draw: st.DrawFn) -> tuple[Case, Case]:
     share = draw(st.sampled_from([0.02, 0.1, 0.3, 1.0]))
     columns = {
         kind: set(rng.sample([field.name for field in fields(kind)], draw(st.integers(0, 2))))
-        for kind in (Cell, DriveTestRow, Neighbor)
+        for kind in (RadioCell, DriveTestRow, Neighbor)
     }
 
     def holed(entry: Any) -> Any:
@@ -777,7 +781,7 @@ def test_what_remains_is_said_of_the_options_because_other_rules_may_hold() -> N
 def test_an_empty_case_is_diagnosed() -> None:
     found = diagnose(case([], []))
     assert found.cause is Cause.C3
-    assert [entry.sentence() for entry in found.findings[:-1]] == ["there is no row that this rule can judge"] * 8
+    assert [entry.sentence() for entry in found.results[:-1]] == ["there is no row that this rule can judge"] * 8
 
 
 def assert_reads_well(sentence: str) -> None:
@@ -788,10 +792,10 @@ def assert_reads_well(sentence: str) -> None:
 
 def test_every_sentence_reads_well(generated: list[SyntheticRow]) -> None:
     for rung in (*generated, *relabeled(generated, 2)):
-        for found in diagnose(rung.case).findings:
+        for found in diagnose(rung.case).results:
             assert_reads_well(found.sentence())
     for rungs in RUNGS:
-        for found in diagnose(staged(rungs)).findings:
+        for found in diagnose(staged(rungs)).results:
             assert_reads_well(found.sentence())
             assert found.sentence() != "there is no row that this rule can judge"
 

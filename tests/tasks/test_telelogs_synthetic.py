@@ -39,9 +39,9 @@ from hpo_plugin.tasks.telelogs.tables import (
     DRIVE_TEST_COLUMNS,
     Case,
     Cause,
-    Cell,
     DriveTestRow,
     Neighbor,
+    RadioCell,
     Value,
 )
 from hpo_plugin.tasks.telelogs.variants import REDUCTIONS, Reduction, reduce_case, relabel
@@ -979,7 +979,7 @@ def test_a_drive_that_differs_in_one_value_is_another_scenario(bases: list[BaseS
 
 
 def test_other_cells_are_another_scenario(bases: list[BaseScenario]) -> None:
-    def with_cells(cells: Sequence[Cell]) -> str:
+    def with_cells(cells: Sequence[RadioCell]) -> str:
         return scenario_key(Case(bases[0].drive_test, tuple(cells)))
 
     cells = bases[0].cells

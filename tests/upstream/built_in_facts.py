@@ -16,15 +16,16 @@ from verl.trainer.ppo import core_algos, metric_utils
 from verl.trainer.ppo.v1 import utils as v1_utils
 from verl.workers.config.actor import ActorConfig, PolicyLossConfig
 
+from contrib.upstream.contribution import FILES
 from hpo_plugin import algorithm, fused
-from hpo_plugin.cli._checks import check_algorithm, check_by_verl, check_registration, compose
-from hpo_plugin.cli._probe import probe
-from hpo_plugin.glue import metrics
-from hpo_plugin.glue.presets import preset_rows
-from hpo_plugin.glue.seams import prepare
-from hpo_plugin.glue.selection import BASE_ESTIMATORS
-from hpo_plugin.upstream.contribution import FILES
+from hpo_plugin.check.checks import check_algorithm, check_by_verl, check_registration
+from hpo_plugin.check.compose import compose
+from hpo_plugin.check.probe import probe
 from hpo_plugin.variants import VARIANTS, settings
+from hpo_plugin.verl import metrics
+from hpo_plugin.verl.presets import preset_rows
+from hpo_plugin.verl.seams import prepare
+from hpo_plugin.verl.selection import BASE_ESTIMATORS
 
 
 def said(config):
@@ -55,7 +56,7 @@ for name, *overrides in (
     ("hpo_trainer", "algorithm.policy_loss=hpo", "algorithm.hpo.alpha=0.3"),
     *(("hpo_trainer", f"algorithm.policy_loss={preset}") for preset in preset_rows()),
     ("hpo_megatron_trainer", "algorithm.policy_loss=ahpo"),
-    ("hpo_recipe", "recipe/task=countdown4"),
+    ("hpo_recipe", "hpo/task=countdown4"),
     ("ppo_trainer", "algorithm.adv_estimator=hpo", "++algorithm.hpo.alpha=0.3"),
     ("ppo_trainer", "algorithm.adv_estimator=rloo", "actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"),
     ("ppo_trainer", "+algorithm.policy_loss=ahpo"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo_plugin.upstream import contribution
+from contrib.upstream import contribution
 
 HERE = Path(__file__).parent
 

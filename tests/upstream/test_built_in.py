@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpo_plugin.glue import registration
-from hpo_plugin.glue.presets import preset_rows
-from hpo_plugin.glue.registration import RegistrationError
-from hpo_plugin.upstream.contribution import FILES
+from contrib.upstream.contribution import FILES
+from hpo_plugin.verl import registration
+from hpo_plugin.verl.presets import preset_rows
+from hpo_plugin.verl.registration import RegistrationError
 
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
 NAMES = ("hpo", "ahpo")
@@ -89,8 +89,8 @@ def registries(**held):
 @pytest.mark.parametrize("part", ["ADV_ESTIMATOR_REGISTRY", "POLICY_LOSS_REGISTRY"])
 def test_a_verl_that_has_a_part_keeps_it_and_the_runs_that_select_hpo_stop(caplog, monkeypatch, part):
     core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
-    from hpo_plugin.cli._checks import compose
-    from hpo_plugin.glue.seams import prepare
+    from hpo_plugin.check.compose import compose
+    from hpo_plugin.verl.seams import prepare
 
     built_in = getattr(registries(**dict.fromkeys(NAMES, CORE_ALGOS)), part)
     for registry in ("ADV_ESTIMATOR_REGISTRY", "POLICY_LOSS_REGISTRY"):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from contrib.upstream import contribution
+from contrib.upstream.__main__ import app
+from contrib.upstream.contribution import CORE_ALGOS, FILES, INSERTIONS, SNIPPETS, UnknownTreeError
 from hpo_plugin import algorithm
-from hpo_plugin.cli.app import app
-from hpo_plugin.glue.selection import BASE_ESTIMATORS
-from hpo_plugin.upstream import contribution
-from hpo_plugin.upstream.contribution import CORE_ALGOS, FILES, INSERTIONS, SNIPPETS, UnknownTreeError
 from hpo_plugin.variants import VARIANTS
+from hpo_plugin.verl.selection import BASE_ESTIMATORS
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_patch_makes_of_the_tree_what_the_command_makes(tmp_path, wheel, pat
     tree = tmp_path / "tree"
     shutil.copytree(wheel, tree)
     out = tmp_path / "hpo.patch"
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(tree), "--out", str(out)])
+    done = CliRunner().invoke(app, ["--verl", str(tree), "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert contribution.changes(tree).keys() == changes.keys()
     subprocess.run(["git", "apply", str(out)], cwd=tree, check=True)
@@ -79,7 +79,7 @@ def test_the_patch_makes_of_the_tree_what_the_command_makes(tmp_path, wheel, pat
 
 def test_a_checkout_gets_one_commit_on_a_branch_with_documentation_examples_and_tests(checkout):
     run = CliRunner()
-    first = run.invoke(app, ["upstream", "--verl", str(checkout)])
+    first = run.invoke(app, ["--verl", str(checkout)])
     assert first.exit_code == 0, first.output
     assert git(checkout, "branch", "--show-current").strip() == "hpo"
     assert git(checkout, "log", "--format=%s").splitlines() == [contribution.TITLE, "verl"]
@@ -88,7 +88,7 @@ def test_a_checkout_gets_one_commit_on_a_branch_with_documentation_examples_and_
     assert {path.relative_to(FILES).as_posix().removesuffix(".in") for path in FILES.rglob("*.in")} <= written
     assert "   algo/grpo.md\n   algo/hpo.md\n" in (checkout / "docs/index.rst").read_text()
     assert "| `sapo_trainer/` |\n| `hpo_trainer/`" in (checkout / "examples/README.md").read_text()
-    second = run.invoke(app, ["upstream", "--verl", str(checkout)])
+    second = run.invoke(app, ["--verl", str(checkout)])
     assert second.exit_code == 0
     assert "nothing to do" in second.output
     assert len(git(checkout, "log", "--format=%h").split()) == 2
@@ -96,7 +96,7 @@ def test_a_checkout_gets_one_commit_on_a_branch_with_documentation_examples_and_
 
 def test_work_in_progress_is_not_committed(checkout):
     (checkout / "docs/index.rst").write_text("   algo/mine.md\n")
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout)])
+    done = CliRunner().invoke(app, ["--verl", str(checkout)])
     assert done.exit_code == 1
     assert git(checkout, "branch", "--show-current").strip() != "hpo"
 
@@ -114,12 +114,12 @@ def test_a_commit_that_a_hook_refuses_leaves_the_checkout_as_it_was_and_can_be_r
     hook.write_text("#!/bin/sh\necho the hook says no\nexit 1\n")
     hook.chmod(0o755)
     for _ in range(2):
-        done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout)])
+        done = CliRunner().invoke(app, ["--verl", str(checkout)])
         assert done.exit_code == 1
         assert "the hook says no" in done.output
         assert state(checkout) == before
     hook.unlink()
-    assert CliRunner().invoke(app, ["upstream", "--verl", str(checkout)]).exit_code == 0
+    assert CliRunner().invoke(app, ["--verl", str(checkout)]).exit_code == 0
     assert git(checkout, "log", "--format=%s").splitlines() == [contribution.TITLE, "verl"]
 
 
@@ -131,7 +131,7 @@ def test_a_commit_without_an_identity_leaves_the_checkout_as_it_was(checkout, mo
     for name in ("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL", "EMAIL"):
         monkeypatch.delenv(name, raising=False)
     before = state(checkout)
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout)])
+    done = CliRunner().invoke(app, ["--verl", str(checkout)])
     assert done.exit_code == 1
     assert "user.email" in done.output
     assert state(checkout) == before
@@ -140,12 +140,12 @@ def test_a_commit_without_an_identity_leaves_the_checkout_as_it_was(checkout, mo
 def test_a_branch_that_exists_is_left_alone_and_the_way_on_is_named(checkout):
     git(checkout, "branch", "hpo")
     before = state(checkout)
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout)])
+    done = CliRunner().invoke(app, ["--verl", str(checkout)])
     assert done.exit_code == 1
     assert "git switch hpo" in done.output
     assert "--branch" in done.output
     assert state(checkout) == before
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout), "--branch", "other"])
+    done = CliRunner().invoke(app, ["--verl", str(checkout), "--branch", "other"])
     assert done.exit_code == 0, done.output
     assert git(checkout, "branch", "--show-current").strip() == "other"
 
@@ -153,7 +153,7 @@ def test_a_branch_that_exists_is_left_alone_and_the_way_on_is_named(checkout):
 def test_a_patch_of_nothing_is_not_written(tmp_path, patched):
     out = tmp_path / "hpo.patch"
     out.write_text("a good patch\n")
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(patched), "--out", str(out)])
+    done = CliRunner().invoke(app, ["--verl", str(patched), "--out", str(out)])
     assert done.exit_code == 0
     assert "nothing to do" in done.output
     assert out.read_text() == "a good patch\n"
@@ -163,7 +163,7 @@ def test_a_patch_of_nothing_is_not_written(tmp_path, patched):
 def test_the_tree_is_changed_after_the_text_is_written(checkout, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     before = state(checkout)
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(checkout), *arguments])
+    done = CliRunner().invoke(app, ["--verl", str(checkout), *arguments])
     assert done.exit_code == 1
     assert state(checkout) == before
 
@@ -177,7 +177,7 @@ def test_the_tree_is_changed_after_the_text_is_written(checkout, tmp_path, monke
     ],
 )
 def test_options_that_would_have_no_effect_on_this_tree_are_refused(patched, arguments, message):
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(patched), *arguments])
+    done = CliRunner().invoke(app, ["--verl", str(patched), *arguments])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
 
@@ -238,7 +238,7 @@ def test_a_tree_without_an_anchor_is_refused_with_file_and_name_and_left_alone(t
     path = tmp_path / "tree" / file
     damaged = path.read_text().replace(name.removeprefix("AdvantageEstimator."), "renamed")
     path.write_text(damaged)
-    done = CliRunner().invoke(app, ["upstream", "--verl", str(tmp_path / "tree")])
+    done = CliRunner().invoke(app, ["--verl", str(tmp_path / "tree")])
     assert done.exit_code == 1
     assert file in done.output
     assert name in done.output

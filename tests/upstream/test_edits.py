@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpo_plugin.upstream.edits import (
+from contrib.upstream.edits import (
     AfterDefinition,
     AfterField,
     AfterKey,

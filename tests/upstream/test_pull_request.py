@@ -10,10 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from hpo_plugin.cli.app import app
+from contrib.upstream import contribution
+from contrib.upstream.__main__ import app
+from contrib.upstream.pull_request import GATES, OUTCOMES, pull_request, with_outcomes
 from hpo_plugin.study.data import write_data
-from hpo_plugin.upstream import contribution
-from hpo_plugin.upstream.pull_request import GATES, OUTCOMES, pull_request, with_outcomes
 
 STUDY = {
     "name": "small",
@@ -146,7 +146,7 @@ def test_the_results_of_a_study_are_filled_in_with_their_pictures(tmp_path, made
     ],
 )
 def test_options_that_would_have_no_effect_are_refused(arguments, message):
-    done = CliRunner().invoke(app, ["upstream", *arguments])
+    done = CliRunner().invoke(app, [*arguments])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
 

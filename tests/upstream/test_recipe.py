@@ -9,12 +9,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
-from hpo_plugin.cli._checks import compose as compose_by_name
-from hpo_plugin.cli.app import app
+from contrib.upstream import recipe
+from contrib.upstream.__main__ import app
+from contrib.upstream.contribution import UnknownTreeError
+from hpo_plugin.check.compose import compose as compose_by_name
 from hpo_plugin.study.data import write_data
 from hpo_plugin.study.spec import load_study
-from hpo_plugin.upstream import recipe
-from hpo_plugin.upstream.contribution import UnknownTreeError
 
 README = "| Recipe | file |\n|---|---|\n| gvpo | x |\n| retool | y |\n"
 
@@ -22,7 +22,7 @@ README = "| Recipe | file |\n|---|---|\n| gvpo | x |\n| retool | y |\n"
 @pytest.fixture
 def collection(tmp_path):
     (tmp_path / "README.md").write_text(README)
-    done = CliRunner().invoke(app, ["upstream", "--recipes", str(tmp_path)])
+    done = CliRunner().invoke(app, ["--recipes", str(tmp_path)])
     assert done.exit_code == 0, done.output
     return tmp_path
 
@@ -73,7 +73,7 @@ def test_scores_of_a_study_stand_beside_the_papers_where_it_is_one_of_this_recip
         "config_name": config_name,
         "steps": 4,
         "test_every": 2,
-        "settings": {"one": {"title": "One", "overrides": ["recipe/task=countdown4"]}},
+        "settings": {"one": {"title": "One", "overrides": ["hpo/task=countdown4"]}},
         "arms": {
             "grpo": {"title": "GRPO", "overrides": ["algorithm.policy_loss=grpo"]},
             "adaptive": {"title": "A-HPO", "overrides": ["algorithm.policy_loss=ahpo"], "paper": "ahpo"},
@@ -110,7 +110,7 @@ def test_another_recipe_of_that_name_is_not_replaced(tmp_path):
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "hpo").mkdir()
     (tmp_path / "hpo/README.md").write_text("another recipe\n")
-    done = CliRunner().invoke(app, ["upstream", "--recipes", str(tmp_path)])
+    done = CliRunner().invoke(app, ["--recipes", str(tmp_path)])
     assert done.exit_code == 1
     assert "hpo/README.md exists with another content" in done.output
     assert (tmp_path / "hpo/README.md").read_text() == "another recipe\n"
@@ -125,8 +125,8 @@ def test_another_repository_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "choices",
     [
-        ["recipe/task=countdown4", "recipe/model=qwen2.5-7b", "recipe/engine=megatron", "recipe/cluster=2x8"],
-        ["recipe/task=telelogs", "recipe/model=llama-3.2-3b", "recipe/engine=fsdp2", "algorithm.policy_loss=gspo"],
+        ["hpo/task=countdown4", "hpo/model=qwen2.5-7b", "hpo/engine=megatron", "hpo/cluster=2x8"],
+        ["hpo/task=telelogs", "hpo/model=llama-3.2-3b", "hpo/engine=fsdp2", "algorithm.policy_loss=gspo"],
     ],
 )
 def test_the_folders_config_is_ours(collection, choices):
@@ -140,4 +140,4 @@ def test_the_folders_config_is_ours(collection, choices):
 def test_the_script_sets_the_groups_of_the_config(collection):
     script = (collection / "hpo/run_hpo.sh").read_text()
     for name in ("TASK", "MODEL", "ENGINE", "CLUSTER"):
-        assert f'recipe/{name.lower()}="${name}"' in script
+        assert f'hpo/{name.lower()}="${name}"' in script

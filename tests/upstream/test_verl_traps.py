@@ -54,6 +54,6 @@ def test_the_slurm_template_takes_all_nodes_for_one(traps):
 
 
 def test_the_pull_request_names_each_trap(traps):
-    text = (ROOT / "hpo_plugin/upstream/pull_request.md.in").read_text()
+    text = (ROOT / "contrib/upstream/pull_request.md.in").read_text()
     found = text.partition("### Found on the way")[2].partition("###")[0]
     assert [line[:2] for line in found.splitlines() if line[:2].rstrip(".").isdigit()] == [f"{k}." for k in range(1, 7)]

@@ -7,13 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hpo_plugin.tasks.countdown.prompts import chat_prompt, prompt_text
-from hpo_plugin.tasks.countdown.reward import DATA_SOURCES, Verdict, compute_score, judge
+from hpo_plugin.tasks.countdown.reward import DATA_SOURCES, CountdownVerdict, compute_score, judge
 
 if TYPE_CHECKING:
-    from hpo_plugin.tasks._sources import SourceUnavailableError
     from hpo_plugin.tasks.countdown.dataset import (
         PUBLIC_DATASET,
-        CountdownData,
         generate_splits,
         prepare_countdown,
         to_row,
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
         solvable,
         solve,
     )
+    from hpo_plugin.tasks.sources import SourceUnavailableError
 
 _LAZY = {
     "problems": (
@@ -42,7 +41,6 @@ _LAZY = {
     ),
     "dataset": (
         "PUBLIC_DATASET",
-        "CountdownData",
         "SourceUnavailableError",
         "generate_splits",
         "prepare_countdown",
@@ -55,10 +53,9 @@ __all__ = [
     "DATA_SOURCES",
     "PUBLIC_DATASET",
     "CountdownConfig",
-    "CountdownData",
     "CountdownProblem",
+    "CountdownVerdict",
     "SourceUnavailableError",
-    "Verdict",
     "chat_prompt",
     "compute_score",
     "generate_problems",

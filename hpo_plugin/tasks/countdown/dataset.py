@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-import hpo_plugin
-from hpo_plugin.tasks._files import Publication, check_output, publish
-from hpo_plugin.tasks._sources import (
-    FILE_SUFFIXES,
-    Progress,
-    SourceUnavailableError,
-    describe_file,
-    read_file,
-    read_hub,
-)
+from hpo_plugin.console import Progress
+from hpo_plugin.files import check_output
 from hpo_plugin.tasks.countdown.problems import (
     CountdownConfig,
     CountdownProblem,
@@ -31,6 +22,14 @@ from hpo_plugin.tasks.countdown.problems import (
 )
 from hpo_plugin.tasks.countdown.prompts import chat_prompt
 from hpo_plugin.tasks.countdown.reward import DATA_SOURCES, read_ground_truth
+from hpo_plugin.tasks.sources import (
+    FILE_SUFFIXES,
+    SourceUnavailableError,
+    describe_file,
+    read_file,
+    read_hub,
+)
+from hpo_plugin.tasks.task import DataSet, write_data_set
 
 #: The public data set on the Hugging Face hub.
 PUBLIC_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
@@ -64,23 +63,6 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class CountdownData:
-    """What :func:`prepare_countdown` made.
-
-    Attributes:
-        train_file: Path of the training split, for ``data.train_files``.
-        test_file: Path of the held-out split, for ``data.val_files``.
-        manifest: The content of the manifest, without its file hashes.
-        publication: Which files were written and which were there already.
-    """
-
-    train_file: Path
-    test_file: Path
-    manifest: Mapping[str, Any]
-    publication: Publication
-
-
 def to_row(problem: CountdownProblem, split: str, row: int, layout: str = "public") -> dict[str, Any]:
     """Return a problem as one row of verl's data format.
 
@@ -102,12 +84,10 @@ def to_row(problem: CountdownProblem, split: str, row: int, layout: str = "publi
     }
 
 
-def to_parquet(problems: Iterable[CountdownProblem], split: str, layout: str = "public") -> bytes:
-    """Return problems as the bytes of a parquet file, which are always the same under one version of pyarrow."""
+def to_table(problems: Iterable[CountdownProblem], split: str, layout: str = "public") -> pa.Table:
+    """Return problems as a table of rows in verl's format."""
     rows = [to_row(problem, split, row, layout) for row, problem in enumerate(problems)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd", row_group_size=65_536)
-    return bytes(sink.getvalue())
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def generate_splits(
@@ -151,7 +131,7 @@ def prepare_countdown(
     only_counts: Sequence[int] = (),
     force: bool = False,
     progress: Progress | None = None,
-) -> CountdownData:
+) -> DataSet:
     """Write ``train.parquet``, ``test.parquet`` and ``manifest.json``; leave identical existing data alone.
 
     Args:
@@ -159,10 +139,10 @@ def prepare_countdown(
         config: What to generate; only for ``source="synthetic"``.
         layout: ``public`` or ``terse``.
         train_size: Rows of the training split; default 20,000, or for another source the published 327,680.
-        test_size: Rows of the test split; default 1,024. Rows of a source are cut by position, training first.
+        test_size: Rows of the test split; default 1,024. A source is split by position, training rows first.
         source: ``synthetic``, the path of a parquet, JSON (lines or array) or CSV file with the columns ``target`` and
             ``nums`` (or ``numbers``), or the id of such a data set on the Hugging Face hub.
-        only_counts: Keep only the rows of a source with so many numbers, after cutting; not for ``synthetic``, where
+        only_counts: Keep only the rows of a source with so many numbers, after splitting; not for ``synthetic``, where
             ``config.counts`` says it.
         force: Replace other data in the directory.
         progress: Told what is being done.
@@ -204,21 +184,9 @@ def prepare_countdown(
         check_output(directory, parameters, force=force)
         train, test, counts = _convert(source, train_size, test_size, only_counts, progress)
     counts |= {"train": len(train), "test": len(test)}
-    files = {}
-    for done, (split, problems) in enumerate((("train", train), ("test", test))):
-        if progress is not None:
-            progress("writing files", done, 2)
-        files[f"{split}.parquet"] = to_parquet(problems, split, layout)
-    manifest = {
-        "task": "countdown",
-        "parameters": parameters,
-        "counts": counts,
-        "versions": {"hpo_plugin": hpo_plugin.__version__, "pyarrow": pa.__version__},
-    }
-    publication = publish(directory, files, manifest, force=force)
-    if progress is not None:
-        progress("writing files", 2, 2)
-    return CountdownData(directory / "train.parquet", directory / "test.parquet", manifest, publication)
+    tables = {split: to_table(problems, split, layout) for split, problems in (("train", train), ("test", test))}
+    manifest = {"task": "countdown", "parameters": parameters, "counts": counts}
+    return write_data_set(directory, tables, manifest, row_group_size=65_536, force=force, progress=progress)
 
 
 # --- the public data -----------------------------------------------------------------------------------------------
@@ -247,8 +215,12 @@ def _read_source(source: str) -> list[Any]:
     return read_file(path) if path.is_file() else read_hub(source, split="train")
 
 
-def _problem_of(row: Any) -> CountdownProblem:
-    """Read one row; ValueError says why it is malformed."""
+def read_problem(row: Any) -> CountdownProblem:
+    """Return the problem of a row with the columns ``nums`` (or ``numbers``) and ``target``.
+
+    Raises:
+        ValueError: The row is malformed.
+    """
     if not isinstance(row, Mapping):
         raise ValueError("not a row with columns")
     numbers = row["nums"] if "nums" in row else row.get("numbers")
@@ -283,7 +255,7 @@ def _convert(
     other_counts = 0
     for position, row in enumerate(rows[: train_size + test_size]):
         try:
-            problem = _problem_of(row)
+            problem = read_problem(row)
         except ValueError as error:
             malformed.append(f"row {position}: {error}")
             continue

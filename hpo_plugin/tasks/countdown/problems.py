@@ -115,7 +115,7 @@ def problem_stream(config: CountdownConfig) -> Iterator[CountdownProblem]:
     config.validate()
     streams = [_stream_of_count(config, count) for count in config.counts]
     while streams:
-        # A count whose problems are used up leaves the rotation; the others go on.
+        # A count whose problems are used up leaves the rotation; the others stay.
         for stream in list(streams):
             problem = next(stream, None)
             if problem is None:
@@ -356,7 +356,7 @@ def solve(numbers: Sequence[int], target: int, rng: random.Random | None = None)
             if endings:
                 operation, swapped, b = endings[0] if rng is None else rng.choice(endings)
                 first, second = values.text(left, a), values.text(right, b)
-                return _join(operation, second, first)[0] if swapped else _join(operation, first, second)[0]
+                return join(operation, second, first)[0] if swapped else join(operation, first, second)[0]
     return None
 
 
@@ -393,7 +393,7 @@ def random_expression(numbers: Sequence[int], rng: random.Random) -> str:
     while len(parts) > 1:
         left = parts.pop(rng.randrange(len(parts)))
         right = parts.pop(rng.randrange(len(parts)))
-        parts.append(_join(rng.choice("+-*/"), left, right))
+        parts.append(join(rng.choice("+-*/"), left, right))
     return parts[0][0]
 
 
@@ -403,7 +403,7 @@ _Text = tuple[str, int]
 _Made = int | tuple[str, int, Fraction, int, Fraction]
 
 
-def _join(operation: str, left: _Text, right: _Text) -> _Text:
+def join(operation: str, left: _Text, right: _Text) -> _Text:
     """Join two expressions, with parentheses only where they are needed."""
     strength = 1 if operation in "+-" else 2
     left_text = left[0] if left[1] >= strength else f"({left[0]})"
@@ -413,7 +413,7 @@ def _join(operation: str, left: _Text, right: _Text) -> _Text:
 
 
 def _splits(subset: int) -> Iterator[tuple[int, int]]:
-    """Every way to cut a set of positions (a bit mask) in two, each once."""
+    """Every way to split a set of positions (a bit mask) in two, each once."""
     lowest = subset & -subset
     part = (subset - 1) & subset
     while part:
@@ -452,4 +452,4 @@ class _Values:
         if isinstance(made, int):
             return str(made), 3
         operation, left, a, right, b = made
-        return _join(operation, self.text(left, a), self.text(right, b))
+        return join(operation, self.text(left, a), self.text(right, b))

@@ -53,7 +53,7 @@ _EMPTY_LEVEL = (0, 1, 1, 1, 1, False)
 _INTEGER_LIMIT = 10**MAX_DIGITS
 
 
-class Verdict(str, Enum):
+class CountdownVerdict(str, Enum):
     """What an answer is, and why it is not correct if it is not."""
 
     CORRECT = "correct"
@@ -113,14 +113,14 @@ def compute_score(
             "a wrong answer may not earn as much as a correct one"
         )
     verdict = judge(solution_str, ground_truth, layout=_layout_of(data_source, layout))
-    if verdict is Verdict.CORRECT:
+    if verdict is CountdownVerdict.CORRECT:
         return 1.0
-    if verdict is Verdict.NO_ANSWER or verdict is Verdict.MALFORMED:
+    if verdict is CountdownVerdict.NO_ANSWER or verdict is CountdownVerdict.MALFORMED:
         return 0.0
     return float(format_score)
 
 
-def judge(solution_str: str, ground_truth: Any, *, layout: str = "public") -> Verdict:
+def judge(solution_str: str, ground_truth: Any, *, layout: str = "public") -> CountdownVerdict:
     """Say whether a response is correct, and if not, why.
 
     Args:
@@ -142,10 +142,10 @@ def judge(solution_str: str, ground_truth: Any, *, layout: str = "public") -> Ve
     if layout == "public":
         answer = last_answer(solution_str)
         if answer is None:
-            return Verdict.NO_ANSWER
+            return CountdownVerdict.NO_ANSWER
     elif layout == "terse":
         if len(solution_str) > MAX_ANSWER_CHARACTERS:
-            return Verdict.MALFORMED
+            return CountdownVerdict.MALFORMED
         answer = solution_str.lstrip(" \t\r\n").removeprefix("=")
     else:
         raise ValueError(f"layout={layout!r} is not one of {', '.join(DATA_SOURCES)}")
@@ -246,28 +246,28 @@ def _layout_of(data_source: str, layout: str | None) -> str:
     )
 
 
-def _judge_answer(answer: str, target: int, numbers: tuple[int, ...]) -> Verdict:
+def _judge_answer(answer: str, target: int, numbers: tuple[int, ...]) -> CountdownVerdict:
     if len(answer) > MAX_ANSWER_CHARACTERS:
-        return Verdict.MALFORMED
+        return CountdownVerdict.MALFORMED
     expression, equals, right_side = answer.partition("=")
     right_value = target
     if equals:
         matched = _RIGHT_SIDE.fullmatch(right_side)
         if matched is None:
-            return Verdict.MALFORMED
+            return CountdownVerdict.MALFORMED
         right_value = int(matched[1])
     parsed = _parse(expression)
     if parsed is None:
-        return Verdict.MALFORMED
+        return CountdownVerdict.MALFORMED
     numerator, denominator, literals = parsed
     literals.sort()
     if tuple(literals) != numbers:
-        return Verdict.WRONG_NUMBERS
+        return CountdownVerdict.WRONG_NUMBERS
     if denominator == 0:
-        return Verdict.DIVISION_BY_ZERO
+        return CountdownVerdict.DIVISION_BY_ZERO
     if numerator != target * denominator or right_value != target:
-        return Verdict.WRONG_VALUE
-    return Verdict.CORRECT
+        return CountdownVerdict.WRONG_VALUE
+    return CountdownVerdict.CORRECT
 
 
 def _parse(text: str) -> tuple[int, int, list[int]] | None:

@@ -6,29 +6,28 @@ Names are loaded on first use, so that a reward worker that imports :func:`compu
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hpo_plugin.tasks.telelogs.reward import Verdict, compute_score, judge, summarize
+from hpo_plugin.tasks.telelogs.reward import TeleLogsVerdict, compute_score, judge, summarize
 
 if TYPE_CHECKING:
     from hpo_plugin.tasks.telelogs.dataset import (
         PUBLIC_DATASET,
         NoAccessError,
-        TeleLogsData,
         prepare_telelogs,
     )
     from hpo_plugin.tasks.telelogs.prompts import PromptError, parse_prompt, render_prompt
     from hpo_plugin.tasks.telelogs.reasoning import chain_of_thought
-    from hpo_plugin.tasks.telelogs.rules import Diagnosis, Finding, diagnose
+    from hpo_plugin.tasks.telelogs.rules import Diagnosis, RuleResult, diagnose
     from hpo_plugin.tasks.telelogs.synthetic import SyntheticRow, generate, relabeled
-    from hpo_plugin.tasks.telelogs.tables import Case, Cause, Cell, DriveTestRow, Neighbor, Option
+    from hpo_plugin.tasks.telelogs.tables import Case, Cause, DriveTestRow, Neighbor, Option, RadioCell
     from hpo_plugin.tasks.telelogs.variants import REDUCTIONS, Reduction
 
 _LAZY = {
-    "dataset": ("PUBLIC_DATASET", "NoAccessError", "TeleLogsData", "prepare_telelogs"),
+    "dataset": ("PUBLIC_DATASET", "NoAccessError", "prepare_telelogs"),
     "prompts": ("PromptError", "parse_prompt", "render_prompt"),
     "reasoning": ("chain_of_thought",),
-    "rules": ("Diagnosis", "Finding", "diagnose"),
+    "rules": ("Diagnosis", "RuleResult", "diagnose"),
     "synthetic": ("SyntheticRow", "generate", "relabeled"),
-    "tables": ("Case", "Cause", "Cell", "DriveTestRow", "Neighbor", "Option"),
+    "tables": ("Case", "Cause", "RadioCell", "DriveTestRow", "Neighbor", "Option"),
     "variants": ("REDUCTIONS", "Reduction"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
@@ -38,18 +37,17 @@ __all__ = [
     "REDUCTIONS",
     "Case",
     "Cause",
-    "Cell",
     "Diagnosis",
     "DriveTestRow",
-    "Finding",
     "Neighbor",
     "NoAccessError",
     "Option",
     "PromptError",
+    "RadioCell",
     "Reduction",
+    "RuleResult",
     "SyntheticRow",
-    "TeleLogsData",
-    "Verdict",
+    "TeleLogsVerdict",
     "chain_of_thought",
     "compute_score",
     "diagnose",

@@ -27,9 +27,9 @@ from hpo_plugin.tasks.telelogs.rules import (
     WEAK_RSRP,
     lobe_deficit,
 )
-from hpo_plugin.tasks.telelogs.tables import Cause, Cell, DriveTestRow, Neighbor, Value
+from hpo_plugin.tasks.telelogs.tables import Cause, DriveTestRow, Neighbor, RadioCell, Value
 
-Tables = tuple[tuple[DriveTestRow, ...], tuple[Cell, ...]]
+Tables = tuple[tuple[DriveTestRow, ...], tuple[RadioCell, ...]]
 
 #: (share, degrees): quantiles of the lobe deficit of C1. Those at 10, 50 and 90 % are the published data's.
 LOBE_DEFICITS: Final = ((0.0, 0.0), (0.1, 0.4), (0.25, 1.0), (0.27, LOBE_DEFICIT), (0.5, 5.3), (0.9, 8.5), (1.0, 11.0))
@@ -189,7 +189,7 @@ def _lifted(row: DriveTestRow, *, weaker_than: int, low: float, high: float, rng
     return replace(row, neighbors=(Neighbor(first.pci, row.rsrp - lifted), *rest))
 
 
-def _moved(cell: Cell, east: Decimal, north: Decimal) -> Cell:
+def _moved(cell: RadioCell, east: Decimal, north: Decimal) -> RadioCell:
     return replace(
         cell,
         longitude=None if cell.longitude is None else (cell.longitude + east).quantize(_SIX_DIGITS),
@@ -197,5 +197,5 @@ def _moved(cell: Cell, east: Decimal, north: Decimal) -> Cell:
     )
 
 
-def _with(cells: Sequence[Cell], changed: Mapping[int, Cell]) -> tuple[Cell, ...]:
+def _with(cells: Sequence[RadioCell], changed: Mapping[int, RadioCell]) -> tuple[RadioCell, ...]:
     return tuple(changed.get(index, cell) for index, cell in enumerate(cells))

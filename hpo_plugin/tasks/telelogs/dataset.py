@@ -16,19 +16,18 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-import hpo_plugin
-from hpo_plugin.tasks._files import Publication, check_output, publish
-from hpo_plugin.tasks._sources import (
+from hpo_plugin.console import Progress
+from hpo_plugin.files import check_output
+from hpo_plugin.tasks.sources import (
     FILE_SUFFIXES,
-    Progress,
     SourceUnavailableError,
     describe_file,
     read_file,
     read_hub,
 )
-from hpo_plugin.tasks.telelogs.leakage import Leakage, compare_splits, scenario_key
+from hpo_plugin.tasks.task import DataSet, write_data_set
+from hpo_plugin.tasks.telelogs.leakage import compare_splits, scenario_key
 from hpo_plugin.tasks.telelogs.prompts import LABEL_PATTERN, parse_prompt, render_prompt
 from hpo_plugin.tasks.telelogs.reasoning import chain_of_thought
 from hpo_plugin.tasks.telelogs.reward import DATA_SOURCE, read_answer
@@ -88,7 +87,7 @@ class NoAccessError(SourceUnavailableError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Question:
     """One question of a source, read.
 
     Attributes:
@@ -104,24 +103,7 @@ class Row:
     identity: str | None = None
 
 
-@dataclass(frozen=True)
-class TeleLogsData:
-    """What :func:`prepare_telelogs` made.
-
-    Attributes:
-        files: Name -> path: ``train``, ``test``, and where asked for ``test_relabeled``, ``sft_train``, ``sft_test``.
-        manifest: The content of the manifest, without its file hashes.
-        leakage: What the splits share.
-        publication: Which files were written and which were there already.
-    """
-
-    files: Mapping[str, Path]
-    manifest: Mapping[str, Any]
-    leakage: Leakage
-    publication: Publication
-
-
-def to_row(row: Row, split: str, index: int, data_source: str = DATA_SOURCE) -> dict[str, Any]:
+def to_row(row: Question, split: str, index: int, data_source: str = DATA_SOURCE) -> dict[str, Any]:
     """Return a question as one row of verl's data format.
 
     Args:
@@ -146,7 +128,7 @@ def to_row(row: Row, split: str, index: int, data_source: str = DATA_SOURCE) -> 
     }
 
 
-def to_demonstration(row: Row) -> dict[str, Any] | None:
+def to_demonstration(row: Question) -> dict[str, Any] | None:
     """Return a question with the oracle's chain of thought as one row of verl's SFT format.
 
     Args:
@@ -179,7 +161,7 @@ def prepare_telelogs(
     sft: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-) -> TeleLogsData:
+) -> DataSet:
     """Write ``train.parquet``, ``test.parquet`` and ``manifest.json``; leave identical existing data alone.
 
     Args:
@@ -201,7 +183,7 @@ def prepare_telelogs(
         progress: Told what is being done.
 
     Returns:
-        Paths, manifest, leakage, and what was written.
+        Paths, manifest (with ``leakage``, what the splits share), and what was written.
 
     Raises:
         ValueError: If an argument is invalid or has no effect with this source, or no row of a split is usable.
@@ -248,33 +230,27 @@ def prepare_telelogs(
             demonstrations = [made for row in rows if (made := to_demonstration(row)) is not None]
             tables[f"sft_{split}"] = pa.Table.from_pylist(demonstrations, schema=SFT_SCHEMA)
             counts[f"sft_{split}_without_demonstration"] = len(rows) - len(demonstrations)
-    files = {f"{name}.parquet": _parquet(table) for name, table in tables.items()}
+    further_files = {}
     if refused:
-        files["refused.jsonl"] = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused).encode()
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in refused)
+        further_files["refused.jsonl"] = lines.encode()
     manifest = {
         "task": "telelogs",
         "parameters": parameters,
         "counts": {**counts, "rows": {name: len(table) for name, table in tables.items()}},
         "oracle": {split: _agreement(rows) for split, rows in splits.items()},
         "leakage": asdict(leakage),
-        "versions": {"hpo_plugin": hpo_plugin.__version__, "numpy": np.__version__, "pyarrow": pa.__version__},
+        "versions": {"numpy": np.__version__},
     }
-    publication = publish(directory, files, manifest, force=force)
-    return TeleLogsData({name: directory / f"{name}.parquet" for name in tables}, manifest, leakage, publication)
+    return write_data_set(directory, tables, manifest, further_files=further_files, force=force, progress=progress)
 
 
-def _rl_table(rows: Sequence[Row], split: str, data_source: str = DATA_SOURCE) -> pa.Table:
+def _rl_table(rows: Sequence[Question], split: str, data_source: str = DATA_SOURCE) -> pa.Table:
     made = [to_row(row, split, index, data_source) for index, row in enumerate(rows)]
     return pa.Table.from_pylist(made, schema=SCHEMA)
 
 
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=4_096)
-    return bytes(sink.getvalue())
-
-
-def _relabeled(rows: Sequence[Row], seed: int) -> list[Row]:
+def _relabeled(rows: Sequence[Question], seed: int) -> list[Question]:
     changed = []
     for number, row in enumerate(rows):
         cause = row.case.cause_of(row.label)
@@ -282,11 +258,11 @@ def _relabeled(rows: Sequence[Row], seed: int) -> list[Row]:
         case = relabel(row.case, cause, random.Random(f"{seed}/relabel/{number}"))
         label = case.label_of(cause)
         assert label is not None
-        changed.append(Row(case, label, row.scenario, row.identity))
+        changed.append(Question(case, label, row.scenario, row.identity))
     return changed
 
 
-def _agreement(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
+def _agreement(rows: Iterable[Question]) -> dict[str, dict[str, int]]:
     """Root cause of the label -> root cause the oracle finds -> rows."""
     found: dict[str, Counter[str]] = {cause.value: Counter() for cause in Cause}
     for row in rows:
@@ -301,8 +277,8 @@ def _agreement(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
 
 def _generate(
     sizes: Mapping[str, int], balance: str, reduction: str, seed: int, progress: Progress | None
-) -> tuple[dict[str, list[Row]], dict[str, Any]]:
-    splits: dict[str, list[Row]] = {}
+) -> tuple[dict[str, list[Question]], dict[str, Any]]:
+    splits: dict[str, list[Question]] = {}
     counts: dict[str, Any] = {}
     for split in SPLITS:
         made = generate(
@@ -313,7 +289,7 @@ def _generate(
             reduction=REDUCTIONS[reduction],
             progress=None if progress is None else _row_progress(progress, f"generating {split} rows"),
         )
-        splits[split] = [Row(row.case, row.label, row.scenario) for row in made.rows]
+        splits[split] = [Question(row.case, row.label, row.scenario) for row in made.rows]
         counts |= {f"{split}_{name}": value for name, value in _draws(made).items()}
     return splits, counts
 
@@ -406,7 +382,7 @@ def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
     return {str(name).strip().lower(): value for name, value in row.items()}
 
 
-def read_row(row: Any) -> Row:
+def read_row(row: Any) -> Question:
     """Read one row of a source.
 
     Args:
@@ -439,18 +415,18 @@ def read_row(row: Any) -> Row:
     if label not in labels:
         raise ValueError(f"the answer is not one of the options {', '.join(labels)}: {answer[:40]!r}")
     identity = columns.get("id")
-    return Row(case, label, scenario_key(case), None if identity is None else str(identity))
+    return Question(case, label, scenario_key(case), None if identity is None else str(identity))
 
 
 def _convert(
     source: str, test_source: str | None, seed: int, progress: Progress | None
-) -> tuple[dict[str, list[Row]], dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, list[Question]], dict[str, Any], list[dict[str, Any]]]:
     if progress is not None:
         progress("reading the source", 0, 1)
     raw = _read_source(source, test_source)
     if progress is not None:
         progress("reading the source", 1, 1)
-    read: list[tuple[str | None, Row]] = []
+    read: list[tuple[str | None, Question]] = []
     refused: list[dict[str, Any]] = []
     for position, (split, entry) in enumerate(raw):
         try:
@@ -491,11 +467,11 @@ def _kind(reason: str) -> str:
     return re.sub(r": ['\"].*", "", re.sub(r"^line \d+: ", "", reason))[:100]
 
 
-def _split_as_named(rows: Sequence[tuple[str | None, Row]]) -> dict[str, list[Row]]:
+def _split_as_named(rows: Sequence[tuple[str | None, Question]]) -> dict[str, list[Question]]:
     return {split: [row for named, row in rows if named == split] for split in SPLITS}
 
 
-def _split_by_scenario(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
+def _split_by_scenario(rows: Sequence[Question], seed: int) -> dict[str, list[Question]]:
     scenarios = list(dict.fromkeys(row.scenario for row in rows))
     random.Random(f"{seed}/split").shuffle(scenarios)
     tested = set(scenarios[: max(1, round(TEST_SHARE * len(scenarios)))])

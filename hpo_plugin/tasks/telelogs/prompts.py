@@ -24,11 +24,11 @@ from hpo_plugin.tasks.telelogs.tables import (
     TEXT_COLUMNS,
     Case,
     Cause,
-    Cell,
     DriveTestRow,
-    Layout,
     Neighbor,
     Option,
+    PromptLayout,
+    RadioCell,
     Value,
 )
 
@@ -391,7 +391,7 @@ def parse_prompt(text: str) -> Case:
     cells_first = heading in wording.cells_headings
     headings: dict[bool, str] = {}
     drive_test: tuple[DriveTestRow, ...] = ()
-    cells: tuple[Cell, ...] = ()
+    cells: tuple[RadioCell, ...] = ()
     drive_test_columns: tuple[str, ...] = ()
     cell_columns: tuple[str, ...] = ()
     for is_cells in (cells_first, not cells_first):
@@ -418,7 +418,7 @@ def parse_prompt(text: str) -> Case:
     if after is not None:
         raise PromptError(lines.number, "expected the end of the prompt", after)
     # The last empty "line" is what follows the last line break.
-    layout = Layout(
+    layout = PromptLayout(
         wording=name,
         drive_test_columns=drive_test_columns,
         cell_columns=cell_columns,
@@ -535,6 +535,6 @@ def _drive_test_row(columns: tuple[str, ...], row: _Row) -> DriveTestRow:
     return DriveTestRow(neighbors=neighbors, **plain)  # type: ignore[arg-type]
 
 
-def _cell(columns: tuple[str, ...], row: _Row) -> Cell:
+def _cell(columns: tuple[str, ...], row: _Row) -> RadioCell:
     values = _read_cells(columns, row)
-    return Cell(**{column: values.get(column) for column in CELL_COLUMNS})  # type: ignore[arg-type]
+    return RadioCell(**{column: values.get(column) for column in CELL_COLUMNS})  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ from hpo_plugin.tasks.telelogs.rules import (
     OVERLAP_PAIRS,
     WEAK_RSRP,
 )
-from hpo_plugin.tasks.telelogs.tables import MAX_NEIGHBORS, Cell, DriveTestRow, Neighbor
+from hpo_plugin.tasks.telelogs.tables import MAX_NEIGHBORS, DriveTestRow, Neighbor, RadioCell
 
 Array = npt.NDArray[Any]
 
@@ -128,7 +128,7 @@ class BaseScenario:
     second: int
     far: int
     drive_test: tuple[DriveTestRow, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[RadioCell, ...]
 
     @property
     def dip(self) -> range:
@@ -450,7 +450,7 @@ class _Writer:
             )
         return tuple(rows)
 
-    def _cells(self, candidate: int, listed: list[int]) -> Iterator[Cell]:
+    def _cells(self, candidate: int, listed: list[int]) -> Iterator[RadioCell]:
         network, (east, north) = self._network, self._scale[candidate]
         longitude = _decimals(self._origin[candidate, 0] + network.x[candidate] / east, 6)
         latitude = _decimals(self._origin[candidate, 1] + network.y[candidate] / north, 6)
@@ -461,7 +461,7 @@ class _Writer:
         scenario = network.scenario[candidate].reshape(-1).tolist()
         for cell in listed:
             site, sector = divmod(cell, _SECTORS)
-            yield Cell(
+            yield RadioCell(
                 gnodeb_id=f"{int(self._station[candidate, site]):07d}",
                 cell_id=str(sector + 1),
                 longitude=longitude[site],

@@ -14,7 +14,7 @@ from hpo_plugin.tasks.telelogs.rules import (
     PCI_MODULUS,
     THROUGHPUT,
     Diagnosis,
-    Finding,
+    RuleResult,
     Situation,
     downtilt,
     lobe_deficit,
@@ -52,11 +52,11 @@ def chain_of_thought(case: Case, diagnosis: Diagnosis) -> str:
         if situation.affected
         else f"No row shows less than {THROUGHPUT} Mbps."
     ]
-    for finding in diagnosis.findings:
-        label = offered.get(finding.cause)
-        if label is None or finding is diagnosis.findings[-1]:
+    for result in diagnosis.results:
+        label = offered.get(result.cause)
+        if label is None or result is diagnosis.results[-1]:
             continue
-        lines.append(f"{label}: {_quote(situation, finding)}{_capitalized(finding.sentence())}. Not {label}.")
+        lines.append(f"{label}: {_quote(situation, result)}{_capitalized(result.sentence())}. Not {label}.")
     evidence = diagnosis.evidence
     decided = f"{_quote(situation, evidence)}{_capitalized(evidence.sentence())}"
     lines.append(f"{diagnosis.label}: {decided}. So it is {diagnosis.label}.")
@@ -86,27 +86,27 @@ def _column(rows: Iterable[DriveTestRow], value: Callable[[DriveTestRow], Value]
 def _terse(situation: Situation, diagnosis: Diagnosis, offered: Container[Cause]) -> str:
     """The rungs in a few characters each: what was looked at, and no or yes."""
     rungs = []
-    for finding in diagnosis.findings:
-        if finding.cause in offered and finding.values:
-            seen = _TERSE_QUOTES[finding.rule](situation, finding)
-            rungs.append(f"{seen} {'yes' if finding is diagnosis.evidence else 'no'}")
+    for result in diagnosis.results:
+        if result.cause in offered and result.values:
+            seen = _TERSE_QUOTES[result.rule](situation, result)
+            rungs.append(f"{seen} {'yes' if result is diagnosis.evidence else 'no'}")
     return ", ".join(rungs)
 
 
-def _terse_neighbor(situation: Situation, finding: Finding) -> str:
+def _terse_neighbor(situation: Situation, result: RuleResult) -> str:
     """The strongest neighbor, or the first that the rule counts."""
     if not situation.affected:
         return "n1 -"
     row = situation.affected[0][1]
     place = 0
-    if finding.holds:
-        counted = situation.overlaps() if finding.cause is Cause.C4 else situation.same_residues()
+    if result.holds:
+        counted = situation.overlaps() if result.cause is Cause.C4 else situation.same_residues()
         _, row, neighbor = next(counted)
         place = row.neighbors.index(neighbor)
     return f"n{place + 1} {_shown(row.neighbors[place].pci) if row.neighbors else MISSING}"
 
 
-def _terse_handovers(situation: Situation, finding: Finding) -> str:
+def _terse_handovers(situation: Situation, result: RuleResult) -> str:
     """The serving PCIs, each with whether it is the one before it or another, and the number of changes."""
     written: list[str] = []
     before: Value = None
@@ -114,24 +114,24 @@ def _terse_handovers(situation: Situation, finding: Finding) -> str:
         mark = "" if before is None or row.pci is None else "=" if row.pci == before else ">"
         written.append(_shown(row.pci) + mark)
         before = before if row.pci is None else row.pci
-    return f"PCI {' '.join(written)} {finding.values['changes']}"
+    return f"PCI {' '.join(written)} {result.values['changes']}"
 
 
-_TERSE_QUOTES: dict[str, Callable[[Situation, Finding], str]] = {
-    "coverage distance": lambda situation, finding: f"{finding.values['meters']:.1f} m",
+_TERSE_QUOTES: dict[str, Callable[[Situation, RuleResult], str]] = {
+    "coverage distance": lambda situation, result: f"{result.values['meters']:.1f} m",
     "handovers": _terse_handovers,
-    "speed": lambda situation, finding: f"v {finding.values['speed']:g}",
-    "resource blocks": lambda situation, finding: f"RB {_shown(situation.case.drive_test[finding.rows[0]].rbs)}",
-    "weak coverage under a steep beam": lambda situation, finding: f"beam {finding.values['deficit']:.2f}",
+    "speed": lambda situation, result: f"v {result.values['speed']:g}",
+    "resource blocks": lambda situation, result: f"RB {_shown(situation.case.drive_test[result.rows[0]].rbs)}",
+    "weak coverage under a steep beam": lambda situation, result: f"beam {result.values['deficit']:.2f}",
     "PCI mod 30": _terse_neighbor,
     "overlapping coverage": _terse_neighbor,
-    "steep beam": lambda situation, finding: f"beam {finding.values['deficit']:.2f}",
+    "steep beam": lambda situation, result: f"beam {result.values['deficit']:.2f}",
 }
 
 
-def _quote(situation: Situation, finding: Finding) -> str:
+def _quote(situation: Situation, result: RuleResult) -> str:
     """The cells of the tables that a rule looks at, before its conclusion."""
-    quote = _QUOTES.get(finding.rule)
+    quote = _QUOTES.get(result.rule)
     text = None if quote is None else quote(situation)
     return "" if not text else f"{text}. "
 

@@ -42,7 +42,7 @@ _ANSWER = re.compile(r"[A-Z]?[1-9][0-9]?")
 _CONTENT = re.compile(rf"((?:\\text)?\{{)?({_ANSWER.pattern})(?(1)\}})")
 
 
-class Verdict(str, Enum):
+class TeleLogsVerdict(str, Enum):
     """What a response is, and why it is not correct if it is not."""
 
     CORRECT = "correct"
@@ -89,7 +89,7 @@ def compute_score(
     return {"score": score, "acc": score, "pred": pred}
 
 
-def judge(solution_str: str, ground_truth: Any) -> Verdict:
+def judge(solution_str: str, ground_truth: Any) -> TeleLogsVerdict:
     """Say whether a response is correct, and if not, why.
 
     Args:
@@ -106,8 +106,8 @@ def judge(solution_str: str, ground_truth: Any) -> Verdict:
     label = _checked_label(ground_truth)
     answer = read_answer(solution_str)
     if answer is None:
-        return Verdict.NO_ANSWER if _last_box(solution_str) is None else Verdict.MALFORMED
-    return Verdict.CORRECT if _with_letter_of(label, answer) == label else Verdict.WRONG_LABEL
+        return TeleLogsVerdict.NO_ANSWER if _last_box(solution_str) is None else TeleLogsVerdict.MALFORMED
+    return TeleLogsVerdict.CORRECT if _with_letter_of(label, answer) == label else TeleLogsVerdict.WRONG_LABEL
 
 
 def read_answer(text: str) -> str | None:

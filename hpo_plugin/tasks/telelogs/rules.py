@@ -1,6 +1,6 @@
 """The diagnostic ladder behind the labels of TeleLogs: eight rules, tried in a fixed order.
 
-Each rule is a function of a case's typed tables (as a :class:`Situation`) and returns a :class:`Finding`: whether it
+Each rule is a function of a case's typed tables (as a :class:`Situation`) and returns a :class:`RuleResult`: whether it
 holds, and the rows, cells and values that say so. :func:`diagnose` climbs the ladder and stops at the first rule that
 holds; it is the oracle of the synthetic data and of the tests, and ``hpo-plugin explain telelogs`` prints what it
 found.
@@ -22,7 +22,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Final
 
-from hpo_plugin.tasks.telelogs.tables import Case, Cause, Cell, DriveTestRow, Neighbor
+from hpo_plugin.tasks.telelogs.tables import Case, Cause, DriveTestRow, Neighbor, RadioCell
 
 #: Mbps. A row with less is affected.
 THROUGHPUT: Final = 600
@@ -55,7 +55,7 @@ _SCENARIO = re.compile("SCENARIO_([1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class RuleResult:
     """What one rule found.
 
     Attributes:
@@ -79,7 +79,7 @@ class Finding:
     template: str = ""
 
     def sentence(self) -> str:
-        """Return the finding as a sentence with its numbers."""
+        """Return the result as a sentence with its numbers."""
         if not self.values:
             return "there is no row that this rule can judge" if self.threshold is not None else self.template
         return self.template.format(**self.values, threshold=self.threshold)
@@ -93,19 +93,19 @@ class Diagnosis:
         label: The answer: the label under which the case offers the cause; None if it offers none that holds.
         cause: The root cause; None likewise.
         evidence: What the deciding rule found; None likewise.
-        findings: What every rule tried so far found, in the order of the ladder, the deciding one last.
+        results: Result of every rule that was tried, in the order of the ladder, the deciding one last.
     """
 
     label: str | None
     cause: Cause | None
-    evidence: Finding | None
-    findings: tuple[Finding, ...]
+    evidence: RuleResult | None
+    results: tuple[RuleResult, ...]
 
 
 # --- geometry ------------------------------------------------------------------------------------------------------
 
 
-def distance(row: DriveTestRow, cell: Cell) -> float | None:
+def distance(row: DriveTestRow, cell: RadioCell) -> float | None:
     """Return the great-circle distance (haversine) from a row to a cell in meters; None without a position."""
     if row.longitude is None or row.latitude is None or cell.longitude is None or cell.latitude is None:
         return None
@@ -117,7 +117,7 @@ def distance(row: DriveTestRow, cell: Cell) -> float | None:
     return 2 * EARTH_RADIUS * math.asin(math.sqrt(min(max(chord, 0.0), 1.0)))
 
 
-def downtilt(cell: Cell) -> float | None:
+def downtilt(cell: RadioCell) -> float | None:
     """Return mechanical plus digital downtilt in degrees, or None where one is missing."""
     if cell.mechanical_downtilt is None or cell.digital_tilt is None:
         return None
@@ -125,7 +125,7 @@ def downtilt(cell: Cell) -> float | None:
     return float(cell.mechanical_downtilt) + digital
 
 
-def vertical_beamwidth(cell: Cell) -> float | None:
+def vertical_beamwidth(cell: RadioCell) -> float | None:
     """Return the vertical beamwidth in degrees that the prompt's table gives for the cell's beam scenario, or None."""
     if cell.beam_scenario is None:
         return None
@@ -139,7 +139,7 @@ def vertical_beamwidth(cell: Cell) -> float | None:
     return 6.0 if number <= 5 else 12.0 if number <= 11 else 25.0
 
 
-def lobe_deficit(row: DriveTestRow, cell: Cell) -> float | None:
+def lobe_deficit(row: DriveTestRow, cell: RadioCell) -> float | None:
     """Return by how many degrees the upper edge of a cell's beam passes below the direction of a row.
 
     That is ``tilt - beamwidth / 2 - elevation`` with ``elevation = atan2(height, distance)``; positive where the row
@@ -233,7 +233,7 @@ class Situation:
                     yield number, row, neighbor
 
 
-def coverage_distance(situation: Situation) -> Finding:
+def coverage_distance(situation: Situation) -> RuleResult:
     """C2: an affected row is farther from its serving cell than :data:`COVERAGE_DISTANCE`."""
     reached = [
         (meters, number, index)
@@ -242,7 +242,7 @@ def coverage_distance(situation: Situation) -> Finding:
     ]
     far = [entry for entry in reached if entry[0] > COVERAGE_DISTANCE]
     shown = far or reached
-    return Finding(
+    return RuleResult(
         Cause.C2,
         "coverage distance",
         bool(far),
@@ -254,11 +254,11 @@ def coverage_distance(situation: Situation) -> Finding:
     )
 
 
-def handovers(situation: Situation) -> Finding:
+def handovers(situation: Situation) -> RuleResult:
     """C5: the serving cell changes at least :data:`HANDOVERS` times in the drive test."""
     serving = [(number, row.pci) for number, row in enumerate(situation.case.drive_test) if row.pci is not None]
     changes = tuple(number for (_, before), (number, after) in pairwise(serving) if before != after)
-    return Finding(
+    return RuleResult(
         Cause.C5,
         "handovers",
         len(changes) >= HANDOVERS,
@@ -269,11 +269,11 @@ def handovers(situation: Situation) -> Finding:
     )
 
 
-def speed(situation: Situation) -> Finding:
+def speed(situation: Situation) -> RuleResult:
     """C7: a row is faster than :data:`SPEED`."""
     speeds = [(row.speed, number) for number, row in enumerate(situation.case.drive_test) if row.speed is not None]
     fast = tuple(number for value, number in speeds if value > SPEED)
-    return Finding(
+    return RuleResult(
         Cause.C7,
         "speed",
         bool(fast),
@@ -284,11 +284,11 @@ def speed(situation: Situation) -> Finding:
     )
 
 
-def resource_blocks(situation: Situation) -> Finding:
+def resource_blocks(situation: Situation) -> RuleResult:
     """C8: the mean of the scheduled resource blocks over the affected rows is below :data:`RESOURCE_BLOCKS`."""
     counts = [(number, row.rbs) for number, row in situation.affected if row.rbs is not None]
     mean = float(sum(value for _, value in counts) / len(counts)) if counts else math.inf
-    return Finding(
+    return RuleResult(
         Cause.C8,
         "resource blocks",
         mean < RESOURCE_BLOCKS,
@@ -299,7 +299,7 @@ def resource_blocks(situation: Situation) -> Finding:
     )
 
 
-def weak_coverage(situation: Situation) -> Finding:
+def weak_coverage(situation: Situation) -> RuleResult:
     """C1, first rung: on an affected row the beam passes below it and RSRP is at most :data:`WEAK_RSRP`."""
     seen = [
         (deficit, number, index, row.rsrp)
@@ -309,7 +309,7 @@ def weak_coverage(situation: Situation) -> Finding:
     weak = [entry for entry in seen if entry[0] > 0 and entry[3] <= WEAK_RSRP]
     shown = weak or seen
     worst = max(shown, key=lambda entry: entry[0]) if shown else None
-    return Finding(
+    return RuleResult(
         Cause.C1,
         "weak coverage under a steep beam",
         bool(weak),
@@ -322,11 +322,11 @@ def weak_coverage(situation: Situation) -> Finding:
     )
 
 
-def pci_mod_30(situation: Situation) -> Finding:
+def pci_mod_30(situation: Situation) -> RuleResult:
     """C6: in more than :data:`PCI_PAIRS` pairs of an affected row and a neighbor, both PCIs are equal modulo 30."""
     pairs = [(number, neighbor.pci) for number, _, neighbor in situation.same_residues()]
     pcis = {pci for _, pci in pairs}
-    return Finding(
+    return RuleResult(
         Cause.C6,
         "PCI mod 30",
         len(pairs) > PCI_PAIRS,
@@ -338,7 +338,7 @@ def pci_mod_30(situation: Situation) -> Finding:
     )
 
 
-def overlapping_coverage(situation: Situation) -> Finding:
+def overlapping_coverage(situation: Situation) -> RuleResult:
     """C4: more than :data:`OVERLAP_PAIRS` non-colocated neighbors of affected rows are within :data:`OVERLAP` dB."""
     pairs = [(number, neighbor.pci) for number, _, neighbor in situation.overlaps()]
     seen = any(
@@ -346,7 +346,7 @@ def overlapping_coverage(situation: Situation) -> Finding:
         for _, row, index in situation.serving
     )
     pcis = {pci for _, pci in pairs}
-    return Finding(
+    return RuleResult(
         Cause.C4,
         "overlapping coverage",
         len(pairs) > OVERLAP_PAIRS,
@@ -359,12 +359,12 @@ def overlapping_coverage(situation: Situation) -> Finding:
     )
 
 
-def steep_beam(situation: Situation) -> Finding:
+def steep_beam(situation: Situation) -> RuleResult:
     """C1, second rung: the beam passes more than :data:`LOBE_DEFICIT` degrees below an affected row."""
     seen = [(deficit, number, index) for number, _, index, deficit in situation.deficits()]
     steep = [entry for entry in seen if entry[0] > LOBE_DEFICIT]
     shown = steep or seen
-    return Finding(
+    return RuleResult(
         Cause.C1,
         "steep beam",
         bool(steep),
@@ -376,9 +376,9 @@ def steep_beam(situation: Situation) -> Finding:
     )
 
 
-def better_neighbor(situation: Situation) -> Finding:
+def better_neighbor(situation: Situation) -> RuleResult:
     """C3: what is left when no other rule holds."""
-    return Finding(
+    return RuleResult(
         Cause.C3,
         "a neighbor would serve better",
         True,
@@ -388,7 +388,7 @@ def better_neighbor(situation: Situation) -> Finding:
 
 
 #: The rungs, in the order in which they are tried.
-LADDER: Final[tuple[Callable[[Situation], Finding], ...]] = (
+LADDER: Final[tuple[Callable[[Situation], RuleResult], ...]] = (
     coverage_distance,
     handovers,
     speed,
@@ -408,15 +408,15 @@ def diagnose(case: Case) -> Diagnosis:
         case: The case.
 
     Returns:
-        The first rule that holds among those whose cause is on offer, with the findings of all rules up to it. A rule
-        that holds for a cause that is not on offer is among the findings, and the climb goes on.
+        The first rule that holds among those whose cause is on offer, with the results of all rules up to it. A rule
+        that holds for a cause that is not on offer is among the results, and the next rule is tried.
     """
     situation = Situation(case)
     labels = {option.cause: option.label for option in case.options}
-    findings: list[Finding] = []
+    results: list[RuleResult] = []
     for rule in LADDER:
-        finding = rule(situation)
-        findings.append(finding)
-        if finding.holds and finding.cause in labels:
-            return Diagnosis(labels[finding.cause], finding.cause, finding, tuple(findings))
-    return Diagnosis(None, None, None, tuple(findings))
+        result = rule(situation)
+        results.append(result)
+        if result.holds and result.cause in labels:
+            return Diagnosis(labels[result.cause], result.cause, result, tuple(results))
+    return Diagnosis(None, None, None, tuple(results))

@@ -90,7 +90,7 @@ class DriveTestRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class RadioCell:
     """Engineering parameters of one cell.
 
     Attributes:
@@ -186,7 +186,7 @@ TEXT_COLUMNS: Final = frozenset({"timestamp", "gnodeb_id", "cell_id", "beam_scen
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PromptLayout:
     r"""What a prompt looks like, beyond what it says.
 
     Attributes:
@@ -194,8 +194,8 @@ class Layout:
         drive_test_columns: Columns of the drive test in their order, by field.
         cell_columns: The same of the engineering parameters.
         cells_first: Whether the engineering parameters come before the drive test.
-        stated_options: The number of causes in "From the following 8 potential root causes"; None for as many as there
-            are.
+        stated_options: The number of causes in "From the following 8 potential root causes"; None for the
+            number of options.
         box: The literal in the instruction: ``\boxed{{}}`` in the data set.
         cells_heading: The same for "Engeneering parameters data as follows：".
         drive_test_heading: The same for "User plane drive test data as follows：".
@@ -225,9 +225,9 @@ class Case:
     """
 
     drive_test: tuple[DriveTestRow, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[RadioCell, ...]
     options: tuple[Option, ...] = STANDARD_OPTIONS
-    layout: Layout = field(default_factory=Layout)
+    layout: PromptLayout = field(default_factory=PromptLayout)
 
     def label_of(self, cause: Cause) -> str | None:
         """Return the label of a cause, or None if it is not on offer."""

@@ -1,0 +1,473 @@
+"""What ``hpo-plugin check`` looks at. Each function returns findings and raises nothing that a user can cause."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from hpo_plugin.check.cluster import Cluster
+from hpo_plugin.check.compose import compose
+from hpo_plugin.check.probe import CHECKED_PACKAGES, probe
+from hpo_plugin.check.report import CheckReport, Finding
+from hpo_plugin.errors import ConfigError
+from hpo_plugin.recipe.layout import KEY_RECIPE, check_layout
+from hpo_plugin.recipe.memory import GIB, Sizes
+from hpo_plugin.tasks.task import ROW_COLUMNS
+from hpo_plugin.verl.registration import ALLOW_UNTESTED, SUPPORTED_VERL
+from hpo_plugin.verl.selection import alpha_batch
+
+
+def run_checks(
+    config_name: str | None,
+    overrides: Sequence[str],
+    *,
+    config_dir: Path | None = None,
+    timeout: float = 120.0,
+    local: bool = False,
+    shared: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CheckReport:
+    """Run every check.
+
+    Args:
+        config_name: The config that ``python -m verl.trainer.main_ppo --config-name`` would be given; None checks the
+            installation only.
+        overrides: Hydra overrides.
+        config_dir: A further directory of configs.
+        timeout: Seconds a node has to answer.
+        local: Leave Ray alone.
+        shared: A file in a directory that all nodes have to share, and to be able to write.
+        progress: Told what is being done.
+
+    Returns:
+        The report; its ``ok`` is the verdict.
+    """
+    begin = time.monotonic()
+    report = CheckReport()
+    tell = progress or (lambda _: None)
+
+    config: DictConfig | None = None
+    composing = Finding("config", "none given: the installation only", remedy="")
+    if config_name is None and overrides:
+        composing = Finding(
+            "config", f"{len(overrides)} overrides, but no config", False, "name it: --config-name NAME"
+        )
+    elif config_name is not None:
+        tell(f"composing {config_name}")
+        config, composing = compose(config_name, overrides, config_dir)
+        if config is None and config_dir is None:
+            composing = replace(composing, remedy=f"{composing.remedy}; --config-dir adds a directory")
+
+    # The nodes import verl (seconds) while this process does.
+    tell("starting or joining Ray")
+    with nullcontext(None) if local else Cluster.join(config) as cluster:
+        if cluster is not None:
+            cluster.ask_every_node(local_files(config) if config is not None else (), shared)
+        tell("importing verl")
+        here = probe()
+        report.findings += check_versions(built_in=here["built_in"])
+        report.findings += check_registration(here)
+        if cluster is not None:
+            tell("waiting for the nodes")
+            report.findings += cluster.check_nodes(here, timeout)
+            if config is not None:
+                report.findings += cluster.check_devices(config)
+    report.findings.append(composing)
+    if config is not None:
+        tell("reading the config")
+        report.findings += check_config(config)
+    report.seconds = time.monotonic() - begin
+    return report
+
+
+@contextmanager
+def stderr_to(path: Path) -> Iterator[None]:
+    """Send what Ray and verl print on standard error, from C++ too, to a file."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with path.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# --- the installation ----------------------------------------------------------------------------------------------
+
+
+def required_versions(name: str) -> SpecifierSet:
+    """The versions of a distribution that verl and this package ask for in their metadata; empty if any will do."""
+    if name == "verl":
+        # What the metadata admit is a range; what was tested is less.
+        return SpecifierSet(",".join(f"=={version}" for version in SUPPORTED_VERL))
+    asked = SpecifierSet()
+    for owner in ("hpo-plugin", "verl"):
+        try:
+            lines = metadata.requires(owner) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, lines):
+            # verl names what its V1 trainer needs in an extra of its own.
+            extras = ("", "verl-core", "verl")
+            wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in extras)
+            if requirement.name.lower() == name.lower() and wanted:
+                asked &= requirement.specifier
+    return asked
+
+
+def check_versions(built_in: bool = False) -> list[Finding]:
+    """One finding for Python and one for each package of :data:`CHECKED_PACKAGES`.
+
+    Args:
+        built_in: verl has HPO itself, and may then be of any version.
+    """
+    findings = []
+    try:
+        pythons = SpecifierSet(metadata.metadata("hpo-plugin")["Requires-Python"] or "")
+    except metadata.PackageNotFoundError:
+        pythons = SpecifierSet()
+    found = platform.python_version()
+    ok = found in pythons
+    findings.append(
+        Finding(
+            "python",
+            found if ok else f"{found}, needs {pythons}",
+            ok,
+            "" if ok else "use a supported Python",
+        )
+    )
+    for name in CHECKED_PACKAGES:
+        asked = required_versions(name)
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(name, "not installed", False, f"pip install '{name}{asked}'"))
+            continue
+        if asked.contains(version, prereleases=True) or (name == "verl" and built_in):
+            findings.append(Finding(name, version))
+        elif name == "verl" and os.environ.get(ALLOW_UNTESTED) == "1":
+            findings.append(Finding(name, f"{version}, untested: {ALLOW_UNTESTED}=1 lets it pass"))
+        else:
+            findings.append(Finding(name, f"{version}, needs {asked}", False, f"pip install '{name}{asked}'"))
+    return findings
+
+
+def check_registration(here: dict[str, Any]) -> list[Finding]:
+    """What :func:`probe` found in this process."""
+    if here["built_in"]:
+        return [Finding("this process", "hpo and ahpo are built into this verl; hpo_plugin steps aside")]
+    if not here["problems"]:
+        return [Finding("this process", "hpo and ahpo are registered: advantage estimators, policy losses")]
+    return [Finding("this process", what, False, remedy) for what, remedy in here["problems"]]
+
+
+# --- the config ----------------------------------------------------------------------------------------------------
+
+
+def check_config(config: DictConfig) -> list[Finding]:
+    """Algorithm, verl's own validation, model, data and reward of a composed config."""
+    findings = [*check_algorithm(config), *check_recipe(config)]
+    # verl's validation resolves algorithm and recipe too: the same complaint twice helps nobody.
+    if all(finding.ok for finding in findings):
+        findings.append(check_by_verl(config))
+    findings.append(check_model(config))
+    findings += check_data(config)
+    findings.append(check_reward(config))
+    return findings
+
+
+def check_algorithm(config: DictConfig) -> list[Finding]:
+    """The algorithm that the config selects and which batch its α is of, or how it contradicts itself."""
+    config = config.copy()
+    try:
+        from hpo_plugin.verl.registration import RegistrationError
+        from hpo_plugin.verl.seams import prepare
+
+        selection, lines = prepare(config)
+    except (ConfigError, RegistrationError) as error:
+        return [Finding("algorithm", "contradictory config", False, str(error))]
+    except ImportError as error:
+        return [Finding("algorithm", f"cannot be checked: {error}", False, "correct the cause named here")]
+    if selection is None:
+        return [Finding("algorithm", "verl's own hpo and ahpo, which verl checks itself")]
+    low, high, both = (
+        OmegaConf.select(config, f"actor_rollout_ref.actor.{key}")
+        for key in ("clip_ratio_low", "clip_ratio_high", "clip_ratio")
+    )
+    low, high = (both if value is None else value for value in (low, high))
+    name = OmegaConf.select(config, "algorithm.policy_loss")
+    selected = f"{name}: " if name and selection.variant is None else ""
+    findings = [
+        Finding(
+            "algorithm",
+            f"{selected}{selection.label}; adv_estimator {config.algorithm.adv_estimator}, loss_mode "
+            f"{selection.loss_mode}, aggregation {selection.loss_agg_mode}, clip range [1-{low:g}, 1+{high:g}]",
+        )
+    ]
+    if selection.variant is not None:
+        findings.append(Finding("α", alpha_batch(config)))
+    return findings + [Finding("set", line) for line in lines]
+
+
+def check_recipe(config: DictConfig) -> list[Finding]:
+    """How a config composed from ``hpo_recipe`` is sharded over GPUs, with the memory it takes; nothing for another."""
+    if OmegaConf.select(config, KEY_RECIPE) is None:
+        return []
+    try:
+        check_layout(config)
+    except ConfigError as error:
+        return [Finding("recipe", "cannot run on these GPUs", False, str(error))]
+    sizes = Sizes.of(config)
+    layout, recipe = sizes.layout, config[KEY_RECIPE]
+    return [
+        Finding(
+            "recipe",
+            f"{recipe.task}, {recipe.model}, {recipe.engine} on {layout.gpus} GPUs: {layout.ranks} data-parallel ranks "
+            f"with {layout.rows_of_rank} rows of a mini-batch; estimated GiB of a GPU: "
+            f"{sizes.update_peak / GIB:.0f} to update, {sizes.rollout_peak / GIB:.0f} to generate",
+        )
+    ]
+
+
+def check_by_verl(config: DictConfig) -> Finding:
+    """What ``main_ppo`` does with the config before it starts anything, on a copy."""
+    config = config.copy()
+    try:
+        from verl.trainer.ppo.utils import need_critic, need_reference_policy
+        from verl.utils.config import validate_config
+        from verl.utils.device import auto_set_device
+
+        auto_set_device(config)
+        validate_config(
+            config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+        )
+    except Exception as error:
+        # verl asserts, raises ValueError, and OmegaConf wraps whatever a resolver raises; all of them stop the run.
+        return Finding("verl's checks", "verl refuses this config", False, " ".join(str(error).split()))
+    return Finding("verl's checks", "passed")
+
+
+def check_model(config: DictConfig) -> Finding:
+    """That a local model is there; one on the hub is not asked for."""
+    key = "actor_rollout_ref.model.path"
+    path = OmegaConf.select(config, key)
+    if path is None:
+        return Finding("model", f"{key} is not set", False, f"set {key}")
+    local = Path(path).expanduser()
+    if (local / "config.json").is_file():
+        return Finding("model", str(path))
+    if local.is_absolute() or str(path).startswith((".", "~")) or local.exists() or str(path).count("/") != 1:
+        if "://" in str(path):
+            return Finding("model", f"{path} (remote, not looked at)")
+        return Finding("model", f"{path} holds no config.json", False, f"correct {key}")
+    return Finding("model", f"{path} (on the hub, not looked at)")
+
+
+def _files(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, ListConfig | list | tuple) else [str(value)]
+
+
+def local_files(config: DictConfig) -> list[tuple[str, str]]:
+    """The files and directories that verl's processes read on whichever node they run: (config key, path) pairs.
+
+    What is not on this machine, a model of the hub for instance, is left out.
+    """
+    keys = (
+        "actor_rollout_ref.model.path",
+        "data.train_files",
+        "data.val_files",
+        "reward.custom_reward_function.path",
+    )
+    named = [(key, name) for key in keys for name in _files(OmegaConf.select(config, key))]
+    return [(key, name) for key, name in named if Path(name).expanduser().exists()]
+
+
+def check_data(config: DictConfig) -> list[Finding]:
+    """That data files exist, can be read, and hold a batch."""
+    findings = []
+    for kind in ("train", "val"):
+        key = f"data.{kind}_files"
+        files = _files(OmegaConf.select(config, key))
+        label = f"{kind} data"
+        if not files:
+            findings.append(Finding(label, f"{key} is not set", False, f"set {key}"))
+            continue
+        try:
+            rows, remote = _count_rows(files)
+        except OSError as error:
+            findings.append(Finding(label, f"{error}", False, f"correct {key}; `hpo-plugin prepare` writes data files"))
+            continue
+        batch = OmegaConf.select(config, "data.train_batch_size")
+        if kind == "train" and not remote and rows < batch:
+            findings.append(
+                Finding(
+                    label,
+                    f"{rows} rows, fewer than one batch (data.train_batch_size={batch})",
+                    False,
+                    "verl drops the last incomplete batch: give more rows, or a smaller data.train_batch_size",
+                )
+            )
+            continue
+        missing = _missing_column(config, files)
+        if missing:
+            remedy = "`hpo-plugin prepare` and hpo_plugin.tasks.task.write_rows write all columns"
+            findings.append(Finding(label, missing, False, remedy))
+            continue
+        shown = f"{rows:,} rows" if not remote else "remote, not looked at"
+        findings.append(Finding(label, f"{shown} in {', '.join(files)}"))
+    return findings
+
+
+def _count_rows(files: Iterable[str]) -> tuple[int, bool]:
+    """Rows in all files, and whether any could not be looked at from here; OSError says what is wrong."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, remote = 0, False
+    for name in files:
+        path = Path(name).expanduser()
+        if "://" in name:
+            remote = True
+        elif not path.is_file():
+            raise OSError(f"{name} does not exist")
+        elif path.suffix == ".parquet":
+            try:
+                rows += pq.read_metadata(path).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise OSError(f"{name} is not a parquet file: {error}") from error
+        else:
+            with path.open("rb") as lines:
+                rows += sum(1 for _ in lines)
+    return rows, remote
+
+
+def _missing_column(config: DictConfig, files: Iterable[str]) -> str:
+    """Say which column of :data:`ROW_COLUMNS` verl's own data set or reward managers do not find; empty if none."""
+    import pyarrow.parquet as pq
+
+    if OmegaConf.select(config, "data.custom_cls.path"):
+        return ""
+    keys = {"prompt": "data.prompt_key", "data_source": "data.reward_fn_key"}
+    # verl does without the last one; a reward manager of the user's own may do without more.
+    optional = {"extra_info"}
+    if OmegaConf.select(config, "reward.reward_manager.source", default="register") != "register":
+        optional |= {"data_source", "reward_model"}
+    for name in files:
+        path = Path(name).expanduser()
+        if path.suffix != ".parquet" or not path.is_file():
+            continue
+        there = pq.read_schema(path).names
+        for column in ROW_COLUMNS:
+            key = keys.get(column)
+            wanted = OmegaConf.select(config, key, default=column) if key else column
+            if wanted not in there and column not in optional:
+                return f"{name} has no column {wanted}{f' ({key})' if key else ''}; it has {', '.join(there)}"
+    return ""
+
+
+def _first_row(config: DictConfig) -> dict[str, Any] | None:
+    import pyarrow.parquet as pq
+
+    for kind in ("val", "train"):
+        for name in _files(OmegaConf.select(config, f"data.{kind}_files")):
+            path = Path(name).expanduser()
+            if path.suffix == ".parquet" and path.is_file():
+                batch = next(pq.ParquetFile(path).iter_batches(batch_size=1), None)
+                if batch is not None and batch.num_rows:
+                    row: dict[str, Any] = batch.to_pylist()[0]
+                    return row
+    return None
+
+
+class _EmptyAnswer:
+    """A tokenizer to which every response is the empty text."""
+
+    eos_token = ""
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        return ""
+
+
+def check_reward(config: DictConfig) -> Finding:
+    """That verl's reward manager, with the configured function, scores an empty answer to the first row."""
+    import asyncio
+
+    key = "reward.custom_reward_function"
+    reward_model = OmegaConf.select(config, "reward.reward_model.enable")
+    if reward_model and not OmegaConf.select(config, f"{key}.path"):
+        return Finding("reward", "a reward model scores (not looked at)")
+    path, name = (OmegaConf.select(config, f"{key}.{part}") for part in ("path", "name"))
+    label = f"{path}:{name}" if path else "verl's own, by data_source"
+    remedy = f"correct {key}.path and {key}.name" if path else f"set {key}.path and {key}.name"
+    try:
+        from verl.trainer.ppo.reward import get_custom_reward_fn, load_reward_manager
+
+        get_custom_reward_fn(config)
+    except Exception as error:
+        # verl wraps what the module raised.
+        cause = error.__cause__ or error
+        return Finding("reward", f"{label} cannot be loaded: {type(cause).__name__}: {cause}", False, remedy)
+    row = _first_row(config)
+    if row is None:
+        return Finding("reward", f"{label} loads (no local row to try it on)")
+    if reward_model:
+        return Finding("reward", f"{label} loads (it asks a reward model, and is not tried)")
+    source = row.get(OmegaConf.select(config, "data.reward_fn_key", default="data_source"))
+
+    async def scored() -> Any:
+        # The manager takes the running event loop when it is made.
+        manager = load_reward_manager(config, _EmptyAnswer())
+        return (await manager.run_single(_one_response(row)))["reward_score"]
+
+    try:
+        value = asyncio.run(scored())
+    except Exception as error:
+        what = f"{label} raises {type(error).__name__} for an empty answer to {source!r}: {error}"
+        return Finding("reward", what, False, remedy)
+    if isinstance(value, tuple | list):
+        value = value[0] if value else None
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        what = f"{label} gives {value!r}, which is not a finite number, for an empty answer to {source!r}"
+        return Finding("reward", what, False, remedy)
+    return Finding("reward", f"{label} gives {number:g} for an empty answer to {source!r}")
+
+
+def _one_response(row: dict[str, Any]) -> Any:
+    """A row of data with a response of one token, as verl's agent loop hands it to a reward manager."""
+    import numpy as np
+    import torch
+    from verl import DataProto
+
+    def column(value: Any) -> np.ndarray:
+        array = np.empty(1, dtype=object)
+        array[0] = value
+        return array
+
+    fields = row | {"extra_info": dict(row.get("extra_info") or {}), "__num_turns__": 2}
+    token = torch.ones(1, 1, dtype=torch.long)
+    return DataProto.from_dict(
+        tensors={"prompts": token, "responses": token, "attention_mask": token.repeat(1, 2)},
+        non_tensors={name: column(value) for name, value in fields.items()},
+    )

@@ -1,0 +1,294 @@
+"""The Ray cluster a run would use: joined as verl joins it, and one question to each of its nodes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpo_plugin.check import probe
+from hpo_plugin.check.report import Finding
+from hpo_plugin.check.signals import signal_handlers_kept
+from hpo_plugin.cpu.checks import CPUS_PER_RANK
+
+#: Seconds to reach the head of a cluster before giving up; Ray itself tries for a minute or more.
+CONNECT_TIMEOUT = 5.0
+#: TransferQueue's actor (transfer_queue/interface.py, ``init``): its name and namespace are fixed, and a trainer that
+#: finds one takes it for its own.
+QUEUE_ACTOR = {"name": "TransferQueueController", "namespace": "transfer_queue"}
+#: What Ray says when its raylet did not come up within 15 seconds, on a busy or freshly booted machine.
+SLOW_START = "timed out during startup"
+
+
+class Cluster:
+    """A Ray cluster, or the reason why there is none."""
+
+    def __init__(self, failure: Finding | None = None) -> None:
+        """Remember why there is no cluster, if there is none."""
+        self.failure = failure
+        self._answers: dict[str, Any] = {}
+        self._nodes: dict[str, dict[str, Any]] = {}
+        self._begin = 0.0
+
+    @classmethod
+    @contextmanager
+    def join(cls, config: DictConfig | None) -> Iterator[Cluster]:
+        """Connect as ``verl.trainer.main_ppo`` would: ``ray_kwargs.ray_init``, ``RAY_ADDRESS``, or a local cluster.
+
+        Args:
+            config: A whole verl config; None for Ray's own defaults.
+        """
+        # verl sets this before it imports Ray, and Ray reads it then.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        try:
+            import ray
+        except ImportError as error:
+            yield cls(Finding("ray", f"cannot be imported: {error}", False, "pip install 'ray[default]'"))
+            return
+        if ray.is_initialized():
+            yield cls()
+            return
+        failure = None
+        try:
+            arguments = ray_arguments(config)
+            refuse_unreachable(arguments.get("address") or os.environ.get("RAY_ADDRESS"))
+            _init_ray(arguments)
+        except Exception as error:
+            # ConnectionError, ValueError, RuntimeError: whichever it is, verl would meet it too.
+            failure = Finding(
+                "ray",
+                f"cannot be reached or started: {_reason(error)}",
+                False,
+                "start it (`ray start --head`), or correct RAY_ADDRESS and ray_kwargs.ray_init of the config",
+            )
+        try:
+            yield cls(failure)
+        finally:
+            if failure is None:
+                ray.shutdown()
+
+    def ask_every_node(self, files: Sequence[tuple[str, str]] = (), shared: Path | None = None) -> None:
+        """Start the probe on each node that is alive, in a fresh worker process.
+
+        Args:
+            files: See :func:`hpo_plugin.check.probe.probe`.
+            shared: The same.
+        """
+        if self.failure is not None:
+            return
+        import ray
+        from ray import cloudpickle
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # A node without this package, or with another version of it, must be able to say so.
+        cloudpickle.register_pickle_by_value(probe)
+        try:
+            # One call per worker process, so that it is fresh; no CPU asked for, so that a busy node answers.
+            task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(probe.probe)
+            self._begin = time.monotonic()
+            for node in ray.nodes():
+                if node["Alive"]:
+                    pinned = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+                    self._nodes[node["NodeID"]] = node
+                    self._answers[node["NodeID"]] = task.options(scheduling_strategy=pinned).remote(
+                        files, None if shared is None else str(shared)
+                    )
+        finally:
+            cloudpickle.unregister_pickle_by_value(probe)
+
+    def check_nodes(self, here: dict[str, Any], timeout: float) -> list[Finding]:
+        """Wait for the answers and compare them with this process.
+
+        Args:
+            here: What :func:`hpo_plugin.check.probe.probe` found in this process.
+            timeout: Seconds each node has, from when it was asked.
+        """
+        if self.failure is not None:
+            return [self.failure]
+        import ray
+
+        remaining = max(0.0, timeout - (time.monotonic() - self._begin))
+        ray.wait(list(self._answers.values()), num_returns=len(self._answers), timeout=remaining)
+        findings = []
+        for node_id, answer in self._answers.items():
+            label = f"node {self._nodes[node_id]['NodeManagerAddress']}"
+            try:
+                there = ray.get(answer, timeout=0)
+            except ray.exceptions.GetTimeoutError:
+                host = self._nodes[node_id]["NodeManagerHostname"]
+                found = f"{host}: no answer within {timeout:g} s"
+                findings.append(Finding(label, found, False, "look at the node, or give it longer: --timeout"))
+            except ray.exceptions.RayError as error:
+                host = self._nodes[node_id]["NodeManagerHostname"]
+                found = f"{host}: {' '.join(str(error).split())[-400:]}"
+                findings.append(Finding(label, found, False, "look at the node's Ray logs"))
+            else:
+                findings += compare_node(label, here, there)
+        if not findings:
+            findings.append(Finding("ray", "the cluster has no living node", False, "start it: `ray start --head`"))
+        return findings
+
+    def check_devices(self, config: DictConfig) -> list[Finding]:
+        """Compare the accelerators that the config asks for with what the cluster has."""
+        if self.failure is not None:
+            return []
+        import ray
+
+        nodes, per_node = _asked(config)
+        have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        counts = ", ".join(map(str, sorted((_accelerators(resources) for resources in have), reverse=True)))
+        found = f"{nodes} x {per_node} asked for; the cluster's nodes have {counts or 'none'}"
+        if not _holds(have, nodes, per_node, cpus=0):
+            return [Finding("accelerators", found, False, "correct trainer.nnodes and trainer.n_gpus_per_node")]
+        if not _holds(have, nodes, per_node, cpus=CPUS_PER_RANK):
+            cpus = ", ".join(str(int(resources.get("CPU", 0))) for resources in have)
+            found = f"{per_node * CPUS_PER_RANK} of each node's logical CPUs are needed; the nodes have {cpus}"
+            remedy = "give `ray start` a larger --num-cpus: verl waits for ever for CPUs that are not there"
+            return [Finding("accelerators", found, False, remedy)]
+        return [Finding("accelerators", found)]
+
+    def lacks(self, config: DictConfig) -> str | None:
+        """What a run has to wait for: nodes, accelerators that are still in use, the end of another run.
+
+        Returns:
+            It, in a line; None where a run can start.
+        """
+        import ray
+
+        nodes, per_node = _asked(config)
+        have = [_accelerators(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        fit = sum(count // per_node for count in have) if per_node else nodes
+        if fit < nodes:
+            return f"{nodes} nodes with {per_node} accelerators each; the cluster has {fit} of them"
+        free = _accelerators(ray.available_resources())
+        if free < nodes * per_node:
+            return f"{nodes * per_node} free accelerators; {free} of the cluster's {sum(have)} are"
+        if QUEUE_ACTOR in ray.util.list_named_actors(all_namespaces=True):
+            return f"the end of another run of verl, whose {QUEUE_ACTOR['name']} is on the cluster: it would be shared"
+        return None
+
+    def living_nodes(self) -> set[str]:
+        """Ids of the nodes that are alive."""
+        import ray
+
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def dead_nodes(self) -> dict[str, str]:
+        """Ids and addresses of the nodes that were part of the cluster and died."""
+        import ray
+
+        return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}
+
+
+def _asked(config: DictConfig) -> tuple[int, int]:
+    nodes, per_node = (int(OmegaConf.select(config, f"trainer.{key}")) for key in ("nnodes", "n_gpus_per_node"))
+    return nodes, per_node
+
+
+def _accelerators(resources: Mapping[str, float]) -> int:
+    return int(resources.get("GPU", 0) or resources.get("NPU", 0))
+
+
+def _holds(nodes: Iterable[Mapping[str, float]], asked: int, per_node: int, *, cpus: int) -> bool:
+    """Whether the nodes hold so many placement groups of so many ranks, each of which takes so many CPUs."""
+    if not per_node:
+        return True
+    room = 0
+    for resources in nodes:
+        held = _accelerators(resources) // per_node
+        room += min(held, int(resources.get("CPU", 0)) // (cpus * per_node)) if cpus else held
+    return room >= asked
+
+
+def _reason(error: Exception) -> str:
+    """In one line; with the last line of the cause, where Ray has the end of a traceback (a refused token, say)."""
+    said = " ".join(str(error).split())
+    cause = str(error.__cause__ or "").strip().splitlines()
+    return f"{said}: {cause[-1].strip()[:300]}" if cause else said
+
+
+def _init_ray(arguments: dict[str, Any]) -> None:
+    """``ray.init``, once more where the machine was too slow to start a node: the installation is not at fault."""
+    import ray
+
+    for last in (False, True):
+        try:
+            # Ray replaces the handler of SIGTERM.
+            with signal_handlers_kept():
+                ray.init(**arguments)
+            return
+        except Exception as error:
+            if last or SLOW_START not in str(error):
+                raise
+            ray.shutdown()
+
+
+def ray_arguments(config: DictConfig | None) -> dict[str, Any]:
+    """Arguments of ``ray.init``: the config's own, without what would write into the report."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config is None:
+        # Without a config, and without a cluster: the least that answers.
+        local = not os.environ.get("RAY_ADDRESS") and not _has_current_cluster()
+        return quiet | ({"num_cpus": 1, "include_dashboard": False} if local else {})
+    given = OmegaConf.select(config, "ray_kwargs.ray_init")
+    arguments = OmegaConf.to_container(given, resolve=True) if given is not None else {}
+    assert isinstance(arguments, dict)
+    return {str(key): value for key, value in arguments.items()} | quiet
+
+
+def _has_current_cluster() -> bool:
+    # What ray.init() without an address looks at.
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address("auto") is not None
+    except Exception:
+        return False
+
+
+def refuse_unreachable(address: str | None) -> None:
+    """Try the head of a cluster for a few seconds.
+
+    Args:
+        address: ``host:port``, ``ray://host:port``, or ``auto``, ``local``, None, for which nothing is tried.
+
+    Raises:
+        ConnectionError: Nothing answers there.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers at {address}: {error}") from error
+
+
+def compare_node(label: str, here: dict[str, Any], there: dict[str, Any]) -> list[Finding]:
+    """Findings about one node.
+
+    Args:
+        label: What the findings are called.
+        here: What the probe found in this process.
+        there: What it found on the node.
+    """
+    findings = [Finding(label, f"{there['host']}: {what}", False, remedy) for what, remedy in there["problems"]]
+    pairs = {"python": (there["python"], here["python"])} | {
+        name: (there["versions"][name], here["versions"][name]) for name in here["versions"]
+    }
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            what = f"{there['host']}: {name} {found or 'is missing'}, here {expected or 'missing'}"
+            findings.append(Finding(label, what, False, "install the same versions on every node"))
+    if there["code"] != here["code"] and pairs["hpo-plugin"][0] == pairs["hpo-plugin"][1]:
+        what = f"{there['host']}: other code of the same version ({there['code']}, here {here['code']})"
+        findings.append(Finding(label, what, False, "install the same source on every node"))
+    if not findings:
+        findings.append(Finding(label, f"{there['host']}: registered, same versions ({there['seconds']:.0f} s)"))
+    return findings

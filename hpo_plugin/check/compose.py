@@ -1,0 +1,77 @@
+"""Composing a config as verl's trainer does, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from hpo_plugin.check.report import Finding
+from hpo_plugin.configs import explain_renamed_groups
+
+
+def compose(
+    config_name: str, overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[DictConfig | None, Finding]:
+    """Compose a config as ``verl.trainer.main_ppo`` does: verl's own directory, then the search-path plugins.
+
+    Args:
+        config_name: Without a path.
+        overrides: Hydra overrides.
+        config_dir: A further directory to search.
+
+    Returns:
+        The config, or None; and a finding that says which.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    verl = find_spec("verl")
+    if verl is None or not verl.submodule_search_locations:
+        return None, Finding("config", "verl is not installed", False, "install verl first")
+    if instead := explain_renamed_groups(overrides):
+        found = f"hpo_plugin has renamed its config groups: {instead}"
+        return None, Finding("config", found, False, "use the new names")
+    directory = Path(verl.submodule_search_locations[0]) / "trainer" / "config"
+    try:
+        with _searched_too(config_dir), initialize_config_dir(str(directory), version_base=None):
+            config = hydra_compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        return None, Finding(
+            "config",
+            f"{config_name}: {' '.join(str(error).split())}",
+            False,
+            "correct the name or the override",
+        )
+    shown = f" with {len(overrides)} overrides" if overrides else ""
+    return config, Finding("config", f"{config_name}{shown}")
+
+
+@contextmanager
+def _searched_too(config_dir: Path | None) -> Iterator[None]:
+    """What Hydra's ``--config-dir`` does. Hydra does not look for a primary config in ``hydra.searchpath``."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    if config_dir is None:
+        yield
+        return
+    directories = [config_dir.resolve()]
+
+    class ConfigDir(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for directory in directories:
+                search_path.append("command-line", f"file://{directory}")
+
+    Plugins.instance().register(ConfigDir)
+    try:
+        yield
+    finally:
+        # Hydra has no way to take a plugin back.
+        directories.clear()

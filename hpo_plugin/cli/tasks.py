@@ -1,0 +1,309 @@
+"""``hpo-plugin prepare``, ``explain`` and ``score``: one subcommand per task, made of the task's own options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from hpo_plugin.tasks.task import DataSet, Row, Task
+
+
+def task_commands(name: str, help_text: str, build: Callable[[Task], Callable[..., None]]) -> typer.Typer:
+    """Return a command group whose subcommands are tasks: the tasks of this package, or the path of a task's file.
+
+    Args:
+        name: Name of the group.
+        help_text: Its help.
+        build: Makes a task's command: a function with typer's annotations.
+    """
+
+    class TaskGroup(TyperGroup):
+        def list_commands(self, ctx: Any) -> list[str]:
+            from hpo_plugin.tasks.task import TASK_NAMES
+
+            return list(TASK_NAMES)
+
+        def get_command(self, ctx: Any, cmd_name: str) -> Any:
+            from hpo_plugin.tasks.task import TaskError, load_task
+
+            try:
+                task = load_task(cmd_name)
+            except TaskError as error:
+                raise typer.BadParameter(str(error), ctx=ctx, param_hint="TASK") from None
+            one = typer.Typer(add_completion=False)
+            one.command(name=cmd_name)(build(task))
+            return typer.main.get_command(one)
+
+    group = typer.Typer(no_args_is_help=True, help=help_text, cls=TaskGroup)
+
+    @group.callback()
+    def _group() -> None:
+        pass
+
+    _group.__doc__ = help_text
+    return group
+
+
+# --- prepare -------------------------------------------------------------------------------------------------------
+
+
+def _prepare_command(task: Task) -> Callable[..., None]:
+    hints = get_type_hints(task.Options)
+    parameters = [
+        inspect.Parameter(
+            "output",
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[Path, typer.Option(help="Directory of the parquet files and manifest.json.")],
+        )
+    ]
+    for field in dataclasses.fields(task.Options):
+        kind = hints[field.name]
+        # typer takes lists for options that may be repeated.
+        kind = list[int] | None if kind == (tuple[int, ...] | None) else kind
+        # Without a flag of its own, typer would add --no-… to a switch.
+        flag = field.metadata.get("flag") or (f"--{field.name.replace('_', '-')}" if kind is bool else "")
+        option = typer.Option(
+            *([flag] if flag else []), help=field.metadata.get("help", ""), min=field.metadata.get("minimum")
+        )
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=Annotated[kind, option],
+            )
+        )
+    parameters.append(
+        inspect.Parameter(
+            "force",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--force", help="Replace other data in the directory.")],
+        )
+    )
+
+    def prepare(output: Path, force: bool, **given: Any) -> None:
+        from rich.console import Console
+
+        from hpo_plugin.console import stage_bars, stopped
+
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+        }
+        try:
+            with stage_bars(Console(stderr=True), transient=False) as progress:
+                made = task.prepare(output, task.Options(**values), force=force, progress=progress)
+        except (ValueError, OSError) as error:
+            raise stopped(error) from None
+        _print_data_set(made)
+
+    prepare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    prepare.__annotations__ = {}
+    prepare.__doc__ = (
+        f"Write {task.title} data with a training and a test split, in verl's parquet format.\n\n"
+        "The same options give the same bytes. Existing identical data is left alone; other data is not overwritten."
+    )
+    return prepare
+
+
+def _print_data_set(made: DataSet) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    counts = dict(made.manifest["counts"])
+    for split, agreement in made.manifest.get("oracle", {}).items():
+        rows = sum(sum(found.values()) for found in agreement.values())
+        agreed = sum(found.get(cause, 0) for cause, found in agreement.items())
+        counts[f"{split}: the rules agree with the label"] = f"{agreed:,} of {rows:,} ({100 * agreed / rows:.1f} %)"
+    leakage = made.manifest.get("leakage")
+    if leakage:
+        counts["base scenarios, train and test"] = f"{leakage['train_scenarios']:,} and {leakage['test_scenarios']:,}"
+        counts["in both"] = f"{leakage['shared_scenarios']:,}"
+    directory, written = made.publication.directory, made.publication.written
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in _count_rows(counts):
+        table.add_row(*row)
+    for name in sorted({*written, *made.publication.unchanged} - {"manifest.json"}):
+        table.add_row(str(directory / name), "written" if name in written else "already there, identical")
+    console = Console()
+    console.print(table, soft_wrap=True)
+    for name, examples in counts.items():
+        if name.endswith("_examples"):
+            for example in examples:
+                console.print(f"{name.removesuffix('_examples')}: {example}", markup=False, highlight=False)
+    if leakage and leakage["shared_scenarios"]:
+        Console(stderr=True).print(
+            f"warning: {leakage['train_rows']:,} training rows and {leakage['test_rows']:,} test rows share a base "
+            "scenario; held-out success will be too high",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _count_rows(counts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for name, value in counts.items():
+        label = name.replace("_", " ")
+        if isinstance(value, int):
+            yield label, f"{value:,}"
+        elif isinstance(value, str):
+            yield label, value
+        elif isinstance(value, Mapping):
+            for kind, count in value.items():
+                yield f"{label}: {kind}", f"{count:,}"
+
+
+# --- explain -------------------------------------------------------------------------------------------------------
+
+
+def _explain_command(task: Task) -> Callable[..., None]:
+    def explain(
+        file: Annotated[
+            str,
+            typer.Argument(
+                help="A prompt as text (- for standard input), or a .parquet/.json/.jsonl/.csv file of rows, such as "
+                "one that `hpo-plugin prepare` wrote."
+            ),
+        ],
+        row: Annotated[int, typer.Option(min=0, help="Row of the file, from 0.")] = 0,
+        text: Annotated[bool, typer.Option("--text", help="Print the derivation instead of the table.")] = False,
+    ) -> None:
+        from rich.console import Console
+
+        from hpo_plugin.console import stopped
+
+        try:
+            given = _read_row(task, file, row)
+            found = task.explain(given)
+        except (ValueError, OSError) as error:
+            raise stopped(error) from None
+        console = Console(highlight=False)
+        if text and found.answer is not None:
+            console.print(found.text or found.summary, markup=False, soft_wrap=True)
+            return
+        if found.table is not None:
+            console.print(found.table)
+            console.print()
+        console.print(found.summary, style="bold red" if found.answer is None else "bold", markup=False)
+        if found.answer is None:
+            raise typer.Exit(1)
+        for line in found.evidence:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+        truth = given["reward_model"]["ground_truth"]
+        if isinstance(truth, str) and truth != found.answer:
+            console.print(f"The file's answer is {truth}; the rules do not agree.", style="yellow", markup=False)
+
+    explain.__doc__ = (
+        f"Explain the answer to one row of {task.title}.\n\n"
+        "Exit status 1 if there is no answer, or the row cannot be read."
+    )
+    # The names that its annotations use are those of this function, which typer does not see.
+    explain.__annotations__ = get_type_hints(explain, globals(), include_extras=True)
+    return explain
+
+
+def _read_row(task: Task, file: str, number: int) -> Row:
+    """Return a row from a file of rows, or one that holds a prompt alone."""
+    from hpo_plugin.tasks.sources import FILE_SUFFIXES, read_file
+
+    path = Path(file)
+    if file == "-" or path.suffix.lower() not in FILE_SUFFIXES:
+        # Line breaks of every kind become "\n", as they do on standard input.
+        prompt = sys.stdin.read() if file == "-" else path.read_text(encoding="utf-8-sig")
+        return {"prompt": [{"role": "user", "content": prompt}], "reward_model": {"ground_truth": None}}
+    rows = read_file(path)
+    if number >= len(rows):
+        raise ValueError(f"--row {number}: {path} has {len(rows)} rows, counted from 0")
+    entry = rows[number] if isinstance(rows[number], dict) else {}
+    try:
+        return task.read_row({str(name).strip().lower(): value for name, value in entry.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}, row {number}: {error}") from error
+
+
+# --- score ---------------------------------------------------------------------------------------------------------
+
+
+def _score_command(task: Task) -> Callable[..., None]:
+    def score(
+        file: Annotated[
+            Path, typer.Argument(help="<step>.jsonl of verl's trainer.validation_data_dir: one sample a line.")
+        ],
+    ) -> None:
+        from rich.console import Console
+
+        from hpo_plugin.console import stopped
+
+        try:
+            prompts = _read_samples(file)
+            metrics = task.metrics(prompts)
+            groups = [task.group(truth) for truth, _ in prompts]
+        except (ValueError, OSError) as error:
+            raise stopped(error) from None
+        console = Console(highlight=False)
+        console.print(f"{len(prompts):,} prompts, {len(prompts[0][1])} samples each")
+        for name, value in metrics.items():
+            console.print(f"{name:<8}{100 * value:.2f} %", style="bold")
+        _print_groups(console, groups, prompts)
+
+    score.__doc__ = (
+        f"Print pass@1 of a validation of {task.title}, and maj@k where its k samples a prompt name an answer.\n\n"
+        "verl's own maj@k is a bootstrap estimate; this is the plain majority."
+    )
+    score.__annotations__ = get_type_hints(score, globals(), include_extras=True)
+    return score
+
+
+def _print_groups(console: Any, groups: Sequence[str | None], prompts: Sequence[tuple[Any, list[Any]]]) -> None:
+    from rich.table import Table
+
+    from hpo_plugin.tasks.task import is_correct
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("group", "samples", "correct", "most frequent answers"):
+        table.add_column(column, justify="left" if column in ("group", "most frequent answers") else "right")
+    for group in sorted({group for group in groups if group is not None}):
+        samples = [
+            sample for own, (_, all_of) in zip(groups, prompts, strict=True) if own == group for sample in all_of
+        ]
+        answers = Counter(str(sample["pred"]) for sample in samples if "pred" in sample)
+        shown = "  ".join(f"{text or 'none'} {100 * n / len(samples):.0f} %" for text, n in answers.most_common(4))
+        correct = sum(map(is_correct, samples))
+        table.add_row(group, f"{len(samples):,}", f"{100 * correct / len(samples):.1f} %", shown)
+    if table.row_count:
+        console.print(table)
+
+
+def _read_samples(file: Path) -> list[tuple[Any, list[Mapping[str, Any]]]]:
+    """Return ground truth and samples of each prompt, in the order of the file."""
+    import json
+
+    from hpo_plugin.tasks.sources import read_file
+
+    prompts: dict[tuple[str, str], tuple[Any, list[Mapping[str, Any]]]] = {}
+    for number, row in enumerate(read_file(file)):
+        if not isinstance(row, Mapping) or not {"gts", "score"} <= row.keys() or not {"uid", "input"} & row.keys():
+            raise ValueError(
+                f"{file}, line {number + 1}: not a sample of a validation of verl's, with gts, score, and uid or input"
+            )
+        # verl's default trainer names samples <prompt>_<session>_<index>.
+        prompt = str(row["uid"]).rsplit("_", 2)[0] if "uid" in row else str(row["input"])
+        key = (prompt, json.dumps(row["gts"], sort_keys=True))
+        prompts.setdefault(key, (row["gts"], []))[1].append(row)
+    if not prompts:
+        raise ValueError(f"{file} has no samples")
+    return list(prompts.values())
+
+
+prepare = task_commands("prepare", "Write data files in verl's parquet format.", _prepare_command)
+explain = task_commands("explain", "Explain the answer to a row.", _explain_command)
+score = task_commands("score", "Compute metrics from the samples of a validation.", _score_command)

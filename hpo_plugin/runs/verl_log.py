@@ -1,0 +1,205 @@
+"""What a run of verl leaves behind: the rows of its file logger, and the cause of a failure in its output."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Metrics of one step, by verl's names.
+Metrics = Mapping[str, float]
+#: Step -> metrics. Step 0 is the evaluation before training.
+Rows = dict[int, Metrics]
+
+
+class LogError(ValueError):
+    """A metrics file that verl's file logger did not write."""
+
+
+class MetricsFile:
+    """Follows a file of ``verl.utils.tracking.FileLogger`` while it grows: one JSON object per line."""
+
+    def __init__(self, path: Path) -> None:
+        """Start at the beginning.
+
+        Args:
+            path: The file; it need not exist yet.
+        """
+        self.path = path
+        self._offset = 0
+        self._line = 0
+
+    def new_rows(self) -> list[tuple[int, Metrics]]:
+        """Return the rows that are complete since the last call. A last line without its end waits for the next call.
+
+        Raises:
+            LogError: A complete line is not a row of verl's.
+        """
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        complete, _, _ = text.rpartition(b"\n")
+        if not complete:
+            return []
+        self._offset += len(complete) + 1
+        rows: list[tuple[int, Metrics]] = []
+        for line in complete.split(b"\n"):
+            self._line += 1
+            try:
+                row = json.loads(line)
+                rows.append((int(row["step"]), _numbers(row["data"])))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise LogError(f"{self.path}, line {self._line} is not a row of verl's file logger: {error}") from error
+        return rows
+
+
+def _numbers(data: Mapping[str, object]) -> dict[str, float]:
+    return {key: float(value) for key, value in data.items() if isinstance(value, int | float)}
+
+
+def read_rows(path: Path) -> Rows:
+    """Return all complete rows of a metrics file; a file that does not exist has none.
+
+    Raises:
+        LogError: See :meth:`MetricsFile.new_rows`; or one step is there twice.
+    """
+    rows: Rows = {}
+    for step, metrics in MetricsFile(path).new_rows():
+        if step in rows:
+            raise LogError(f"{path}: step {step} is logged twice")
+        rows[step] = metrics
+    return rows
+
+
+def merge_attempts(attempts: Iterable[tuple[int | None, Rows]]) -> Rows:
+    """Join the rows of a run that was interrupted and resumed, each step once.
+
+    Args:
+        attempts: In their order: the step of the checkpoint an attempt resumed from (None: from the start), and its
+            rows. What an earlier attempt had logged beyond that checkpoint was done again, so it is dropped.
+
+    Returns:
+        Step -> metrics, by ascending step.
+    """
+    merged: Rows = {}
+    for resumed_from, rows in attempts:
+        kept = -1 if resumed_from is None else resumed_from
+        merged = {step: metrics for step, metrics in merged.items() if step <= kept} | rows
+    return dict(sorted(merged.items()))
+
+
+def held_out_success(metrics: Metrics) -> float | None:
+    """The share of held-out problems solved, where the step was evaluated.
+
+    verl calls it ``val-core/<data source>/<acc or reward>/mean@<samples>`` (``PPOTrainer._val_metrics_update``).
+    """
+    found = [value for key, value in metrics.items() if re.fullmatch(r"val-core/.+/(?:acc|reward)/mean@\d+", key)]
+    return sum(found) / len(found) if found else None
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a person looks at, of one step.
+
+    Attributes:
+        step: From 1.
+        reward: Mean reward of the step's samples, before the update.
+        alpha: α, the weight of negative responses.
+        share_positive: p̂⁺, share of responses with positive advantage.
+        share_negative: p̂⁻.
+        length: Mean response length in tokens.
+        seconds: Wall time of the step, evaluation not included.
+        held_out: Share of held-out problems solved after the step; None where it was not evaluated.
+    """
+
+    step: int
+    reward: float
+    alpha: float
+    share_positive: float
+    share_negative: float
+    length: float
+    seconds: float
+    held_out: float | None
+
+    @classmethod
+    def of(cls, step: int, metrics: Metrics) -> StepView:
+        """Pick from verl's metrics; what is absent is NaN."""
+
+        def value(name: str) -> float:
+            return metrics.get(name, math.nan)
+
+        return cls(
+            step=step,
+            reward=value("critic/rewards/mean"),
+            alpha=value("actor/hpo/alpha"),
+            share_positive=value("actor/hpo/share_positive"),
+            share_negative=value("actor/hpo/share_negative"),
+            length=value("response_length/mean"),
+            seconds=value("timing_s/step"),
+            held_out=held_out_success(metrics),
+        )
+
+    def line(self, last_step: int) -> str:
+        """The step as one line; what is not known is a dash."""
+        width = len(str(last_step))
+
+        def shown(value: float, form: str) -> str:
+            return format(value, form) if not math.isnan(value) else "-".rjust(len(format(0.0, form)))
+
+        return (
+            f"step {self.step:>{width}}/{last_step}  reward {shown(self.reward, '.3f')}  α {shown(self.alpha, '.2f')}  "
+            f"p̂⁺ {shown(self.share_positive, '.2f')}  p̂⁻ {shown(self.share_negative, '.2f')}  "
+            f"length {shown(self.length, '4.1f')}  {shown(self.seconds, '4.1f')} s"
+        )
+
+
+def step_views(rows: Rows) -> list[StepView]:
+    """The training steps of a run, in order."""
+    return [StepView.of(step, metrics) for step, metrics in sorted(rows.items()) if step > 0]
+
+
+def evaluations(rows: Rows) -> list[tuple[int, float]]:
+    """``(step, share of held-out problems solved)`` wherever the model was evaluated, in order."""
+    found = ((step, held_out_success(metrics)) for step, metrics in sorted(rows.items()))
+    return [(step, success) for step, success in found if success is not None]
+
+
+# --- why it failed -------------------------------------------------------------------------------------------------
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_RAY_PREFIX = re.compile(r"^\((?:[\w.:]+ )?pid=\d+(?:, ip=[\d.]+)?\) ?")
+_EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w]*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Timeout)\b.*")
+_WRAPPED = re.compile(r"^(?:ray\.exceptions\.)?RayTaskError|^ray\.exceptions\.\w+: .*actor died")
+#: verl's agent loop logs its exception here and continues; what stops the run comes much later and does not name it.
+_AGENT_LOOP = "Error in _run_prompt"
+
+
+def plain_lines(text: str) -> list[str]:
+    """Lines without colors and without Ray's ``(Actor pid=1)`` prefixes; a progress bar's rewrites are lines."""
+    return [_RAY_PREFIX.sub("", _ANSI.sub("", line)).rstrip() for line in re.split(r"[\r\n]+", text)]
+
+
+def failure_cause(lines: Sequence[str]) -> str | None:
+    """The exception that stopped a run, from its output.
+
+    Args:
+        lines: As :func:`plain_lines` gives them.
+
+    Returns:
+        The exception's line: the first one of the agent loop if there is one, else the first that Ray did not merely
+        pass on from elsewhere, counted from the last traceback; None if there is no exception.
+    """
+    for position, line in enumerate(lines):
+        if _AGENT_LOOP in line:
+            cause = next((text for text in lines[position + 1 : position + 200] if _EXCEPTION.match(text)), None)
+            return f"in the agent loop: {cause or line[line.index(_AGENT_LOOP) :]}"
+    found = [line for line in lines if _EXCEPTION.match(line)]
+    own = [line for line in found if not _WRAPPED.match(line)]
+    if own:
+        return own[-1]
+    return found[-1] if found else None

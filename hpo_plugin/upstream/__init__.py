@@ -1,1 +1,0 @@
-"""The contribution to verl itself: what ``hpo-plugin upstream`` writes. Nothing here imports verl or torch."""

@@ -1,0 +1,1 @@
+"""What registers HPO and A-HPO in verl. Nothing here is imported before verl asks for it."""

@@ -1,0 +1,198 @@
+"""``algorithm.adv_estimator=hpo|ahpo``: HPO's advantages behind verl's estimator interface.
+
+verl calls an estimator in the driver, with all rows of the batch that α is a statistic of, padding rows included
+(``compute_advantage``, verl/trainer/ppo/ray_trainer.py), in every trainer it has. So α is computed and applied here,
+always and alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from hpo_plugin import algorithm, fused
+from hpo_plugin.errors import ConfigError
+from hpo_plugin.variants import VARIANTS
+from hpo_plugin.verl import metrics
+from hpo_plugin.verl import selection as keys
+from hpo_plugin.verl.selection import BASE_ESTIMATORS
+
+__all__ = ["estimator", "hysteretic_outcome_advantage", "last_rows", "record_comparison"]
+
+
+@functools.cache
+def estimator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What is registered in verl's ``ADV_ESTIMATOR_REGISTRY`` for a variant; the same object at every call."""
+    return functools.partial(hysteretic_outcome_advantage, name)
+
+
+def _group_numbers(index: np.ndarray) -> Tensor:
+    """A number for each row, (N,) int64, equal where the uids' texts are; a dictionary does it in a tenth of a sort."""
+    uids = list(map(str, np.asarray(index).reshape(-1).tolist()))
+    number_of = dict(zip(dict.fromkeys(uids), range(len(uids)), strict=False))
+    return torch.from_numpy(np.fromiter(map(number_of.__getitem__, uids), dtype=np.int64, count=len(uids)))
+
+
+def last_rows(batch_keys: Sequence[str]) -> Tensor:
+    """For each row, the row of the last output of its session, (N,) int64.
+
+    Args:
+        batch_keys: of verl's V1 batches, ``{uid}_{session}_{output}`` (verl/trainer/ppo/v1/agent_loop_tq.py). An agent
+            loop that returns several outputs makes a row of each; only the last one carries the session's reward.
+    """
+    last: dict[str, tuple[int, int]] = {}
+    sessions = []
+    for row, key in enumerate(batch_keys):
+        session, _, output = key.rpartition("_")
+        sessions.append(session)
+        last[session] = max(last.get(session, (-1, -1)), (int(output), row))
+    return torch.tensor([last[session][1] for session in sessions])
+
+
+def _base_advantages(base: str, rewards: Tensor, mask: Tensor, index: np.ndarray, valid: Tensor, config: Any) -> Any:
+    """Advantages and returns of another estimator, called on valid rows only; 0 in the others."""
+    from verl.trainer.ppo import core_algos
+
+    rows = valid.nonzero().flatten()
+    results = core_algos.get_adv_estimator_fn(base)(
+        token_level_rewards=rewards[rows], response_mask=mask[rows], index=index[rows.numpy()], config=config
+    )
+    return [torch.zeros(mask.shape, dtype=x.dtype).index_copy_(0, rows, x) for x in results]
+
+
+def _require_single_outputs(groups: Tensor, valid: Tensor, index: np.ndarray, config: Any) -> None:
+    """Without session keys, more rows of a prompt than ``rollout.n`` are several outputs of its sessions."""
+    if not isinstance(config, DictConfig) or config._get_parent() is None or not valid.any():
+        return
+    n = OmegaConf.select(config, "..actor_rollout_ref.rollout.n", default=None)
+    rows, group = torch.bincount(groups[valid]).max(dim=0)
+    if n is not None and rows > n:
+        raise ConfigError(
+            f"the prompt (uid) {index[int((groups == group).nonzero()[0])]} has {rows} rows in the batch, but "
+            f"actor_rollout_ref.rollout.n={n}: its sessions have several outputs, and this trainer does not tell the "
+            "estimator which rows belong to one session. Use verl's V1 trainer, or one output per session."
+        )
+
+
+def hysteretic_outcome_advantage(
+    name: str,
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray | None = None,
+    config: Any = None,
+    *,
+    last_row: Tensor | None = None,
+    token_level_scores: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The advantages of a variant: those of its base estimator, negative ones times α of this batch.
+
+    Args:
+        name: the variant.
+        token_level_rewards: (N, T) floating point, N the rows of the whole rollout batch; a response's reward is the
+            sum over T.
+        response_mask: (N, T) of 0 and 1; rows without any response token (padding, rejected) get 0 and enter no group.
+        index: (N,) object array of uids, one a prompt; rows of one uid need not be adjacent.
+        config: verl's ``algorithm`` node. Read: ``norm_adv_by_std_in_grpo``, ``use_kl_in_reward``, ``hpo.*``.
+        last_row: (N,) int64, see :func:`last_rows`; a session counts as one response, with the reward of its last
+            output, and its advantage goes to all of its outputs, as verl does for ``grpo``. Each row is a session,
+            if None.
+        token_level_scores: (N, T) the task's scores, which are counted in place of ``token_level_rewards`` if those
+            contain a KL penalty.
+        **kwargs: what verl passes to other estimators (``reward_baselines``…); not used.
+
+    Returns:
+        ``(advantages, returns)``, both (N, T) fp32 (fp64 for fp64 rewards). ``returns`` are not weighted: a critic may
+        train on them.
+
+    Raises:
+        ConfigError: if the batch cannot be counted right: KL in the reward without the task's scores, sessions of
+            several outputs in a trainer without session keys, or an invalid setting.
+        ValueError: if a reward is NaN or infinite (the message names the uids), or there are no uids.
+    """
+    if index is None:
+        raise ValueError(
+            f"{keys.KEY_ESTIMATOR}={name} is group-relative and needs the prompt's uid of each response, but the batch "
+            "has no `uid` (verl passes it as `index`)."
+        )
+    get = config.get if hasattr(config, "get") else lambda key, default: getattr(config, key, default)
+    settings, base = keys.read_settings(get("hpo", None))
+    if get("use_kl_in_reward", False) and token_level_scores is None:
+        raise ConfigError(keys.kl_in_reward(name, "this trainer"))
+    with torch.no_grad():
+        rewards, mask, lengths = token_level_rewards, response_mask, response_mask.sum(dim=1)
+        session = None
+        if last_row is not None:
+            rows, session = torch.unique(last_row, return_inverse=True)
+            lengths = torch.zeros_like(lengths[rows]).index_add(0, session, lengths)
+            if len(rows) == len(last_row):
+                session = None
+            else:
+                rewards, mask, index = rewards[rows], mask[rows], index[rows.numpy()]
+                token_level_scores = None if token_level_scores is None else token_level_scores[rows]
+        groups, valid = _group_numbers(index), fused.responses_with_tokens(mask)
+        if last_row is None:
+            _require_single_outputs(groups, valid, index, config)
+        of_base = None
+        if base != keys.OWN:
+            of_base, base_returns = _base_advantages(base, rewards, mask, index, valid, config)
+            if BASE_ESTIMATORS[base]:
+                # One advantage a response: that of its first token.
+                of_base = of_base.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
+            elif session is not None:
+                raise ConfigError(
+                    f"{keys.KEY_BASE}={base} does not know sessions of several outputs. Use {keys.KEY_BASE}={keys.OWN}."
+                )
+        reward, magnitude = fused.rewards_of_responses(rewards)
+        try:
+            result = algorithm.hysteretic_advantage(
+                reward,
+                groups,
+                lambda counts: VARIANTS[name].alpha(counts, settings),
+                valid=valid,
+                magnitude=magnitude,
+                lengths=lengths,
+                normalize_by_std=bool(get("norm_adv_by_std_in_grpo", True)),
+                base=of_base,
+                base_is_zero_without_signal=BASE_ESTIMATORS[base],
+                counted_rewards=None if token_level_scores is None else token_level_scores.sum(dim=-1),
+            )
+        except algorithm.RewardError as error:
+            prompts = dict.fromkeys(map(str, index[error.rows]))
+            raise ValueError(f"{error} Their prompts (uid): {', '.join(list(prompts)[:8])}.") from None
+        metrics.record(result.statistics)
+        weighted, unweighted = result.weighted, result.advantage
+        if weighted.dim() == 2:
+            return weighted, base_returns
+        if session is not None:
+            weighted, unweighted = weighted[session], unweighted[session]
+        # Returns take no memory of their own: masked tokens hold the value of the others, and nobody reads them.
+        returns = unweighted.unsqueeze(-1).expand(response_mask.shape)
+        # numpy asks Linux for huge pages, torch does not; without them, half of the time goes into new memory.
+        out = torch.from_numpy(np.empty(response_mask.shape, dtype=f"f{weighted.itemsize}"))
+        return fused.spread_over_tokens(weighted, response_mask, out=out), returns
+
+
+def record_comparison(estimator: str, data: Any, last_row: Tensor) -> None:
+    """Record the metrics of a batch of verl (``DataProto``) whose estimator applies no α, for comparison: α = 1."""
+    rows = torch.unique(last_row)
+    batch = {name: data.batch[name][rows] for name in ("advantages", "token_level_rewards", "response_mask")}
+    reward, magnitude = fused.rewards_of_responses(batch["token_level_rewards"])
+    with torch.no_grad():
+        result = algorithm.hysteretic_advantage(
+            reward,
+            _group_numbers(data.non_tensor_batch["uid"][rows.numpy()]),
+            lambda counts: 1.0,
+            valid=fused.responses_with_tokens(batch["response_mask"]),
+            magnitude=magnitude,
+            lengths=batch["response_mask"].sum(dim=1),
+            base=batch["advantages"],
+            base_is_zero_without_signal=BASE_ESTIMATORS.get(estimator, estimator in ("grpo_vectorized", "grpo_passk")),
+        )
+    metrics.record(result.statistics)

@@ -1,0 +1,210 @@
+"""The places where verl has no extension point. There are four; each is one plain function in place of verl's.
+
+1. ``verl.utils.config.validate_config`` and 2. ``verl.trainer.main_ppo.run_ppo``: every trainer of verl calls at least
+   one of them in the driver, before the first rollout. Both call :func:`prepare` first.
+3. ``verl.trainer.ppo.metric_utils.compute_data_metrics``: what the estimator counted enters verl's log.
+4. ``verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories``: the one place that knows which rows belong to
+   one session, and the task's scores apart from a KL penalty in the reward.
+
+``tests/verl/test_seams.py`` fails when verl moves one of them. A verl that has HPO built in is left as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hpo_plugin.errors import ConfigError
+from hpo_plugin.variants import VARIANTS
+from hpo_plugin.verl import metrics
+from hpo_plugin.verl import selection as keys
+from hpo_plugin.verl.losses import normalizes_by_mean_length
+from hpo_plugin.verl.presets import apply_preset
+from hpo_plugin.verl.registration import RegistrationError, is_built_in, require_registered, require_supported_verl
+from hpo_plugin.verl.selection import Selection, check_selection, read_selection
+
+__all__ = ["SEAMS", "prepare", "replace"]
+
+STOCK_TARGET = "verl.workers.config.PolicyLossConfig"
+OUR_TARGET = "hpo_plugin.verl.config.HPOPolicyLossConfig"
+OF_SESSIONS = ("data", "batch_keys", "adv_estimator", "config")
+
+
+def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
+    """Apply the preset, set the run up for the algorithm that the config selects, and refuse what cannot work.
+
+    Safe to repeat: the driver does it, and some trainers do it again in a process of their own.
+
+    Args:
+        config: verl's root config; changed in place.
+
+    Returns:
+        What the config selects, None where verl has HPO built in and checks the config itself; and what was set, a line
+        each.
+
+    Raises:
+        ConfigError: for a config that contradicts itself; the message names the keys.
+        RegistrationError: if the config selects a variant that cannot be used in this process.
+    """
+    lines = apply_preset(config)
+    select = functools.partial(OmegaConf.select, config)
+    if {str(select(keys.KEY_ESTIMATOR)), str(select(keys.KEY_LOSS_MODE))} & set(VARIANTS):
+        from verl.trainer.ppo import core_algos
+
+        if is_built_in(core_algos):
+            _check_recipe(config)
+            return None, lines
+    selection = read_selection(config)
+    if selection.variant is not None:
+        require_supported_verl()
+        check_selection(config, selection)
+        lines += inject_config(config, selection)
+        require_registered(selection.variant.name, selection.loss_mode)
+        if selection.loss_mode not in VARIANTS and normalizes_by_mean_length(config) is False:
+            lines.append(
+                f"{keys.KEY_LOSS_MODE}={selection.loss_mode} does not normalize by the batch's mean length: this is "
+                f"half of {selection.variant.title}, its α without its normalization"
+            )
+    _check_recipe(config)
+    return selection, lines
+
+
+def _check_recipe(config: DictConfig) -> None:
+    # Imported here: only runs of our recipes need it.
+    if OmegaConf.select(config, "recipe") is not None:
+        from hpo_plugin.recipe.layout import check_layout
+
+        check_layout(config)
+
+
+def _prepare(config: DictConfig) -> None:
+    for line in prepare(config)[1]:
+        print(f"[hpo_plugin] {line}")
+
+
+def inject_config(config: DictConfig, selection: Selection) -> list[str]:
+    """Make the variant's estimator the run's, and tell the policy loss so, in place.
+
+    Returns:
+        One line where the estimator was another, to whose advantages α is applied now.
+
+    Raises:
+        ConfigError: if the config node of a variant's loss has a third class as ``_target_``.
+    """
+    assert selection.variant is not None
+    name, lines = selection.variant.name, []
+    if config.algorithm.adv_estimator != name:
+        with open_dict(config):
+            OmegaConf.update(config, keys.KEY_BASE, selection.base_estimator, force_add=True)
+            config.algorithm.adv_estimator = name
+        lines.append(
+            f"{keys.KEY_LOSS_MODE}={name} with {keys.KEY_ESTIMATOR}={selection.adv_estimator}: α is applied to the "
+            f"advantages of {selection.base_estimator} ({keys.KEY_ESTIMATOR}={name}, "
+            f"{keys.KEY_BASE}={selection.base_estimator})"
+        )
+    if selection.loss_mode not in VARIANTS:
+        return lines
+    node = config.actor_rollout_ref.actor.policy_loss
+    target = node.get("_target_", STOCK_TARGET)
+    if target not in (STOCK_TARGET, OUR_TARGET, SAVED_TARGET):
+        raise ConfigError(
+            f"actor_rollout_ref.actor.policy_loss._target_={target} cannot tell the policy loss of {name} which "
+            f"estimator made the advantages. Set it to {OUR_TARGET}, or {keys.KEY_LOSS_MODE}=vanilla."
+        )
+    with open_dict(node):
+        if target == STOCK_TARGET:
+            node._target_ = OUR_TARGET
+        node.adv_estimator = name
+    return lines
+
+
+def _validate_config(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+
+    call = inspect.signature(original).bind(*args, **kwargs)
+    config = call.arguments["config"]
+    before = OmegaConf.select(config, keys.KEY_ESTIMATOR)
+    _prepare(config)
+    if OmegaConf.select(config, keys.KEY_ESTIMATOR) != before:
+        # The caller asked whether there is a critic while the estimator was still another.
+        needs = {"use_critic": need_critic, "use_reference_policy": need_reference_policy}
+        call.arguments.update({name: need(config) for name, need in needs.items() if name in call.arguments})
+    return original(*call.args, **call.kwargs)
+
+
+def _run_ppo(original: Callable[..., Any], config: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    _prepare(config)
+    return original(config, *args, **kwargs)
+
+
+def _compute_data_metrics(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    logged, ours = original(*args, **kwargs), metrics.drain()
+    return logged | ours if ours else logged
+
+
+def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from verl.trainer.ppo import core_algos
+
+    from hpo_plugin.verl import estimators
+
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.apply_defaults()
+    data, batch_keys, estimator, config = (call.arguments[parameter] for parameter in OF_SESSIONS)
+    name, preset = str(getattr(estimator, "value", estimator)), (config or {}).get("policy_loss")
+    if preset in VARIANTS and preset != name and not is_built_in(core_algos):
+        raise ConfigError(
+            f"{keys.KEY_POLICY_LOSS}={preset} was not applied: this trainer calls neither verl's validate_config nor "
+            f"run_ppo. Set {keys.KEY_ESTIMATOR}={preset} and {keys.KEY_AGGREGATION}={keys.MEAN_LENGTH} instead."
+        )
+    if core_algos.ADV_ESTIMATOR_REGISTRY.get(name) is estimators.estimator(name):
+        batch = data.batch
+        batch["advantages"], batch["returns"] = estimators.estimator(name)(
+            token_level_rewards=batch["token_level_rewards"],
+            response_mask=batch["response_mask"],
+            index=data.non_tensor_batch.get("uid"),
+            config=config,
+            last_row=estimators.last_rows(batch_keys),
+            token_level_scores=batch["token_level_scores"] if config.get("use_kl_in_reward") else None,
+        )
+        return data
+    data = original(*args, **kwargs)
+    if preset is not None and preset not in VARIANTS and "uid" in data.non_tensor_batch:
+        estimators.record_comparison(name, data, estimators.last_rows(batch_keys))
+    return data
+
+
+#: Modules of verl, what is called in place of the function of that name, and the parameters that it needs.
+SEAMS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "verl.utils.config": (_validate_config, {"config"}),
+    "verl.trainer.main_ppo": (_run_ppo, {"config"}),
+    "verl.trainer.ppo.metric_utils": (_compute_data_metrics, set()),
+    "verl.trainer.ppo.v1.utils": (_compute_advantage_for_multi_trajectories, set(OF_SESSIONS)),
+}
+
+
+def replace(module: ModuleType) -> None:
+    """Put this package's function in the place of verl's, in a module of :data:`SEAMS`.
+
+    What stands there then is a plain function of verl's name: pickle finds it by reference, and cloudpickle (Ray) takes
+    it by value where it stands in a class of ``__main__``. RegistrationError if verl's function is not there.
+    """
+    around, needed = SEAMS[module.__name__]
+    name = around.__name__.removeprefix("_")
+    original = getattr(module, name, None)
+    if original is None or not needed <= set(inspect.signature(original).parameters):
+        raise RegistrationError(f"{module.__name__}.{name} is not there: hpo_plugin was not made for this verl")
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(module, name, replacement)
+
+
+#: In configs that version 0.1.0 saved.
+SAVED_TARGET = "hpo_plugin.glue.config.HPOPolicyLossConfig"

@@ -1,0 +1,256 @@
+"""Which algorithm a verl config selects, and everything in the config that contradicts it.
+
+Two keys of verl's config decide: the advantage estimator, which applies α, and the loss mode, which normalizes by the
+mean length. ``docs/configuration.md`` has the table. This module imports OmegaConf and the table of variants only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hpo_plugin.errors import ConfigError
+from hpo_plugin.variants import VARIANTS, Variant, settings
+
+__all__ = ["BASE_ESTIMATORS", "ConfigError", "Selection", "alpha_batch", "check_selection", "read_selection"]
+
+KEY_POLICY_LOSS = "algorithm.policy_loss"
+KEY_ESTIMATOR = "algorithm.adv_estimator"
+KEY_LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
+KEY_AGGREGATION = "actor_rollout_ref.actor.loss_agg_mode"
+KEY_KL_IN_REWARD = "algorithm.use_kl_in_reward"
+KEY_HPO = "algorithm.hpo"
+KEY_BASE = f"{KEY_HPO}.base_estimator"
+
+#: verl's name for mean-length normalization: N·L̄ is the number of tokens of the optimizer's mini-batch.
+MEAN_LENGTH = "token-mean"
+
+#: The base estimator that is computed here, with exact zeros: ``group_relative_advantage``.
+OWN = "grpo"
+
+#: verl's estimators that α can be applied to. True: relative to a group, so that equal rewards give the advantage 0;
+#: False: whitened over the batch, so that they do not.
+BASE_ESTIMATORS = dict.fromkeys((OWN, "rloo", "rloo_vectorized", "opo", "gpg"), True) | dict.fromkeys(
+    ("reinforce_plus_plus", "reinforce_plus_plus_baseline"), False
+)
+
+#: Losses of verl that are not positively homogeneous in A: a weighted advantage is not a weighted loss there.
+NOT_HOMOGENEOUS = ("clip_cov", "kl_cov", "dro")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The algorithm a config selects.
+
+    Attributes:
+        adv_estimator: ``algorithm.adv_estimator``.
+        loss_mode: ``actor_rollout_ref.actor.policy_loss.loss_mode``.
+        loss_agg_mode: ``actor_rollout_ref.actor.loss_agg_mode``.
+        variant: Whose α the estimator applies; None: no α.
+        base_estimator: Whose advantages α is applied to: a key of :data:`BASE_ESTIMATORS`.
+        settings: The value of every setting of ``algorithm.hpo``.
+    """
+
+    adv_estimator: str
+    loss_mode: str
+    loss_agg_mode: str
+    variant: Variant | None
+    base_estimator: str
+    settings: Mapping[str, float]
+
+    @property
+    def label(self) -> str:
+        """One line for tables."""
+        if self.variant is None:
+            return "no hysteretic weights"
+        base = "" if self.base_estimator == OWN else f", on the advantages of {self.base_estimator}"
+        return self.variant.describe(self.settings) + base
+
+
+def _select(config: DictConfig, key: str, default: Any = None) -> Any:
+    try:
+        return OmegaConf.select(config, key, default=default)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key} cannot be resolved: {error}") from error
+
+
+def read_settings(node: Any) -> tuple[dict[str, float], str]:
+    """The value of every setting of every variant, and the base estimator, from the node ``algorithm.hpo`` or None.
+
+    Raises:
+        ConfigError: for a key that is not a setting, or a value out of bounds.
+    """
+    if node is None:
+        node = {}
+    if not isinstance(node, DictConfig | dict):
+        raise ConfigError(f"{KEY_HPO}={node!r} must be a mapping with {', '.join(settings())}, base_estimator.")
+    # A verl that has HPO built in names its dataclass here.
+    unknown = sorted(set(map(str, node)) - {*settings(), "base_estimator", "_target_"})
+    if "weigh" in unknown and node["weigh"] is None:
+        # Saved by version 0.1.0, where null meant what is now the only way: the estimator applies α.
+        unknown.remove("weigh")
+    if unknown:
+        raise ConfigError(f"{KEY_HPO}.{unknown[0]} is not a setting; {', '.join(settings())}, base_estimator are.")
+    values = {}
+    for name, setting in settings().items():
+        value = node.get(name, setting.default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not setting.low <= value <= setting.high:
+            raise ConfigError(
+                f"{KEY_HPO}.{name}={value!r} must be a number in [{setting.low:g}, {setting.high:g}]: "
+                f"{setting.description}."
+            )
+        values[name] = float(value)
+    base = node.get("base_estimator") or OWN
+    if base not in BASE_ESTIMATORS:
+        raise ConfigError(f"{KEY_BASE}={base} is none of {', '.join(BASE_ESTIMATORS)}. {_why_not_a_base(str(base))}")
+    return values, str(base)
+
+
+def _why_not_a_base(estimator: str) -> str:
+    if estimator == "grpo_passk":
+        return "grpo_passk has no negative advantages, so that α would be 1 in every step."
+    if estimator in ("gae", "remax", "gdpo", "optimal_token_baseline", "tir_optimal_token_baseline"):
+        return f"{estimator} needs inputs that verl does not pass to a registered estimator."
+    return f"How {estimator} treats a group of equal rewards is not known."
+
+
+def read_selection(config: DictConfig) -> Selection:
+    """Read a whole verl config, stock or ours, and refuse what contradicts itself or would have no effect.
+
+    Args:
+        config: the root config, as ``python -m verl.trainer.main_ppo`` composes it, with its preset applied.
+
+    Returns:
+        The :class:`Selection`.
+
+    Raises:
+        ConfigError: see the messages; each names the keys.
+    """
+    preset = _select(config, KEY_POLICY_LOSS)
+    adv_estimator = str(_select(config, KEY_ESTIMATOR))
+    loss_mode = str(_select(config, KEY_LOSS_MODE, "vanilla"))
+    loss_agg_mode = str(_select(config, KEY_AGGREGATION))
+    values, base = read_settings(_select(config, KEY_HPO))
+    selected = f"{KEY_ESTIMATOR}={adv_estimator} and {KEY_LOSS_MODE}={loss_mode}"
+
+    name = adv_estimator if adv_estimator in VARIANTS else loss_mode
+    variant = VARIANTS.get(name)
+    if variant is not None and loss_mode in VARIANTS and loss_mode != name:
+        raise ConfigError(
+            f"{selected} are two different algorithms. Set both to {adv_estimator} or both to {loss_mode} (or select "
+            f"one with {KEY_POLICY_LOSS})."
+        )
+    if variant is not None and adv_estimator not in VARIANTS:
+        # loss_mode=ahpo with another estimator: "that estimator, then α".
+        other = OWN if adv_estimator == "grpo_vectorized" else adv_estimator
+        if other not in BASE_ESTIMATORS:
+            raise ConfigError(
+                f"{KEY_LOSS_MODE}={name} with {KEY_ESTIMATOR}={adv_estimator} is not possible: "
+                f"{_why_not_a_base(adv_estimator)} Set {KEY_ESTIMATOR}={name}, or one of {', '.join(BASE_ESTIMATORS)}."
+            )
+        if base not in (OWN, other):
+            raise ConfigError(f"{KEY_BASE}={base} contradicts {KEY_ESTIMATOR}={adv_estimator}. Remove one of the two.")
+        base = other
+    if preset is not None and (preset in VARIANTS or variant is not None) and preset != getattr(variant, "name", None):
+        raise ConfigError(
+            f"{KEY_POLICY_LOSS}={preset} contradicts {selected}. Remove {KEY_POLICY_LOSS}, or the other two overrides."
+        )
+    effective = {} if variant is None else {setting.name for setting in variant.settings}
+    for key, setting in settings().items():
+        if values[key] != setting.default and key not in effective:
+            owners = " or ".join(v.name for v in VARIANTS.values() if setting in v.settings)
+            raise ConfigError(
+                f"{KEY_HPO}.{key}={values[key]:g} has no effect with {selected}: it is a setting of {owners}. "
+                f"Remove it, or select {owners}."
+            )
+    if variant is None and base != OWN:
+        raise ConfigError(f"{KEY_BASE}={base} has no effect with {selected}. Remove it, or select an algorithm with α.")
+    if loss_mode in VARIANTS and loss_agg_mode != MEAN_LENGTH:
+        raise ConfigError(
+            f"{KEY_LOSS_MODE}={loss_mode} normalizes by the batch's mean length, which is "
+            f"{KEY_AGGREGATION}={MEAN_LENGTH}, not {loss_agg_mode}. Set it so; for α with another aggregation set "
+            f"{KEY_ESTIMATOR}={loss_mode} and {KEY_LOSS_MODE}=vanilla."
+        )
+    return Selection(adv_estimator, loss_mode, loss_agg_mode, variant, base, values)
+
+
+def trainer_of(config: DictConfig) -> str:
+    """The trainer that a config is made for: a key of :data:`ALPHA_BATCH`."""
+    if OmegaConf.select(config, "async_training") is not None:
+        return "fully-async"
+    if OmegaConf.select(config, "rollout.nnodes") is not None:
+        return "one-step-off"
+    if OmegaConf.select(config, "trainer.use_v1") is False:
+        return "legacy"
+    return f"V1 {OmegaConf.select(config, 'trainer.v1.trainer_mode', default='sync')}"
+
+
+#: Which responses α is a statistic of, in each of verl's trainers: those that verl passes to the estimator at once.
+ALPHA_BATCH = {
+    "V1 sync": "the step's rollout batch",
+    "V1 colocate_async": "the step's rollout batch",
+    "V1 separate_async": "each local update's batch, {updates} in a global step",
+    "legacy": "the step's rollout batch",
+    "one-step-off": "the step's rollout batch, generated one step earlier",
+    "fully-async": "each batch that the trainer takes from the queue",
+}
+
+
+def alpha_batch(config: DictConfig) -> str:
+    """The trainer of a config, and which batch its α belongs to."""
+    trainer = trainer_of(config)
+    updates = OmegaConf.select(config, "trainer.v1.separate_async.parameter_sync_step", default=1)
+    batch = ALPHA_BATCH.get(trainer, "each batch that the trainer passes to the estimator")
+    return f"{trainer}: α of {batch.format(updates=updates)}"
+
+
+def check_selection(config: DictConfig, selection: Selection) -> None:
+    """Refuse a run in which the selected α would be wrong or would have no effect.
+
+    Args:
+        config: the root config.
+        selection: of that config, with a variant.
+
+    Raises:
+        ConfigError: each message names the key, its value and what to do.
+    """
+    assert selection.variant is not None
+    name = selection.variant.name
+    if selection.loss_mode in NOT_HOMOGENEOUS:
+        raise ConfigError(
+            f"{KEY_LOSS_MODE}={selection.loss_mode} is not homogeneous in the advantage, so that {name} would be "
+            f"another algorithm with it. Use {name}, vanilla, gspo, sapo or cispo."
+        )
+    if BASE_ESTIMATORS[selection.base_estimator] and OmegaConf.select(config, "actor_rollout_ref.rollout.n") == 1:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.n=1 trains nothing with {name}: an advantage relative to a group of one is 0. "
+            f"Set actor_rollout_ref.rollout.n to 2 or more, or {KEY_BASE}=reinforce_plus_plus."
+        )
+    trainer = trainer_of(config)
+    if OmegaConf.select(config, KEY_KL_IN_REWARD) and not trainer.startswith("V1"):
+        raise ConfigError(kl_in_reward(name, f"the {trainer} trainer"))
+    if OmegaConf.select(config, "distillation.enabled"):
+        loss = "distillation.distillation_loss"
+        if OmegaConf.select(config, f"{loss}.policy_loss_mode") in VARIANTS:
+            raise ConfigError(
+                f"{loss}.policy_loss_mode={OmegaConf.select(config, f'{loss}.policy_loss_mode')}: α is applied to the "
+                f"task's advantages only, never to a distillation loss. Set {loss}.policy_loss_mode=vanilla."
+            )
+        if OmegaConf.select(config, f"{loss}.use_task_rewards") is False:
+            raise ConfigError(
+                f"{loss}.use_task_rewards=False: no policy loss uses advantages, so that {name} has no effect. Set "
+                f"{loss}.use_task_rewards=True, or select another {KEY_ESTIMATOR} and {KEY_LOSS_MODE}."
+            )
+
+
+def kl_in_reward(name: str, where: str) -> str:
+    """Why a KL penalty in the reward is refused."""
+    return (
+        f"{KEY_KL_IN_REWARD}=True: in {where} the estimator sees rewards that contain the KL penalty; "
+        f"they give groups without a success signs of their own, and {name} would count them. Set {KEY_KL_IN_REWARD}="
+        "False and actor_rollout_ref.actor.use_kl_loss=True, or use verl's V1 trainer."
+    )
