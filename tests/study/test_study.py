@@ -488,6 +488,16 @@ def test_an_unknown_field_of_the_start_model_is_named_with_those_that_there_are(
         inputs_module.make_study_inputs(found, found.study.cells(), Console(quiet=True))
 
 
+def test_a_field_of_the_start_model_that_verls_sft_trainer_would_ignore_is_refused(declared, workspace):
+    declared["settings"]["easy"]["prepare"] = {
+        **{"task": "telelogs", "train_size": 8, "test_size": 40},
+        "start_model": {"calculated_share": 0.1},
+    }
+    found = workspace(declared)
+    with pytest.raises(StudyError, match=r"start_model: calculated_share is not known for telelogs; .*max_positions"):
+        inputs_module.make_study_inputs(found, found.study.cells(), Console(quiet=True))
+
+
 def test_a_report_of_data_that_are_not_there_names_the_file(declared, study_file):
     done = call("report", study_file(declared), "--data", "elsewhere.parquet")
     assert done.exit_code == 1
@@ -499,15 +509,24 @@ def test_a_report_of_data_that_are_not_there_names_the_file(declared, study_file
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-def test_a_study_from_one_file_to_its_report(declared, study_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        {
+            **{"task": "countdown", "problems": {"counts": [3], "max_number": 12}, "train_size": 64, "test_size": 8},
+            "start_model": {"steps": 20},
+        },
+        {"task": "telelogs", "problems": {"seed": 3}, "train_size": 64, "test_size": 40},
+    ],
+    ids=lambda prepare: prepare["task"],
+)
+def test_a_study_from_one_file_to_its_report(prepare, declared, study_file, tmp_path, monkeypatch):
     monkeypatch.undo()
     declared |= {"steps": 2, "test_every": 1, "environment": {"VERL_PLATFORM": "cpu"}}
     declared["overrides"] = ["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=4"]
     declared["experiments"]["one"]["seeds"] = [0]
-    declared["settings"]["easy"]["prepare"] = {
-        **{"task": "countdown", "problems": {"counts": [3], "max_number": 12}, "train_size": 64, "test_size": 8},
-        "start_model": {"steps": 20},
-    }
+    declared["config_name"] = f"{prepare['task']}_cpu"
+    declared["settings"]["easy"]["prepare"] = prepare
     path = study_file(declared)
     command = [sys.executable, "-m", "hpo_plugin.cli", "study"]
     done = subprocess.run([*command, "run", path, f"--output={tmp_path}"], capture_output=True, text=True, check=False)

@@ -83,6 +83,7 @@ def test_a_renamed_arm_or_setting_is_the_same_cell(declared, load):
     assert [cell.key for cell in load(declared).cells()] == before
 
 
+TELELOGS = {"task": "telelogs", "train_size": 8, "test_size": 8}
 PREPARE = {"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "test_size": 8}
 
 
@@ -110,6 +111,13 @@ PREPARE = {"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "t
         ("arms.grpo.overrides", ["trainer.resume_mode=auto"], "the run sets it"),
         ("arms.grpo.overrides", ["data.train_batch_size=9"], "overrides has 'data.train_batch_size=8'"),
         ("settings.easy", {"title": "E", "prepare": PREPARE, "overrides": ["data.val_files=x"]}, "contradicts"),
+        (
+            "settings.easy.prepare",
+            TELELOGS | {"problems": {"reduction": "full"}},
+            "laptop form of telelogs sets reduction",
+        ),
+        ("settings.easy.prepare", TELELOGS | {"problems": {"balance": "odd"}}, "balance='odd' is not one of"),
+        ("settings.easy.prepare", PREPARE | {"problems": {"train_size": 9}}, "train_size belongs beside problems"),
         ("settings.easy.prepare", PREPARE | {"task": "chess"}, "prepare.task: 'chess' is neither a task"),
         ("settings.easy.prepare", PREPARE | {"train_size": 0}, "prepare.train_size=0 must be at least 1"),
         ("settings.easy.prepare", PREPARE | {"problems": {"counts": [1]}}, "prepare.problems: .*at least 2 numbers"),
