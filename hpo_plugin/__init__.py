@@ -1,11 +1,14 @@
 """HPO and A-HPO (Hysteretic Policy Optimization, arXiv 2605.30201) for verl.
 
-- :mod:`hpo_plugin.algorithm`: the mathematics; imports torch only.
-- :mod:`hpo_plugin.verl`: what registers it in verl.
+- :mod:`hpo_plugin.algorithm`, ``fused``, ``variants``: the mathematics; imports torch alone.
+- :mod:`hpo_plugin.verl`: the adapter to verl.
+- :mod:`hpo_plugin.tasks`: problems, prompts and rewards, behind one protocol.
 - :mod:`hpo_plugin.cpu`: verl's trainer on a machine without a GPU; opt-in.
-- :mod:`hpo_plugin.tasks`: problems, prompts and rewards; know neither of the above.
+- :mod:`hpo_plugin.recipe`, ``check``, ``runs``, ``quickstart``, ``study``: what the commands do.
 - :mod:`hpo_plugin.configs`: Hydra configs, found by ``--config-name`` without a path.
 - :mod:`hpo_plugin.cli`: the ``hpo-plugin`` command.
+
+``docs/contributing.md`` says where to look for what.
 
 This module imports nothing, because verl loads the plugin in every one of its processes.
 """

@@ -1,4 +1,4 @@
 """Studies: arms × settings × seeds declared in one file, and what is reported of them.
 
-Imports neither verl nor Ray: a report is made from the declaration and the collected data alone.
+A report is made from the declaration and the collected data alone, without verl and Ray.
 """

@@ -65,7 +65,7 @@ class Prepare:
     @property
     def name(self) -> str:
         """Of the directory: other inputs go elsewhere, and settings with the same ones share them."""
-        return f"{self.task}-{_digest(asdict(self))}"
+        return f"{Path(self.task).stem}-{_digest(asdict(self))}"
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What registers HPO and A-HPO in verl. Nothing here is imported before verl asks for it."""
+"""The adapter to verl: registration, config and its checks, metrics. Nothing is imported before verl asks for it."""

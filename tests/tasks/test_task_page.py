@@ -115,6 +115,17 @@ def test_a_demonstration_whose_answers_begin_alike_is_refused(task_file: Path, t
         build_start_model(tmp_path / "m", task, rows[:2], rows[2:], config=StartModelConfig(steps=1))
 
 
+def test_a_study_takes_the_file_of_a_task(task_file: Path):
+    from hpo_plugin.study.spec import Prepare, setting_data
+
+    prepare = Prepare(task=str(task_file), problems={"letters": 3}, train_size=20, test_size=8)
+    task, options = setting_data(prepare)
+    assert (task.name, options.letters, options.train_size) == ("sorting", 3, 20)
+    assert re.fullmatch(r"sorting-[0-9a-f]{12}", prepare.name)
+    with pytest.raises(ValueError, match=r"words is not an option of sorting data; the options are .*letters"):
+        setting_data(Prepare(task=str(task_file), problems={"words": 3}, train_size=20, test_size=8))
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 def test_the_task_trains_three_steps_with_verls_own_trainer(task_file: Path, tmp_path: Path):
