@@ -146,3 +146,15 @@ def test_tracked_files_name_no_path_of_one_machine():
         if path.is_file() and path.suffix not in {".png", ".parquet"}:
             found += [f"{name}: {line.strip()}" for line in path.read_text().splitlines() if homes.search(line)]
     assert not found
+
+
+def test_no_source_file_is_ignored_by_git_and_every_package_has_a_docstring():
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git and a checkout")
+    folders = ["hpo_plugin", "hydra_plugins", "contrib", "benchmarks", "scripts", "tests", "docs"]
+    command = [git, "ls-files", "--others", "--ignored", "--exclude-standard", "--", *folders]
+    ignored = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert [name for name in ignored if not re.search(r"__pycache__/|^docs/results/.*[.]html$", name)] == []
+    for folder in [path.parent for path in (ROOT / "hpo_plugin").rglob("*.py")]:
+        assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), folder

@@ -8,11 +8,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from packaging.requirements import Requirement
@@ -22,12 +22,16 @@ from hpo_plugin.check.cluster import Cluster
 from hpo_plugin.check.compose import compose
 from hpo_plugin.check.probe import CHECKED_PACKAGES, probe
 from hpo_plugin.check.report import CheckReport, Finding
+from hpo_plugin.check.signals import signal_handlers_kept
 from hpo_plugin.errors import ConfigError
 from hpo_plugin.recipe.layout import KEY_RECIPE, check_layout
 from hpo_plugin.recipe.memory import GIB, Sizes
 from hpo_plugin.tasks.task import ROW_COLUMNS
 from hpo_plugin.verl.registration import ALLOW_UNTESTED, SUPPORTED_VERL
 from hpo_plugin.verl.selection import alpha_batch
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def run_checks(
@@ -94,8 +98,25 @@ def run_checks(
 
 
 @contextmanager
-def stderr_to(path: Path) -> Iterator[None]:
-    """Send what Ray and verl print on standard error, from C++ too, to a file."""
+def quiet(log: Path, console: Console | None = None, status: str = "") -> Iterator[None]:
+    """Run checks for a caller that shows the report alone, and restore its signal handlers at the end.
+
+    Args:
+        log: Receives everything that is printed on standard output and standard error, from C++ too.
+        console: Where to show ``status`` meanwhile, if it is a terminal.
+        status: What is being done.
+    """
+    with ExitStack() as stack:
+        if console is not None and console.is_terminal:
+            stack.enter_context(console.status(status))
+        stack.enter_context(signal_handlers_kept())
+        stack.enter_context(redirect_stdout(sys.stderr))
+        stack.enter_context(_stderr_to(log))
+        yield
+
+
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(2)
     with path.open("wb") as log:
@@ -316,6 +337,10 @@ def check_data(config: DictConfig) -> list[Finding]:
             findings.append(Finding(label, f"{error}", False, f"correct {key}; `hpo-plugin prepare` writes data files"))
             continue
         batch = OmegaConf.select(config, "data.train_batch_size")
+        if kind == "train" and batch is None:
+            key = "data.train_batch_size"
+            findings.append(Finding(label, f"{key} is not set", False, f"set {key}"))
+            continue
         if kind == "train" and not remote and rows < batch:
             findings.append(
                 Finding(
@@ -347,7 +372,7 @@ def _count_rows(files: Iterable[str]) -> tuple[int, bool]:
         if "://" in name:
             remote = True
         elif not path.is_file():
-            raise OSError(f"{name} does not exist")
+            raise OSError(f"{name} {'is not a file' if path.exists() else 'does not exist'}")
         elif path.suffix == ".parquet":
             try:
                 rows += pq.read_metadata(path).num_rows
@@ -384,13 +409,18 @@ def _missing_column(config: DictConfig, files: Iterable[str]) -> str:
 
 
 def _first_row(config: DictConfig) -> dict[str, Any] | None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     for kind in ("val", "train"):
         for name in _files(OmegaConf.select(config, f"data.{kind}_files")):
             path = Path(name).expanduser()
             if path.suffix == ".parquet" and path.is_file():
-                batch = next(pq.ParquetFile(path).iter_batches(batch_size=1), None)
+                try:
+                    batch = next(pq.ParquetFile(path).iter_batches(batch_size=1), None)
+                except (pa.ArrowException, OSError):
+                    # check_data says what is wrong with it.
+                    continue
                 if batch is not None and batch.num_rows:
                     row: dict[str, Any] = batch.to_pylist()[0]
                     return row

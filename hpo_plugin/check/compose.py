@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig
 
 from hpo_plugin.check.report import Finding
-from hpo_plugin.configs import explain_renamed_groups
+from hpo_plugin.configs import config_names, explain_renamed_groups
 
 
 def compose(
@@ -19,12 +20,12 @@ def compose(
     """Compose a config as ``verl.trainer.main_ppo`` does: verl's own directory, then the search-path plugins.
 
     Args:
-        config_name: Without a path.
+        config_name: Name of the config, without directory and suffix.
         overrides: Hydra overrides.
         config_dir: A further directory to search.
 
     Returns:
-        The config, or None; and a finding that says which.
+        The config, or None; and a finding: what was composed, or why not.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -34,14 +35,16 @@ def compose(
     verl = find_spec("verl")
     if verl is None or not verl.submodule_search_locations:
         return None, Finding("config", "verl is not installed", False, "install verl first")
-    if instead := explain_renamed_groups(overrides):
+    if config_name in config_names() and (instead := explain_renamed_groups(overrides)):
         found = f"hpo_plugin has renamed its config groups: {instead}"
         return None, Finding("config", found, False, "use the new names")
+    if config_dir is not None and not config_dir.is_dir():
+        return None, Finding("config", f"--config-dir={config_dir} is not a directory", False, "correct the path")
     directory = Path(verl.submodule_search_locations[0]) / "trainer" / "config"
     try:
         with _searched_too(config_dir), initialize_config_dir(str(directory), version_base=None):
             config = hydra_compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         return None, Finding(
             "config",
             f"{config_name}: {' '.join(str(error).split())}",

@@ -21,7 +21,7 @@ def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> d
 
     Returns:
         ``host`` and ``python`` (str), ``versions`` (distribution -> version, None where it is not installed), ``code``
-        (a short hash of the mathematics and the glue: two copies of one version may differ), ``seconds`` (float), and
+        (a short hash of the mathematics and the adapter: two copies of one version may differ), ``seconds`` (float),
         ``problems``: (what is wrong, what to do) pairs, empty if HPO and A-HPO can be used here, and ``built_in``:
         whether they are verl's own.
     """
@@ -93,7 +93,7 @@ def _code_hash() -> str | None:
         return None
     root = Path(spec.origin).parent
     digest = hashlib.sha256()
-    for path in sorted([root / "algorithm.py", root / "variants.py", *root.glob("glue/*.py")]):
+    for path in sorted([root / "algorithm.py", root / "variants.py", root / "fused.py", *root.glob("verl/*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

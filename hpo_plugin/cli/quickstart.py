@@ -32,7 +32,7 @@ def quickstart(
     policy_loss: Annotated[
         str, typer.Option(help="ahpo, hpo, grpo, gspo, sapo, dapo, dr_grpo or cispo: algorithm.policy_loss.")
     ] = "ahpo",
-    seed: Annotated[int, typer.Option(min=0, help="Of data, start model and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data, start model and sampling.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps. Default: the task's, 60 for countdown, 40 for telelogs.")
     ] = None,
@@ -46,7 +46,7 @@ def quickstart(
     ] = False,
     stall: Annotated[float, typer.Option(min=1, help="Seconds without progress after which to give up.")] = 600.0,
 ) -> None:
-    """Train a small model on Countdown or TeleLogs with verl's own trainer, on this machine's CPU cores.
+    """Train a small model on a task with verl's own trainer, on this machine's CPU cores.
 
     Makes the data and a start model, checks the installation, trains, evaluates on held-out problems before and after,
     and draws the curves. The same command resumes a run that was interrupted, or else starts another one.

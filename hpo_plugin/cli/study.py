@@ -60,6 +60,9 @@ def prepare(
     try:
         with interruptible():
             workspace, cells = _load(study_file, output, only)
+            if any(workspace.study.settings[cell.setting].prepare for cell in cells):
+                # Start models are made here.
+                require("study prepare", "cpu")
             workspace.directory.mkdir(parents=True, exist_ok=True)
             compose_cells(cells)
             make_study_inputs(workspace, cells, console)

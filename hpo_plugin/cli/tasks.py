@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ def task_commands(name: str, help_text: str, build: Callable[[Task], Callable[..
             one.command(name=cmd_name)(build(task))
             return typer.main.get_command(one)
 
-    group = typer.Typer(no_args_is_help=True, help=help_text, cls=TaskGroup)
+    group = typer.Typer(no_args_is_help=True, help=help_text, cls=TaskGroup, subcommand_metavar="TASK [ARGS]...")
 
     @group.callback()
     def _group() -> None:
@@ -68,9 +69,11 @@ def _prepare_command(task: Task) -> Callable[..., None]:
     for field in dataclasses.fields(task.Options):
         kind = hints[field.name]
         # typer takes lists for options that may be repeated.
-        kind = list[int] | None if kind == (tuple[int, ...] | None) else kind
+        kind = list[int] | None if kind in (tuple[int, ...] | None, tuple[int, ...]) else kind
+        if field.name in ("output", "force"):
+            raise typer.BadParameter(f"an option of the task {task.name} has the name of prepare's own --{field.name}")
         # Without a flag of its own, typer would add --no-… to a switch.
-        flag = field.metadata.get("flag") or (f"--{field.name.replace('_', '-')}" if kind is bool else "")
+        flag = field.metadata.get("flag") or (f"--{field.name.replace('_', '-')}" if field.default is False else "")
         option = typer.Option(
             *([flag] if flag else []), help=field.metadata.get("help", ""), min=field.metadata.get("minimum")
         )
@@ -100,8 +103,10 @@ def _prepare_command(task: Task) -> Callable[..., None]:
             name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
         }
         try:
+            options = task.Options(**values)
+            task.validate(options)
             with stage_bars(Console(stderr=True), transient=False) as progress:
-                made = task.prepare(output, task.Options(**values), force=force, progress=progress)
+                made = task.prepare(output, options, force=force, progress=progress)
         except (ValueError, OSError) as error:
             raise stopped(error) from None
         _print_data_set(made)
@@ -198,7 +203,7 @@ def _explain_command(task: Task) -> Callable[..., None]:
             raise typer.Exit(1)
         for line in found.evidence:
             console.print(f"  {line}", markup=False, soft_wrap=True)
-        truth = given["reward_model"]["ground_truth"]
+        truth = given["reward_model"].get("ground_truth")
         if isinstance(truth, str) and truth != found.answer:
             console.print(f"The file's answer is {truth}; the rules do not agree.", style="yellow", markup=False)
 
@@ -271,7 +276,7 @@ def _print_groups(console: Any, groups: Sequence[str | None], prompts: Sequence[
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("group", "samples", "correct", "most frequent answers"):
         table.add_column(column, justify="left" if column in ("group", "most frequent answers") else "right")
-    for group in sorted({group for group in groups if group is not None}):
+    for group in sorted({group for group in groups if group is not None}, key=_natural):
         samples = [
             sample for own, (_, all_of) in zip(groups, prompts, strict=True) if own == group for sample in all_of
         ]
@@ -281,6 +286,11 @@ def _print_groups(console: Any, groups: Sequence[str | None], prompts: Sequence[
         table.add_row(group, f"{len(samples):,}", f"{100 * correct / len(samples):.1f} %", shown)
     if table.row_count:
         console.print(table)
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sort C2 before C10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def _read_samples(file: Path) -> list[tuple[Any, list[Mapping[str, Any]]]]:
@@ -295,6 +305,9 @@ def _read_samples(file: Path) -> list[tuple[Any, list[Mapping[str, Any]]]]:
             raise ValueError(
                 f"{file}, line {number + 1}: not a sample of a validation of verl's, with gts, score, and uid or input"
             )
+        for name in ("score", "acc"):
+            if name in row and not isinstance(row[name], int | float):
+                raise ValueError(f"{file}, line {number + 1}: {name} is not a number: {row[name]!r:.100}")
         # verl's default trainer names samples <prompt>_<session>_<index>.
         prompt = str(row["uid"]).rsplit("_", 2)[0] if "uid" in row else str(row["input"])
         key = (prompt, json.dumps(row["gts"], sort_keys=True))
@@ -304,6 +317,8 @@ def _read_samples(file: Path) -> list[tuple[Any, list[Mapping[str, Any]]]]:
     return list(prompts.values())
 
 
-prepare = task_commands("prepare", "Write data files in verl's parquet format.", _prepare_command)
-explain = task_commands("explain", "Explain the answer to a row.", _explain_command)
-score = task_commands("score", "Compute metrics from the samples of a validation.", _score_command)
+_TASK = "TASK is a name below, or the path of a task's file."
+
+prepare = task_commands("prepare", f"Write data files in verl's parquet format. {_TASK}", _prepare_command)
+explain = task_commands("explain", f"Explain the answer to a row. {_TASK}", _explain_command)
+score = task_commands("score", f"Compute metrics from the samples of a validation. {_TASK}", _score_command)

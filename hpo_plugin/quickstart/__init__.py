@@ -1,1 +1,1 @@
-"""Countdown and TeleLogs on a laptop: data, a start model, a training run of verl, and a picture of it."""
+"""A task with a laptop form: data, a start model, a training run of verl on CPU cores, and a picture of it."""

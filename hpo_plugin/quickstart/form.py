@@ -60,7 +60,7 @@ def data_options(task: Task, given: Mapping[str, Any]) -> DataOptions:
         given: Fields of ``task.Options``, beside those that the form sets.
 
     Raises:
-        ValueError: A field that the options do not have, or that the form sets to another value.
+        ValueError: A field that the options do not have, that the form sets to another value, or that is invalid.
     """
     fixed = laptop_form(task).data
     known = [field.name for field in fields(task.Options)]
@@ -70,7 +70,13 @@ def data_options(task: Task, given: Mapping[str, Any]) -> DataOptions:
         if name in fixed and value != fixed[name]:
             raise ValueError(f"{name}={value!r}: the laptop form of {task.name} sets {name}={fixed[name]!r}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return task.Options(**{**fixed, **values})
+    options = task.Options(**{**fixed, **values})
+    for field in fields(options):
+        value, minimum = getattr(options, field.name), field.metadata.get("minimum")
+        if minimum is not None and value is not None and not (isinstance(value, int) and value >= minimum):
+            raise ValueError(f"{field.name}={value!r} must be an integer of at least {minimum}")
+    task.validate(options)
+    return options
 
 
 def start_model_config(task: Task, given: Mapping[str, Any]) -> StartModelConfig:
@@ -90,6 +96,9 @@ def start_model_config(task: Task, given: Mapping[str, Any]) -> StartModelConfig
     known = SIZES if form.sft_config_name else tuple(asdict(StartModelConfig()))
     for name in given:
         if name not in known:
+            if name in asdict(StartModelConfig()):
+                sizes = ", ".join(known)
+                raise ValueError(f"{name} has no effect: verl's SFT trainer trains this start model; sizes are {sizes}")
             raise ValueError(f"{name} is not known for {task.name}; there are {', '.join(known)}")
     config = StartModelConfig(**{**form.start_model, **given})
     config.validate()

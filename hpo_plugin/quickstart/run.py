@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from hpo_plugin.check.signals import signal_handlers_kept
 from hpo_plugin.console import note
 from hpo_plugin.quickstart.form import ENVIRONMENT, Inputs, data_options, laptop_form, start_model_config
 from hpo_plugin.quickstart.inputs import make_inputs
@@ -49,7 +46,7 @@ PRESET_TITLES = {variant.name: variant.title for variant in VARIANTS.values()} |
 
 
 def run_quickstart(request: RunRequest, output: Path, *, new: bool, stall: float, console: Console) -> Run:
-    """Do everything.
+    """Make the inputs, check, train, and draw the curves.
 
     Args:
         request: What is asked for.
@@ -82,7 +79,7 @@ def run_quickstart(request: RunRequest, output: Path, *, new: bool, stall: float
             training = training_of(task, request, inputs)
             _check(run, training, console)
             _train(run, training, request, stall=stall, console=console)
-            _finish(run, training, request, seconds=time.monotonic() - begin, console=console)
+            _finish(run, task.title, training, request, seconds=time.monotonic() - begin, console=console)
     except (RunBusyError, OSError, ValueError) as error:
         raise TrainingError(f"{type(error).__name__}: {error}") from error
     return run
@@ -121,14 +118,9 @@ def quickstart_inputs(task: Task, request: RunRequest, output: Path, *, logs: Pa
 
 
 def _check(run: Run, training: Training, console: Console) -> None:
-    from hpo_plugin.check.checks import run_checks, stderr_to
+    from hpo_plugin.check.checks import quiet, run_checks
 
-    with contextlib.ExitStack() as stack:
-        if console.is_terminal:
-            stack.enter_context(console.status("checking the installation and the config"))
-        stack.enter_context(signal_handlers_kept())
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(stderr_to(run.directory / "check.log"))
+    with quiet(run.directory / "check.log", console, "checking the installation and the config"):
         report = run_checks(training.config_name, training.overrides)
     if not report.ok:
         report.show(console)
@@ -258,7 +250,7 @@ def _duration(seconds: float) -> str:
 # --- after training ------------------------------------------------------------------------------------------------
 
 
-def _finish(run: Run, training: Training, request: RunRequest, *, seconds: float, console: Console) -> None:
+def _finish(run: Run, title: str, training: Training, request: RunRequest, *, seconds: float, console: Console) -> None:
     from hpo_plugin.runs.plots import draw_curves, save_curves
 
     write_metrics(run, request.steps)
@@ -267,7 +259,7 @@ def _finish(run: Run, training: Training, request: RunRequest, *, seconds: float
     save_curves(
         rows,
         run.directory / PICTURE_NAME,
-        title=f"{training.config_name}, {name}, seed {request.seed}",
+        title=f"{title}, {name}, seed {request.seed}",
         n_test=request.n_test,
     )
     command = equivalent_command(training)

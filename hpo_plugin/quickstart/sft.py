@@ -17,7 +17,7 @@ from hpo_plugin.check.compose import compose
 from hpo_plugin.console import note, stage_bars
 from hpo_plugin.files import atomic_write, sha256_of_file
 from hpo_plugin.quickstart.form import ENVIRONMENT, laptop_form
-from hpo_plugin.quickstart.start_model import SIZES, StartModelConfig, save_untrained_model
+from hpo_plugin.quickstart.start_model import SIZES, StartModelConfig, demonstrated, save_untrained_model
 from hpo_plugin.runs.process import StalledError, Trainer
 from hpo_plugin.runs.training import LOG_ENVIRONMENT, TrainingError, failure, python_for_shell, why
 from hpo_plugin.runs.verl_log import MetricsFile
@@ -69,10 +69,16 @@ def fine_tune(
 
     Raises:
         TrainingError: The SFT trainer failed.
+        ValueError: The task has no data files for this stage.
         FileExistsError: The folder holds something else.
         OSError: A directory cannot be written.
     """
+    import pyarrow.parquet as pq
+
     epochs = laptop_form(task).sft_epochs
+    for name in ("sft_train", "sft_test"):
+        if name not in files:
+            raise ValueError(f"the task {task.name} has an SFT stage, but Task.prepare wrote no file {name}")
     wanted: dict[str, Any] = {
         "seed": seed,
         "epochs": epochs,
@@ -82,6 +88,7 @@ def fine_tune(
     sizes = {name: value for name, value in asdict(config).items() if name in SIZES and name != "max_positions"}
     if sizes != {name: value for name, value in asdict(StartModelConfig()).items() if name in sizes}:
         wanted["sizes"] = sizes
+    wanted |= demonstrated(task, pq.read_table(files["sft_train"]).to_pylist(), seed)
     if model.exists():
         return _describe(model, wanted, "already there", console)
     model.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +144,7 @@ def _describe(model: Path, wanted: Mapping[str, Any], state: str, console: Conso
         manifest = json.loads((model / SFT_MANIFEST).read_bytes())
         there, results = manifest["request"], manifest["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileExistsError(f"{model} is there and is not a start model ({error}); remove it") from error
+        raise FileExistsError(f"{model} exists and is not a start model ({error}); remove it") from error
     if there != wanted:
         raise FileExistsError(f"{model} holds another start model ({there}, {wanted} asked for); remove it")
     note(
@@ -187,7 +194,7 @@ def run_sft(
     note(console, "", f"verl's SFT trainer runs first; log: {log}")
     composed, finding = compose(form.sft_config_name, [])
     if composed is None:
-        raise TrainingError(finding.found)
+        raise TrainingError(f"{finding.found}: {finding.remedy}")
     total = form.sft_epochs * (len(rows) // composed.data.train_batch_size)
     losses: dict[int, float] = {}
     advice = "The same command trains it again."

@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import tempfile
 import time
@@ -42,7 +43,7 @@ import hpo_plugin
 from hpo_plugin.console import Progress
 from hpo_plugin.cpu.generation import GenerationRequest, Generator, Sampling
 from hpo_plugin.files import sha256_of_file
-from hpo_plugin.tasks.task import CORRECT, MALFORMED, LaptopForm, Row, Task, prompt_text
+from hpo_plugin.tasks.task import CORRECT, MALFORMED, TASK_NAMES, LaptopForm, Row, Task, prompt_text
 
 START_MODEL_MANIFEST = "start_model.json"
 EOS_TOKEN, PAD_TOKEN = "<|im_end|>", "<|endoftext|>"
@@ -227,6 +228,7 @@ def build_start_model(
         "config": asdict(config),
         "problems": _digest(task, rows),
         "held_out": _digest(task, held_out),
+        **demonstrated(task, rows, seed),
     }
     existing = _read_existing(directory, request)
     if existing is not None:
@@ -533,6 +535,19 @@ def _check_disjoint(task: Task, rows: Sequence[Row], held_out: Sequence[Row]) ->
             f"rows and held_out share {len(shared)} problems, for example {min(shared)}: held-out success would "
             "measure memory; pass disjoint splits"
         )
+
+
+def demonstrated(task: Task, rows: Sequence[Row], seed: int) -> dict[str, str]:
+    """Return a digest of what the first rows demonstrate, by which an edited task file gets another start model.
+
+    The tasks of this package change with its version only, and their start models of version 0.1.0 stay valid.
+    """
+    if task.name in TASK_NAMES:
+        return {}
+    rng = random.Random(seed)
+    shown = [asdict(task.demonstrate(row, rng)) for row in rows[:100]]
+    text = json.dumps([task.name, _form(task).solution_prefix, shown])
+    return {"demonstrations": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _digest(task: Task, rows: Sequence[Row]) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import hpo_plugin
-from hpo_plugin.runs.verl_log import Rows, merge_attempts, read_rows
 from hpo_plugin.files import atomic_write
+from hpo_plugin.runs.verl_log import Rows, merge_attempts, read_rows
 
 
 class RunBusyError(RuntimeError):
@@ -248,8 +248,8 @@ def choose_run(output: Path, request: RunRequest, *, new: bool = False) -> tuple
         new: Whether to start another run even where an unfinished one could be resumed.
 
     Returns:
-        The run, and whether it is resumed: an unfinished run with the same request on which nobody is at work. Otherwise
-        a new directory with the next number; finished runs and other requests' runs are never chosen.
+        The run, and whether it is resumed: an unfinished run with the same request that no process holds. Otherwise a
+        new directory with the next number; finished runs and other requests' runs are never chosen.
     """
     output.mkdir(parents=True, exist_ok=True)
     existing = [
@@ -289,4 +289,5 @@ def _number(directory: Path) -> int:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a JSON value to a file, all of it or nothing."""
     atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

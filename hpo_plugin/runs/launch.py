@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -17,17 +16,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 import hpo_plugin
-from hpo_plugin.check.checks import run_checks, stderr_to
-from hpo_plugin.check.compose import compose
+from hpo_plugin.check.checks import quiet, run_checks
 from hpo_plugin.check.cluster import Cluster
+from hpo_plugin.check.compose import compose
 from hpo_plugin.check.report import CheckReport
+from hpo_plugin.configs import renamed
+from hpo_plugin.errors import ConfigError
 from hpo_plugin.runs.directory import Attempt, Run, RunBusyError, write_json
 from hpo_plugin.runs.process import end_leftovers
 from hpo_plugin.runs.training import SAVE_EVERY, Training, TrainingError, outcome, train, trainer_command, write_metrics
 from hpo_plugin.runs.verl_log import MetricsFile, StepView, read_rows
 from hpo_plugin.verl.presets import preset_of
-from hpo_plugin.configs import renamed
-from hpo_plugin.errors import ConfigError
 
 #: Seconds between two looks at the cluster.
 POLL = 5.0
@@ -245,8 +244,7 @@ class _Launcher:
 
     def _report(self, shared: Path | None = None) -> CheckReport:
         """Run the checks: on all nodes where a file is given that they have to share, else on this one."""
-        log = self.run.directory / "check.log"
-        with contextlib.redirect_stdout(sys.stderr), stderr_to(log):
+        with quiet(self.run.directory / "check.log"):
             return run_checks(
                 self.launch.config_name,
                 self.overrides,

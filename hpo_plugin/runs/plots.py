@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hpo_plugin.runs.verl_log import Rows, evaluations, step_views
 from hpo_plugin.runs.curves import SMOOTHED_OVER, STYLE, smooth
+from hpo_plugin.runs.verl_log import Rows, evaluations, step_views
 
 _BLUE, _ORANGE, _GREEN, _RED, _GRAY = "#1f5fa8", "#d4770c", "#2c8a4b", "#b8342f", "#6b7280"
 

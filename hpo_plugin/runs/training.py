@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import psutil
 
 from hpo_plugin.check.cluster import SLOW_START
+from hpo_plugin.files import atomic_write
 from hpo_plugin.runs.directory import Attempt, Run
 from hpo_plugin.runs.process import StalledError, Trainer, drive
 from hpo_plugin.runs.verl_log import MetricsFile, failure_cause, plain_lines
-from hpo_plugin.files import atomic_write
 
 #: For a trainer's log: the whole traceback, and lines as they are printed.
 LOG_ENVIRONMENT = {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
@@ -63,8 +63,8 @@ class Training:
 
     Attributes:
         config_name: verl's or our config.
-        overrides: What makes it this training: algorithm, seed, steps, data, model. They come last, so that they win over
-            those of :func:`bookkeeping_overrides`.
+        overrides: What makes it this training: algorithm, seed, steps, data, model. They come last, so that they win
+            over those of :func:`bookkeeping_overrides`.
         steps: ``trainer.total_training_steps``; None where verl derives it from epochs and data.
         environment: What the trainer needs beside this process's own environment.
         save_every: Steps between checkpoints.

@@ -6,7 +6,6 @@ follows trainings for hours should not hold.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -105,20 +104,14 @@ def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -
     Raises:
         StudyError: Something is wrong; it has been shown.
     """
-    from hpo_plugin.check.checks import check_config, run_checks, stderr_to
+    from hpo_plugin.check.checks import check_config, quiet, run_checks
     from hpo_plugin.check.compose import compose
-    from hpo_plugin.check.signals import signal_handlers_kept
 
     distinct = list({(cell.setting, cell.arm): cell for cell in cells}.values())
     for cell in distinct:
         # Before verl is imported; the environment is the same for all cells.
         os.environ.update(cell.environment)
-    with contextlib.ExitStack() as stack:
-        if console.is_terminal:
-            stack.enter_context(console.status("checking the installation and the configs"))
-        stack.enter_context(signal_handlers_kept())
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(stderr_to(workspace.directory / "check.log"))
+    with quiet(workspace.directory / "check.log", console, "checking the installation and the configs"):
         report = run_checks(distinct[0].config_name, full_overrides(workspace, distinct[0]))
         wrong: list[tuple[Cell, Finding]] = []
         for cell in distinct[1:]:

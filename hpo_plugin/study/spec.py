@@ -279,8 +279,7 @@ class Study:
         for key in ("train_size", "test_size"):
             _at_least_one(f"{where}.prepare.{key}", getattr(setting.prepare, key))
         try:
-            task, options = setting_data(setting.prepare)
-            task.validate(options)
+            setting_data(setting.prepare)
         except TaskError as error:
             raise StudyError(f"{where}.prepare.task: {error}") from error
         except (TypeError, ValueError) as error:

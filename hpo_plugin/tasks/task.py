@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import random
 import sys
+import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,7 +110,7 @@ class LaptopForm:
         quickstart: Further fields of the options in the quickstart: its size and difficulty.
         overrides: Hydra overrides of ``config_name``.
         start_model: Fields of :class:`hpo_plugin.quickstart.start_model.StartModelConfig`.
-        solution_prefix: What every solution of a demonstration begins with, and no guess.
+        solution_prefix: What every solution of a demonstration begins with, and no guess. Not used with an SFT stage.
         sft_config_name: Hydra config of verl's SFT trainer, which then trains the start model; None trains it with
             :func:`hpo_plugin.quickstart.start_model.build_start_model`.
             It needs the data files ``sft_train``, whose rows are then demonstrated, and ``sft_test``.
@@ -233,8 +235,8 @@ class Task(ABC):
         Raises:
             ValueError: The row cannot be read.
         """
-        answer = str(row["reward_model"]["ground_truth"])
-        return Explanation(answer, f"The answer in the data is {answer}.")
+        answer = ground_truth_of(row)
+        return Explanation(str(answer), f"The answer in the data is {answer}.")
 
     def read_row(self, columns: Mapping[str, Any]) -> Row:
         """Return a row in verl's format from a row of a source that this task reads.
@@ -248,6 +250,9 @@ class Task(ABC):
         missing = [name for name in ("prompt", "reward_model") if columns.get(name) is None]
         if missing:
             raise ValueError(f"no column {missing[0]!r} among {', '.join(columns) or 'none'}")
+        check_prompt(columns["prompt"])
+        if not isinstance(columns["reward_model"], Mapping):
+            raise ValueError(f"the column reward_model holds no mapping: {columns['reward_model']!r:.200}")
         return dict(columns)
 
     def group(self, ground_truth: Any) -> str | None:
@@ -300,6 +305,32 @@ class Task(ABC):
 def is_correct(sample: Mapping[str, Any]) -> bool:
     """Return whether a scored sample is correct: ``acc`` where the reward returns it, else ``score``."""
     return float(sample["acc"] if sample.get("acc") is not None else sample["score"]) == 1
+
+
+def ground_truth_of(row: Row) -> Any:
+    """Return the ground truth of a row.
+
+    Raises:
+        ValueError: The row has none, because it was read from a prompt alone.
+    """
+    truth = row["reward_model"].get("ground_truth")
+    if truth is None:
+        raise ValueError("there is a prompt and no ground truth; give a row of a file that `hpo-plugin prepare` wrote")
+    return truth
+
+
+def check_prompt(prompt: Any) -> None:
+    """Check that a prompt is chat messages.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if (
+        not isinstance(prompt, list)
+        or not prompt
+        or not all(isinstance(one, Mapping) and "content" in one for one in prompt)
+    ):
+        raise ValueError(f"the column prompt holds no chat messages: {prompt!r:.200}")
 
 
 def prompt_text(row: Row) -> str:
@@ -375,20 +406,29 @@ def write_rows(
         force: Whether to replace other data.
 
     Raises:
-        ValueError: A row lacks a column of :data:`ROW_COLUMNS`.
+        ValueError: A split has no rows, a row lacks a column of :data:`ROW_COLUMNS`, or the rows are not of one form.
         FileExistsError: The directory holds other data and ``force`` is not set.
         OSError: A file cannot be written.
     """
     import pyarrow as pa
 
+    for split in ("train", "test"):
+        if not splits.get(split):
+            raise ValueError(f"{task.name}: the {split} split has no rows")
     for split, rows in splits.items():
         for number, row in enumerate(rows):
             missing = [name for name in ROW_COLUMNS if name not in row]
             if missing:
                 raise ValueError(f"{task.name}: row {number} of the {split} split has no column {missing[0]!r}")
-    parameters = asdict(options)
+    # As the manifest holds them: tuples are lists there.
+    parameters = json.loads(json.dumps(asdict(options)))
     check_output(directory, parameters, force=force)
-    tables = {split: pa.Table.from_pylist(list(rows)) for split, rows in splits.items()}
+    tables = {}
+    for split, rows in splits.items():
+        try:
+            tables[split] = pa.Table.from_pylist(list(rows))
+        except (pa.ArrowException, TypeError) as error:
+            raise ValueError(f"{task.name}: the rows of the {split} split cannot be written: {error}") from error
     counts = {split: len(rows) for split, rows in splits.items()}
     manifest = {"task": task.name, "parameters": parameters, "counts": counts}
     return write_data_set(directory, tables, manifest, force=force)
@@ -419,10 +459,15 @@ def load_task(name: str) -> Task:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
-        raise TaskError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        where = f", line {lines[-1]}" if lines else ""
+        raise TaskError(f"{name}{where}: cannot be imported: {type(error).__name__}: {error}") from error
     found = getattr(module, "TASK", None)
     if not isinstance(found, Task):
-        raise TaskError(f"{name} defines no TASK, an instance of a subclass of hpo_plugin.tasks.Task")
+        raise TaskError(f"{name} defines no TASK, an instance of a subclass of hpo_plugin.tasks.task.Task")
+    missing = [attribute for attribute in ("name", "title") if not getattr(found, attribute, None)]
+    if missing:
+        raise TaskError(f"{name}: TASK has no {missing[0]}")
     return found

@@ -1,7 +1,7 @@
 """The actor's ``policy_loss`` config node, extended: how a worker knows which estimator made the advantages.
 
 verl's ``PolicyLossConfig`` is a closed dataclass, so a new field needs a subclass named by ``_target_``
-(verl/workers/config/actor.py). Our yaml names it; for verl's stock yaml the plugin does (``glue/seams.py``).
+(verl/workers/config/actor.py). Our yaml names it; for verl's stock yaml the plugin does (``verl/seams.py``).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Entry point ``hpo`` of the group ``verl.plugins``: loaded in every process that imports verl.
 
 It imports no part of verl. Post-import hooks do the work when, and only when, a process imports the module concerned:
-``verl.trainer.ppo.core_algos`` gets the estimators and losses (``glue/registration.py``), and the modules of
-``glue/seams.py`` one function each.
+``verl.trainer.ppo.core_algos`` gets the estimators and losses (``verl/registration.py``), and the modules of
+``verl/seams.py`` one function each.
 
 A run that does not select HPO must not notice any of it. So nothing is raised here: an error is logged, kept in
 :data:`FAILURE`, and raised by whatever needs HPO (``registration.require_registered``).

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -463,3 +464,25 @@ def test_overrides_without_a_config_are_refused_and_the_exit_status_is_1(monkeyp
     assert result.exit_code == 1
     assert "name it: --config-name NAME" in result.output
     assert CliRunner().invoke(app, ["check", "--local"]).exit_code == 0
+
+
+def test_the_hash_of_the_code_is_of_the_mathematics_and_the_whole_adapter(tmp_path, monkeypatch):
+    """Two nodes with different copies of one version are told by it."""
+    import shutil
+    from importlib.util import find_spec
+
+    from hpo_plugin.check.probe import _code_hash
+
+    package = tmp_path / "hpo_plugin"
+    shutil.copytree(Path(find_spec("hpo_plugin").origin).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: type("Spec", (), {"origin": str(package / "__init__.py")})
+    )
+    known = {_code_hash()}
+    for name in ("algorithm.py", "fused.py", "variants.py", "verl/estimators.py", "verl/losses.py", "verl/seams.py"):
+        with (package / name).open("a") as file:
+            file.write("# another copy\n")
+        known.add(_code_hash())
+    assert len(known) == 7
+    (package / "cli" / "app.py").write_text("")
+    assert _code_hash() in known

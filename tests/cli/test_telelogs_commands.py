@@ -99,7 +99,7 @@ def test_labels_are_those_of_the_prompt_and_no_answer_is_an_exit_status(tmp_path
         ("missing.txt", None, "No such file"),
         ("empty.txt", "", "line 1"),
         ("broken.json", "{", "cannot be read as .json"),
-        ("other.csv", "a,b\n1,2\n", "no column 'prompt' among a, b"),
+        ("other.csv", "a,b\n1,2\n", "no column 'question' or 'prompt' among a, b"),
     ],
 )
 def test_what_cannot_be_read_is_an_error_and_not_a_traceback(tmp_path, name, content, message):

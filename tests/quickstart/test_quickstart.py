@@ -261,7 +261,7 @@ def test_the_final_table_shows_success_time_alpha_and_where_everything_is(run):
         "".join(json.dumps({"step": step, "data": data}) + "\n" for step, data in rows(60).items())
     )
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
-    run_module._finish(run, TRAINING, REQUEST, seconds=130.0, console=console)
+    run_module._finish(run, "Countdown", TRAINING, REQUEST, seconds=130.0, console=console)
     text = console.export_text()
     assert "6.2 % → 25.0 %" in text
     assert "60, 2 min 00 s of training; this call took 2 min 10 s" in text

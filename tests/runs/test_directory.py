@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hpo_plugin.runs.directory import RunRequest, Run, RunBusyError, choose_run
+from hpo_plugin.runs.directory import Run, RunBusyError, RunRequest, choose_run
 
 AHPO = RunRequest(policy_loss="ahpo", seed=0, steps=30, rollout="hf", n_test=512)
 

@@ -494,7 +494,7 @@ def test_a_field_of_the_start_model_that_verls_sft_trainer_would_ignore_is_refus
         "start_model": {"calculated_share": 0.1},
     }
     found = workspace(declared)
-    with pytest.raises(StudyError, match=r"start_model: calculated_share is not known for telelogs; .*max_positions"):
+    with pytest.raises(StudyError, match=r"start_model: calculated_share has no effect: .*max_positions"):
         inputs_module.make_study_inputs(found, found.study.cells(), Console(quiet=True))
 
 

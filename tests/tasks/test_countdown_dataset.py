@@ -314,7 +314,7 @@ def test_the_command_writes_and_a_second_run_leaves_it(tmp_path: Path) -> None:
         (["--numbers", "2", "--max-number", "3", "--train-size", "900"], "distinct problems asked for"),
         (["--layout", "short"], "layout='short'"),
         (["--source", "nowhere.csv"], "neither an existing file"),
-        (["--source", "a/b", "--seed", "3"], "--seed describe"),
+        (["--source", "a/b", "--seed", "3"], "seed=3 has no effect"),
     ],
 )
 def test_wrong_input_ends_with_a_message_that_names_it(tmp_path: Path, arguments: list[str], named: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hpo_plugin.cli.app import app
-from hpo_plugin.tasks.task import TASK_NAMES, TaskError, is_correct, load_task
+from hpo_plugin.tasks.task import TASK_NAMES, TaskError, is_correct, load_task, write_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 
@@ -102,6 +102,59 @@ def test_what_is_not_a_task_is_refused_with_the_reason(tmp_path: Path, monkeypat
         done = CliRunner(env={"COLUMNS": "300"}).invoke(app, command)
         assert done.exit_code == 2
         assert "Traceback" not in done.output
+
+
+def test_a_prompt_alone_cannot_be_explained_where_the_answer_is_data(task_file: Path):
+    for task in (task_file, "countdown"):
+        done = CliRunner().invoke(app, ["explain", str(task), "-"], input="dcba:")
+        assert done.exit_code == 1
+        assert "no ground truth" in done.output
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "dcba:", "reward_model": {"ground_truth": "abcd"}}, "the column prompt holds no chat messages"),
+        ({"prompt": [], "reward_model": {"ground_truth": "abcd"}}, "the column prompt holds no chat messages"),
+        ({"prompt": [{"role": "user", "content": "dcba:"}], "reward_model": "abcd"}, "reward_model holds no mapping"),
+        ({"prompt": [{"role": "user", "content": "dcba:"}], "reward_model": {"style": "rule"}}, "no ground truth"),
+        ({"question": "dcba:"}, "no column 'prompt' among question"),
+    ],
+)
+def test_a_row_of_another_form_is_an_error_and_not_a_traceback(task_file: Path, tmp_path: Path, row, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["explain", str(task_file), str(tmp_path / "rows.jsonl")])
+    assert done.exit_code == 1
+    assert message in done.output
+
+
+def test_options_with_tuples_are_the_same_when_they_are_given_again(tmp_path: Path):
+    task = load_task("countdown")
+    rows = [
+        {"data_source": "d", "prompt": [], "reward_model": {"ground_truth": k}, "extra_info": {"k": k}} for k in (1, 2)
+    ]
+    options = task.Options(counts=(3, 4))
+    for expected in (("test.parquet", "train.parquet"), ()):
+        made = write_rows(task, tmp_path, {"train": rows[:1], "test": rows[1:]}, options)
+        assert tuple(sorted(set(made.publication.written) - {"manifest.json"})) == expected
+    with pytest.raises(ValueError, match="the test split has no rows"):
+        write_rows(task, tmp_path, {"train": rows, "test": []}, options)
+    mixed = [rows[0], {**rows[1], "reward_model": {"ground_truth": "x"}}]
+    with pytest.raises(ValueError, match="rows of the train split cannot be written"):
+        write_rows(task, tmp_path / "other", {"train": mixed, "test": rows}, options)
+
+
+def test_an_edited_demonstration_is_another_start_model(task_file: Path, monkeypatch):
+    from hpo_plugin.quickstart.start_model import demonstrated
+
+    task = load_task(str(task_file))
+    rows = [task.row(word) for word in ("dcba", "abdc")]
+    before = demonstrated(task, rows, 0)
+    real = type(task).demonstrate
+    monkeypatch.setattr(type(task), "demonstrate", lambda self, row, rng: replace(real(self, row, rng), guess="dcba"))
+    assert demonstrated(task, rows, 0) != before
+    # Those of 0.1.0 stay valid.
+    assert demonstrated(load_task("countdown"), rows, 0) == {}
 
 
 def test_a_demonstration_whose_answers_begin_alike_is_refused(task_file: Path, tmp_path: Path, monkeypatch):

@@ -21,7 +21,17 @@ from hpo_plugin.tasks.countdown.problems import (
 )
 from hpo_plugin.tasks.countdown.prompts import prompt_text
 from hpo_plugin.tasks.countdown.reward import DATA_SOURCES, compute_score, judge, read_ground_truth
-from hpo_plugin.tasks.task import DataOptions, DataSet, Demonstration, Explanation, LaptopForm, Row, Task, option
+from hpo_plugin.tasks.task import (
+    DataOptions,
+    DataSet,
+    Demonstration,
+    Explanation,
+    LaptopForm,
+    Row,
+    Task,
+    ground_truth_of,
+    option,
+)
 
 #: What an answer of the calculated kind begins with.
 CALCULATED_PREFIX = "="
@@ -149,7 +159,7 @@ class Countdown(Task):
         Raises:
             ValueError: The problem is malformed or too large to search.
         """
-        target, numbers = read_ground_truth(row["reward_model"]["ground_truth"])
+        target, numbers = read_ground_truth(ground_truth_of(row))
         if len(numbers) > MAX_EXPLAINED_COUNT:
             raise ValueError(f"{len(numbers)} numbers are too many to search; at most {MAX_EXPLAINED_COUNT}")
         found = solve(numbers, target)
@@ -181,8 +191,8 @@ def _synthetic(given: CountdownOptions) -> CountdownConfig | None:
             ranges["counts"] = tuple(given.counts)
         return CountdownConfig(**ranges)
     if ranges:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in ranges)
-        raise ValueError(f"{named} describe synthetic problems: no effect with --source {given.source}")
+        named = ", ".join(f"{name}={value}" for name, value in ranges.items())
+        raise ValueError(f"{named} has no effect with source={given.source!r}: only synthetic problems are generated")
     return None
 
 

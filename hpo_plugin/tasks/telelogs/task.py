@@ -17,6 +17,7 @@ from hpo_plugin.tasks.task import (
     LaptopForm,
     Row,
     Task,
+    check_prompt,
     option,
     prompt_text,
 )
@@ -162,13 +163,16 @@ class TeleLogs(Task):
 
     def read_row(self, columns: Mapping[str, Any]) -> Row:
         """Accept a row in verl's format, or the columns ``question`` and ``answer`` of the data set."""
-        if columns.get("prompt") is None and columns.get("question") is not None:
+        prompt, truth = columns.get("prompt"), columns.get("reward_model")
+        if not isinstance(prompt, list):
+            if columns.get("question") is None:
+                raise ValueError(f"no column 'question' or 'prompt' among {', '.join(columns) or 'none'}")
+            prompt, truth = [{"role": "user", "content": str(columns["question"])}], None
+        check_prompt(prompt)
+        if not isinstance(truth, Mapping):
             answer = columns.get("answer")
-            return {
-                "prompt": [{"role": "user", "content": str(columns["question"])}],
-                "reward_model": {"ground_truth": None if answer is None else str(answer).strip()},
-            }
-        return super().read_row(columns)
+            truth = {"ground_truth": None if answer is None else str(answer).strip()}
+        return {**columns, "prompt": prompt, "reward_model": truth}
 
     def group(self, ground_truth: Any) -> str | None:
         """Return the label."""
