@@ -230,7 +230,7 @@ def test_a_signal_ends_all_cells_and_leaves_them_to_go_on(declared, study_file, 
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted; every process of the cells is ended" in output
+    assert "Interrupted; every process of the cells has stopped" in output
     assert not any(psutil.pid_exists(session) for session in sessions)
     assert states(found) == [State.INTERRUPTED] * 2 + [State.WAITING] * 2
 
