@@ -40,7 +40,7 @@ def quickstart(
         Rollout, typer.Option(help="hf: transformers' own generate. vllm: verl's vLLM rollout (extra cpu-vllm).")
     ] = Rollout.HF,
     output: Annotated[Path, typer.Option(help="Where runs, data and start models go.")] = Path("runs"),
-    n_test: Annotated[int, typer.Option(min=1, max=700, help="Held-out problems.")] = 512,
+    n_test: Annotated[int, typer.Option(min=1, help="Held-out problems; of Countdown up to 700.")] = 512,
     new: Annotated[
         bool, typer.Option("--new", help="Start another run, even if an unfinished one could be resumed.")
     ] = False,

@@ -238,8 +238,9 @@ def build_start_model(
     tokenizer = build_tokenizer(config.max_positions)
     with _threads(config.threads):
         model, losses = _train(tokenizer, task, rows, seed, config, progress)
-        sampled = evaluate_success(model, task, held_out, tokenizer=tokenizer, seed=seed)
-        greedy = evaluate_success(model, task, held_out, tokenizer=tokenizer, temperature=0)
+        limit = _form(task).response_tokens
+        sampled = evaluate_success(model, task, held_out, tokenizer=tokenizer, seed=seed, max_tokens=limit)
+        greedy = evaluate_success(model, task, held_out, tokenizer=tokenizer, temperature=0, max_tokens=limit)
     tenth = max(1, len(losses) // 10)
     results = {
         "parameters": model.num_parameters(),

@@ -110,6 +110,7 @@ class LaptopForm:
         quickstart: Further fields of the options in the quickstart: its size and difficulty.
         overrides: Hydra overrides of ``config_name``.
         start_model: Fields of :class:`hpo_plugin.quickstart.start_model.StartModelConfig`.
+        response_tokens: Largest number of tokens (bytes) of a response in the measured success of the start model.
         solution_prefix: What every solution of a demonstration begins with, and no guess. Not used with an SFT stage.
         sft_config_name: Hydra config of verl's SFT trainer, which then trains the start model; None trains it with
             :func:`hpo_plugin.quickstart.start_model.build_start_model`.
@@ -123,6 +124,7 @@ class LaptopForm:
     quickstart: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     start_model: Mapping[str, Any] = field(default_factory=dict)
+    response_tokens: int = 32
     solution_prefix: str = "="
     sft_config_name: str | None = None
     sft_epochs: int = 1

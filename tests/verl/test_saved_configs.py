@@ -78,6 +78,7 @@ def test_a_renamed_group_is_explained(old: str, new: str):
     assert f"{old}=x is now {new}=x" in finding.found
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(200)
 def test_a_renamed_group_is_explained_by_verls_own_command():
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name=hpo_recipe", "recipe/cluster=2x8"]
