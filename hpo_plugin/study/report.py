@@ -238,7 +238,7 @@ def _what_was_run(study: Study, data: Mapping[str, CellData], used: Sequence[Cel
             [
                 setting.title,
                 f"{prepare.train_size:,} and {prepare.test_size:,}" if prepare else "given",
-                f"{start['sampled']['correct']:.3f}" if start else "–",
+                f"{start['sampled']['correct']:.3f}" if start and "sampled" in start else "–",
                 str(of_setting[0].steps),
                 f"{len(found)} of {len(of_setting)}",
                 ", ".join(map(str, seeds)) or "–",
