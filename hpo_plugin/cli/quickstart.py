@@ -66,11 +66,10 @@ def quickstart(
         )
 
     from hpo_plugin.check.signals import interruptible
-    from hpo_plugin.quickstart.form import laptop_form
     from hpo_plugin.quickstart.run import run_quickstart
     from hpo_plugin.runs.directory import RunRequest
     from hpo_plugin.runs.training import TrainingError
-    from hpo_plugin.tasks.task import TaskError, load_task
+    from hpo_plugin.tasks.task import TaskError, laptop_form, load_task
 
     try:
         form = laptop_form(load_task(task))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo_plugin.tasks.task import DataOptions, LaptopForm, Task, TaskError
+from hpo_plugin.tasks.task import DataOptions, Task, laptop_form
 
 if TYPE_CHECKING:
     from hpo_plugin.quickstart.start_model import StartModelConfig
@@ -39,17 +39,6 @@ class Inputs:
             f"data.val_files={self.test_file.resolve()}",
             f"actor_rollout_ref.model.path={self.model.resolve()}",
         ]
-
-
-def laptop_form(task: Task) -> LaptopForm:
-    """Return the laptop form of a task.
-
-    Raises:
-        TaskError: It has none.
-    """
-    if task.laptop is None:
-        raise TaskError(f"the task {task.name} has no laptop form (Task.laptop), so it cannot be trained here")
-    return task.laptop
 
 
 def data_options(task: Task, given: Mapping[str, Any]) -> DataOptions:

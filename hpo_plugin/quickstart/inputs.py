@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo_plugin.console import note, stage_bars
-from hpo_plugin.quickstart.form import Inputs, laptop_form
-from hpo_plugin.tasks.task import DataOptions, Task
+from hpo_plugin.quickstart.form import Inputs
+from hpo_plugin.tasks.task import DataOptions, Task, laptop_form
 
 if TYPE_CHECKING:
     from rich.console import Console

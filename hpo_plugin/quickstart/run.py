@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo_plugin.console import note
-from hpo_plugin.quickstart.form import ENVIRONMENT, Inputs, data_options, laptop_form, start_model_config
+from hpo_plugin.quickstart.form import ENVIRONMENT, Inputs, data_options, start_model_config
 from hpo_plugin.quickstart.inputs import make_inputs
 from hpo_plugin.runs.directory import Attempt, Run, RunBusyError, RunRequest, choose_run
 from hpo_plugin.runs.process import end_leftovers
@@ -27,7 +27,7 @@ from hpo_plugin.runs.verl_log import (
     held_out_success,
     step_views,
 )
-from hpo_plugin.tasks.task import Task, load_task
+from hpo_plugin.tasks.task import Task, laptop_form, load_task
 from hpo_plugin.variants import VARIANTS
 
 #: Evaluations, besides the one before training.

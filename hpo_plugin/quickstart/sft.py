@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from hpo_plugin.check.compose import compose
 from hpo_plugin.console import note, stage_bars
 from hpo_plugin.files import atomic_write, sha256_of_file
-from hpo_plugin.quickstart.form import ENVIRONMENT, laptop_form
+from hpo_plugin.quickstart.form import ENVIRONMENT
 from hpo_plugin.quickstart.start_model import SIZES, StartModelConfig, demonstrated, save_untrained_model
 from hpo_plugin.runs.process import StalledError, Trainer
 from hpo_plugin.runs.training import LOG_ENVIRONMENT, TrainingError, failure, python_for_shell, why
 from hpo_plugin.runs.verl_log import MetricsFile
-from hpo_plugin.tasks.task import Row, Task
+from hpo_plugin.tasks.task import Row, Task, laptop_form
 
 if TYPE_CHECKING:
     import pyarrow as pa

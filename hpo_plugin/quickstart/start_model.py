@@ -43,7 +43,7 @@ import hpo_plugin
 from hpo_plugin.console import Progress
 from hpo_plugin.cpu.generation import GenerationRequest, Generator, Sampling
 from hpo_plugin.files import sha256_of_file
-from hpo_plugin.tasks.task import CORRECT, MALFORMED, TASK_NAMES, LaptopForm, Row, Task, prompt_text
+from hpo_plugin.tasks.task import CORRECT, MALFORMED, TASK_NAMES, Row, Task, laptop_form, prompt_text
 
 START_MODEL_MANIFEST = "start_model.json"
 EOS_TOKEN, PAD_TOKEN = "<|im_end|>", "<|endoftext|>"
@@ -238,7 +238,7 @@ def build_start_model(
     tokenizer = build_tokenizer(config.max_positions)
     with _threads(config.threads):
         model, losses = _train(tokenizer, task, rows, seed, config, progress)
-        limit = _form(task).response_tokens
+        limit = laptop_form(task).response_tokens
         sampled = evaluate_success(model, task, held_out, tokenizer=tokenizer, seed=seed, max_tokens=limit)
         greedy = evaluate_success(model, task, held_out, tokenizer=tokenizer, temperature=0, max_tokens=limit)
     tenth = max(1, len(losses) // 10)
@@ -336,7 +336,7 @@ def evaluate_success(
     texts = tokenizer.batch_decode([response.token_ids for response in responses], skip_special_tokens=True)
     verdicts = [task.judge(row, text) for text, row in zip(texts, asked, strict=True)]
     count = len(verdicts)
-    prefix = _form(task).solution_prefix
+    prefix = laptop_form(task).solution_prefix
     return Success(
         correct=verdicts.count(CORRECT) / count,
         calculated=sum(text.startswith(prefix) for text in texts) / count,
@@ -344,12 +344,6 @@ def evaluate_success(
         mean_length=sum(len(response.token_ids) for response in responses) / count,
         responses=count,
     )
-
-
-def _form(task: Task) -> LaptopForm:
-    if task.laptop is None:
-        raise ValueError(f"the task {task.name} has no laptop form, so no start model")
-    return task.laptop
 
 
 def build_tokenizer(max_positions: int = 256) -> Qwen2Tokenizer:
@@ -466,7 +460,7 @@ class _Batches:
         self._pad = tokenizer.pad_token_id
         self._config = config
         self._guessed = round(config.guessed_demonstrations * config.batch_size)
-        self._prefix = _form(task).solution_prefix
+        self._prefix = laptop_form(task).solution_prefix
         self._lesson = task.lesson(rows, seed)
 
     def next(self) -> _Batch:
@@ -547,7 +541,7 @@ def demonstrated(task: Task, rows: Sequence[Row], seed: int) -> dict[str, str]:
         return {}
     rng = random.Random(seed)
     shown = [asdict(task.demonstrate(row, rng)) for row in rows[:100]]
-    text = json.dumps([task.name, _form(task).solution_prefix, shown])
+    text = json.dumps([task.name, laptop_form(task).solution_prefix, shown])
     return {"demonstrations": hashlib.sha256(text.encode()).hexdigest()}
 
 

@@ -436,6 +436,17 @@ def write_rows(
     return write_data_set(directory, tables, manifest, force=force)
 
 
+def laptop_form(task: Task) -> LaptopForm:
+    """Return the laptop form of a task.
+
+    Raises:
+        TaskError: It has none.
+    """
+    if task.laptop is None:
+        raise TaskError(f"the task {task.name} has no laptop form (Task.laptop), so it cannot be trained here")
+    return task.laptop
+
+
 def load_task(name: str) -> Task:
     """Return a task.
 
