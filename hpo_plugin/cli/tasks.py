@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from hpo_plugin.tasks.task import DataSet, Row, Task
 
 
-def task_commands(name: str, help_text: str, build: Callable[[Task], Callable[..., None]]) -> typer.Typer:
+def task_commands(help_text: str, build: Callable[[Task], Callable[..., None]]) -> typer.Typer:
     """Return a command group whose subcommands are tasks: the tasks of this package, or the path of a task's file.
 
     Args:
-        name: Name of the group.
         help_text: Its help.
         build: Makes a task's command: a function with typer's annotations.
     """
@@ -50,7 +49,6 @@ def task_commands(name: str, help_text: str, build: Callable[[Task], Callable[..
     def _group() -> None:
         pass
 
-    _group.__doc__ = help_text
     return group
 
 
@@ -319,6 +317,6 @@ def _read_samples(file: Path) -> list[tuple[Any, list[Mapping[str, Any]]]]:
 
 _TASK = "TASK is a name below, or the path of a task's file."
 
-prepare = task_commands("prepare", f"Write data files in verl's parquet format. {_TASK}", _prepare_command)
-explain = task_commands("explain", f"Explain the answer to a row. {_TASK}", _explain_command)
-score = task_commands("score", f"Compute metrics from the samples of a validation. {_TASK}", _score_command)
+prepare = task_commands(f"Write data files in verl's parquet format. {_TASK}", _prepare_command)
+explain = task_commands(f"Explain the answer to a row. {_TASK}", _explain_command)
+score = task_commands(f"Compute metrics from the samples of a validation. {_TASK}", _score_command)

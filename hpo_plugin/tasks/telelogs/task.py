@@ -95,20 +95,8 @@ class TeleLogs(Task):
             OSError: The source cannot be read, or the directory cannot be written or holds other data.
         """
         given: TeleLogsOptions = options
-        return prepare_telelogs(
-            directory,
-            source=given.source,
-            test_source=given.test_source,
-            train_size=given.train_size,
-            test_size=given.test_size,
-            balance=given.balance,
-            reduction=given.reduction,
-            seed=given.seed or 0,
-            relabeled=given.relabeled,
-            sft=given.sft,
-            force=force,
-            progress=progress,
-        )
+        arguments = {**vars(given), "seed": given.seed or 0}
+        return prepare_telelogs(directory, **arguments, force=force, progress=progress)
 
     def validate(self, options: Any) -> None:
         """Check the class balance and the reduction."""
