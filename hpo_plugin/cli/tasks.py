@@ -113,7 +113,7 @@ def _prepare_command(task: Task) -> Callable[..., None]:
     prepare.__annotations__ = {}
     prepare.__doc__ = (
         f"Write {task.title} data with a training and a test split, in verl's parquet format.\n\n"
-        "The same options give the same bytes. Existing identical data is left alone; other data is not overwritten."
+        "The same options give the same bytes. Identical files stay as they are; --force replaces other data."
     )
     return prepare
 

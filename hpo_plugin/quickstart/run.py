@@ -124,7 +124,7 @@ def _check(run: Run, training: Training, console: Console) -> None:
         report = run_checks(training.config_name, training.overrides)
     if not report.ok:
         report.show(console)
-        raise TrainingError("The checks failed. What to do stands beside each of them.")
+        raise TrainingError("The checks failed. See the remedy below each failed check.")
     note(console, "check", f"{report.summary}; `hpo-plugin check` shows them")
 
 

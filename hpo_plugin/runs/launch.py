@@ -256,7 +256,9 @@ class _Launcher:
     def _require(self, report: CheckReport, checked: str) -> None:
         if not report.ok:
             report.show(self.console)
-            raise TrainingError("The checks failed; what to do stands below each of them. The trainer was not started.")
+            raise TrainingError(
+                "The checks failed; see the remedy below each failed check. The trainer was not started."
+            )
         self.tell(f"checked {checked}: {report.summary}")
 
     # --- while it trains, and after a failure ---

@@ -124,7 +124,7 @@ def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -
         console.print(f"FAIL  {cell.name}: {finding.name}: {finding.found}", markup=False, soft_wrap=True)
         console.print(f"      to do: {finding.remedy}", markup=False, soft_wrap=True)
     if wrong or not report.ok:
-        raise StudyError("the checks failed; what to do stands beside each of them")
+        raise StudyError("the checks failed; see the remedy below each failed check")
     note(
         console, "check", f"{len(distinct)} configs, one for each arm in each setting: passed ({report.seconds:.0f} s)"
     )

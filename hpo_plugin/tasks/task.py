@@ -170,7 +170,7 @@ class Task(ABC):
     def prepare(
         self, directory: Path, options: Any, *, force: bool = False, progress: Progress | None = None
     ) -> DataSet:
-        """Write the data files; leave identical files alone. :func:`write_data_set` does the writing.
+        """Write the data files with :func:`write_data_set`; files that are identical stay as they are.
 
         Args:
             directory: Where the files go; created if needed.
@@ -360,7 +360,7 @@ def write_data_set(
     force: bool = False,
     progress: Progress | None = None,
 ) -> DataSet:
-    """Write tables as parquet files with a manifest; leave identical files alone.
+    """Write tables as parquet files with a manifest; files that are identical stay as they are.
 
     Args:
         directory: Where; exists (:func:`hpo_plugin.files.check_output`).
