@@ -1,41 +1,35 @@
 """Runs verl's own CPU tests and gates on source trees of verl, before and after the contribution; writes the results.
 
-    python scripts/upstream_gates.py v0.9.0=PATH main=PATH 0.9.1=PATH
+    python scripts/upstream_gates.py v0.9.0=PATH 0.9.1=PATH main=PATH
 
 verl's tests need pytest-asyncio beside this project's development environment: `pip install pytest-asyncio`.
 
 A tree is a git checkout, or an unpacked source distribution; it is copied, and left as it is. The gates are the local
 hooks of the tree's .pre-commit-config.yaml, word for word, and those of its workflows that need neither a network nor a
-GPU; ruff and mypy are this environment's, with the tree's settings. The table and how to read it go to
-contrib/upstream/gates.md (the text of the pull request has it) and into docs/upstream.md; the outcome of each
-contributed test goes to contrib/upstream/contributed_tests.json, of which the text of the pull request takes it.
+GPU; ruff and mypy are this environment's, with the tree's settings. The scripts of contrib/upstream/issues run on each
+tree as well. The tables, how to read them, and the size of the last tree's patch go into docs/upstream.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from xml.etree import ElementTree
 
 import yaml
 
-from contrib.upstream import contribution
+from contrib.upstream import contribution, issues
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "contrib/upstream/gates.md"
-OUTCOMES = ROOT / "contrib/upstream/contributed_tests.json"
 PAGE = ROOT / "docs/upstream.md"
 BEGIN, END = "<!-- begin: scripts/upstream_gates.py -->", "<!-- end -->"
 
@@ -68,13 +62,15 @@ class Measured:
         source: What the tree is, in words.
         gates: Name of a gate -> its answer before and after.
         failed: Verl's test that failed -> "before", "after" or "before and after".
-        tests: Contributed test -> outcome -> how many cases had it.
+        issues: Report of contrib/upstream/issues -> whether its script shows the bug; None: it cannot run here.
+        size: What git says of the size of the change.
     """
 
     source: str
     gates: Mapping[str, tuple[str, str]]
     failed: Mapping[str, str]
-    tests: Mapping[str, Mapping[str, int]]
+    issues: Mapping[str, bool | None]
+    size: str
 
 
 def gates(tree: Path) -> Iterator[tuple[str, str]]:
@@ -122,15 +118,6 @@ def run(tree: Path, command: str) -> tuple[str, set[str]]:
     return "fails" if done.returncode else "passes", set()
 
 
-def outcomes(report: Path) -> dict[str, dict[str, int]]:
-    """Test -> outcome -> how many of its cases had it, from a report of pytest in JUnit's format."""
-    found: dict[str, Counter[str]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        outcome = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed")
-        found.setdefault(case.attrib["name"].partition("[")[0], Counter())[outcome] += 1
-    return {name: dict(counts) for name, counts in found.items()}
-
-
 def describe(source: Path) -> str:
     """What a tree is, for a reader who has another one."""
     if not (source / ".git").exists():
@@ -141,7 +128,7 @@ def describe(source: Path) -> str:
 
 
 def measure(source: Path, only: str | None) -> Measured:
-    """Each gate's answer before and after, and the outcomes of the contributed tests."""
+    """Each gate's answer before and after, and what the reports' scripts show before."""
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory) / "verl"
         git = ["git", "-C", str(tree)]
@@ -154,6 +141,10 @@ def measure(source: Path, only: str | None) -> Measured:
             subprocess.run([*git, "commit", "--quiet", "--message", "source distribution"], check=True)
         # What the type gate compares with.
         subprocess.run([*git, "update-ref", "refs/remotes/origin/main", "HEAD"], check=True)
+        shown = {}
+        for path in issues.reports() if only is None else []:
+            report = issues.read(path)
+            shown[report.name] = issues.shown(report, tree=tree)
         changes = contribution.changes(tree)
         names = [name for name in changes if name.endswith(".py")]
         selected = {name: command for name, command in gates(tree) if only is None or re.search(only, name)}
@@ -168,11 +159,11 @@ def measure(source: Path, only: str | None) -> Measured:
             for test in set().union(*(tests for _, tests in said.values())):
                 failed.setdefault(test, []).append("after" if applied else "before")
         before, after = answers
-        report = Path(directory) / "contributed.xml"
-        contributed, _ = run(tree, f"{PYTEST} --junitxml={report} {CONTRIBUTED}")
+        contributed, _ = run(tree, f"{PYTEST} {CONTRIBUTED}")
         both = {"the contributed tests": ("—", contributed)} | {name: (before[name], after[name]) for name in selected}
         when = {test: " and ".join(times) for test, times in failed.items()}
-        return Measured(describe(source), both, when, outcomes(report))
+        size = subprocess.run([*git, "diff", "--stat", "HEAD~"], check=True, capture_output=True, text=True).stdout
+        return Measured(describe(source), both, when, shown, size)
 
 
 def table(measured: Mapping[str, Measured]) -> str:
@@ -185,6 +176,17 @@ def table(measured: Mapping[str, Measured]) -> str:
             before, after = tree.gates.get(name, ("—", "—"))
             cells.append(before if before == after else f"{before} → {after}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def issues_table(measured: Mapping[str, Measured]) -> str:
+    """One row a report, one column a tree."""
+    lines = [f"| report | {' | '.join(measured)} |", f"|---|{'---|' * len(measured)}"]
+    for path in issues.reports():
+        report = issues.read(path)
+        words = {True: "shows it", False: "does not show it", None: "—"}
+        cells = [words[tree.issues.get(report.name)] for tree in measured.values()]
+        lines.append(f"| {report.title} (`{report.name}`) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -214,8 +216,7 @@ def versions() -> str:
 
 
 def write(text: str) -> None:
-    """Put the table where it is shown."""
-    TABLE.write_text(text + "\n", encoding="utf-8")
+    """Put the tables where they are shown."""
     page = PAGE.read_text(encoding="utf-8")
     head, rest = page.split(BEGIN)
     PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
@@ -233,12 +234,21 @@ def main() -> None:
     for tree in arguments.trees:
         name, _, path = tree.partition("=")
         measured[name] = measure(Path(path).resolve(), arguments.only)
-    text = f"{table(measured)}\n\n{reading(measured)}\n\n{versions()}"
-    tests = json.dumps({name: tree.tests for name, tree in measured.items()}, indent=2, sort_keys=True)
-    print(text, tests, sep="\n\n")
+    *_, newest = measured
+    parts = [
+        table(measured),
+        reading(measured),
+        f"The change of `{newest}`:",
+        f"```text\n{measured[newest].size.rstrip()}\n```",
+        "The scripts of the bug reports, on each tree before the contribution (a dash: it cannot run there, because a "
+        "file or a package is missing):",
+        issues_table(measured),
+        versions(),
+    ]
+    text = "\n\n".join(parts)
+    print(text)
     if arguments.only is None:
         write(text)
-        OUTCOMES.write_text(f"{tests}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

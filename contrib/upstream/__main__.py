@@ -26,45 +26,32 @@ def upstream(
     branch: Annotated[
         str | None, typer.Option(help="In a git checkout: the branch to make; hpo if not given.", show_default=False)
     ] = None,
-    pull_request: Annotated[
-        Path | None, typer.Option(help="Write the text of the pull request to verl here.", show_default=False)
-    ] = None,
     study: Annotated[
         Path | None,
-        typer.Option(help="STUDY.yaml whose collected data fill the results of the text.", show_default=False),
+        typer.Option(help="With --recipes: STUDY.yaml whose report goes into the README.", show_default=False),
     ] = None,
 ) -> None:
     """Write HPO as a contribution: a commit on a branch of a git checkout, else into the files, or a patch with --out.
 
-    Nothing is sent anywhere. A tree that has the contribution already is left as it is; one that is not known is
-    refused.
+    Nothing is sent anywhere. A tree that has the contribution already is not changed; one that is not known is refused.
     """
     from contrib.upstream import contribution, recipe
-    from contrib.upstream import pull_request as text
     from hpo_plugin.console import stopped
     from hpo_plugin.files import atomic_write
 
     tree = verl if recipes is None else recipes
     if (verl is None) == (recipes is None):
         raise typer.BadParameter("give one of --verl and --recipes")
-    if pull_request is not None and recipes is not None:
-        raise typer.BadParameter("--pull-request is the text for verl, not for --recipes")
-    if study is not None and pull_request is None and recipes is None:
-        raise typer.BadParameter("--study fills the text of --pull-request or the README of --recipes: give one")
+    if study is not None and recipes is None:
+        raise typer.BadParameter("--study fills the README of --recipes")
     assert tree is not None
     if branch is not None and (out is not None or not (tree / ".git").exists()):
         raise typer.BadParameter("--branch names the branch of a commit: a git checkout gets one, without --out")
-    if out is not None and pull_request is not None and out.resolve() == pull_request.resolve():
-        raise typer.BadParameter(f"--out and --pull-request name the same file, {out}")
     try:
         if recipes is None:
             title, changes = contribution.TITLE, contribution.changes(tree)
         else:
             title, changes = recipe.TITLE, recipe.changes(tree, study)
-        # The tree last: what fails before leaves it as it is.
-        if pull_request is not None:
-            atomic_write(pull_request, text.pull_request(study, pull_request).encode())
-            print(f"{pull_request}: to be read, signed and sent by a human")
         if not changes:
             print(f"{tree} has all of it already: nothing to do")
         elif out is not None:

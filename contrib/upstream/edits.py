@@ -1,4 +1,4 @@
-"""Inserting text into source files at named places: by syntax tree, key path or list entry, never by line number."""
+"""Inserting text into source files at named places: by syntax tree, key path or line, never by line number."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ from typing import Protocol
 
 import yaml
 
-__all__ = [
-    "AfterDefinition",
-    "AfterField",
-    "AfterKey",
-    "AfterLine",
-    "AfterStatement",
-    "Anchor",
-    "AnchorError",
-    "InList",
-    "unbound",
-]
+__all__ = ["AfterDefinition", "AfterField", "AfterKey", "AfterLine", "Anchor", "AnchorError", "unbound"]
 
 
 class AnchorError(ValueError):
@@ -98,47 +88,6 @@ class AfterField:
         if not fields:
             raise AnchorError(f"class {self.owner} has no field {self.name or 'at all'}")
         return _after_line(source, _end(fields[-1]), fields[-1].col_offset, text)
-
-
-@dataclass(frozen=True)
-class AfterStatement:
-    """Below the last statement of a function that begins like this, in the spelling of ``ast.unparse``."""
-
-    function: str
-    begins: str
-
-    def insert(self, source: str, text: str) -> str:
-        """See :class:`Anchor`."""
-        found = [
-            node
-            for node in ast.walk(_definition(source, self.function))
-            if isinstance(node, ast.Assign | ast.Expr) and ast.unparse(node).startswith(self.begins)
-        ]
-        if not found:
-            raise AnchorError(f"function {self.function} has no statement that begins with {self.begins}")
-        last = max(found, key=_end)
-        return _after_line(source, _end(last), last.col_offset, text)
-
-
-@dataclass(frozen=True)
-class InList:
-    """Behind an item of a list of strings that is assigned to a name at the top of the file."""
-
-    name: str
-    item: str
-
-    def insert(self, source: str, text: str) -> str:
-        """See :class:`Anchor`; ``text`` is the new item, with its comma in front."""
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == self.name:
-                for item in getattr(node.value, "elts", []):
-                    if getattr(item, "value", None) == self.item:
-                        lines = source.splitlines(keepends=True)
-                        line = lines[item.end_lineno - 1].encode()
-                        at = item.end_col_offset
-                        lines[item.end_lineno - 1] = (line[:at] + text.strip("\n").encode() + line[at:]).decode()
-                        return "".join(lines)
-        raise AnchorError(f"no list {self.name} with the item {self.item!r}")
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import hpo_plugin
 from contrib.upstream.contribution import UnknownTreeError, read, refuse_others
 from contrib.upstream.edits import AfterLine, AnchorError
-from contrib.upstream.pull_request import study_results
 
-__all__ = ["TITLE", "changes"]
+__all__ = ["TITLE", "changes", "study_results"]
 
 TITLE = "[recipe] feat: add HPO and A-HPO (Hysteretic Policy Optimization)"
 
@@ -21,6 +22,13 @@ GROUPS = ("task", "model", "engine", "cluster")
 TEMPLATES = HERE / "recipe_files"
 CONFIGS = HERE.parents[1] / "hpo_plugin" / "configs"
 FOLDER = "hpo"
+#: Of a report's pictures, those that the README shows: the curves, and α.
+PICTURES = ("-reward", "-alpha")
+
+PAGE_OF_PROJECT = (
+    "What follows is a page of the project hpo_plugin. The commands, configs and files that it names are there, not "
+    "here."
+)
 CONFIG = "hpo_recipe"
 
 ROW = f"| {FOLDER} | [`recipe/{FOLDER}/REQUIRED_VERL.txt`]({FOLDER}/REQUIRED_VERL.txt) |\n"
@@ -117,3 +125,38 @@ def _results(scores: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     yield ""
     for numbers in paper_numbers().values():
         yield f"- {numbers.title}: {numbers.source}"
+
+
+def study_results(study_file: Path, directory: Path, *, heading: str) -> str:
+    """The report of a study as a part of another page: all of its tables, and a few of its pictures.
+
+    Args:
+        study_file: STUDY.yaml, with its collected data beside it.
+        directory: where the pictures go, in a directory of the study's name.
+        heading: Markdown's mark of the report's sections; its title has one level less.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        StudyError: if there are no data of the study, or they are not its own.
+    """
+    from hpo_plugin.study.data import read_data
+    from hpo_plugin.study.figures import save
+    from hpo_plugin.study.report import build_report, to_markdown
+    from hpo_plugin.study.spec import load_study
+
+    report = build_report(load_study(study_file), read_data(study_file.with_suffix(".parquet")))
+    sections = [
+        replace(section, pictures=[picture for picture in section.pictures if picture.name.endswith(PICTURES)])
+        for section in report.sections
+    ]
+    report = replace(report, sections=sections)
+    folder = directory / report.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        for picture in section.pictures:
+            save(picture.figure, folder / picture.name, png=True)
+    text = re.sub(r"^## ", f"{heading} ", to_markdown(report), flags=re.MULTILINE)
+    text = re.sub(r"^# ", f"{heading.removesuffix('#')} ", text, count=1, flags=re.MULTILINE).strip()
+    return f"{PAGE_OF_PROJECT}\n\n{text}"

@@ -82,7 +82,7 @@ def run_checks(
             cluster.ask_every_node(local_files(config) if config is not None else (), shared)
         tell("importing verl")
         here = probe()
-        report.findings += check_versions(built_in=here["built_in"])
+        report.findings += check_versions(built_in=here["built_in"] is not None)
         report.findings += check_registration(here)
         if cluster is not None:
             tell("waiting for the nodes")
@@ -191,10 +191,9 @@ def check_versions(built_in: bool = False) -> list[Finding]:
 
 def check_registration(here: dict[str, Any]) -> list[Finding]:
     """What :func:`probe` found in this process."""
-    if here["built_in"]:
-        return [Finding("this process", "hpo and ahpo are built into this verl; hpo_plugin steps aside")]
     if not here["problems"]:
-        return [Finding("this process", "hpo and ahpo are registered: advantage estimators, policy losses")]
+        registered = "hpo and ahpo are registered: advantage estimators, policy losses"
+        return [Finding("this process", here["built_in"] or registered)]
     return [Finding("this process", what, False, remedy) for what, remedy in here["problems"]]
 
 

@@ -23,7 +23,7 @@ def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> d
         ``host`` and ``python`` (str), ``versions`` (distribution -> version, None where it is not installed), ``code``
         (a short hash of the mathematics and the adapter: two copies of one version may differ), ``seconds`` (float),
         ``problems``: (what is wrong, what to do) pairs, empty if HPO and A-HPO can be used here, and ``built_in``:
-        whether they are verl's own.
+        what verl has of them itself, in a line, or None.
     """
     import platform
     import socket
@@ -37,7 +37,7 @@ def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> d
         "versions": {name: _version(name) for name in CHECKED_PACKAGES},
         "code": _code_hash(),
         "problems": problems,
-        "built_in": not problems and _is_built_in(),
+        "built_in": None if problems else _built_in(),
         "seconds": time.monotonic() - begin,
     }
 
@@ -66,12 +66,12 @@ def _file_problems(files: Sequence[tuple[str, str]], shared: str | None) -> list
     return problems
 
 
-def _is_built_in() -> bool:
+def _built_in() -> str | None:
     from verl.trainer.ppo import core_algos
 
-    from hpo_plugin.verl.registration import is_built_in
+    from hpo_plugin.verl.registration import describe_built_in
 
-    return is_built_in(core_algos)
+    return describe_built_in(core_algos)
 
 
 def _version(distribution: str) -> str | None:
@@ -164,8 +164,6 @@ def _registration_problems() -> list[tuple[str, str]]:
     if problems or plugin:
         # The cause, once: what follows from it would only be more text.
         return plugin + problems
-    if _is_built_in():
-        return []
     try:
         from hpo_plugin.verl.registration import require_registered
 

@@ -23,7 +23,7 @@ from hpo_plugin.verl import metrics
 from hpo_plugin.verl import selection as keys
 from hpo_plugin.verl.selection import BASE_ESTIMATORS
 
-__all__ = ["estimator", "hysteretic_outcome_advantage", "last_rows", "record_comparison"]
+__all__ = ["estimator", "hysteretic_outcome_advantage", "last_rows", "record_built_in", "record_comparison"]
 
 
 @functools.cache
@@ -181,18 +181,42 @@ def hysteretic_outcome_advantage(
 
 def record_comparison(estimator: str, data: Any, last_row: Tensor) -> None:
     """Record the metrics of a batch of verl (``DataProto``) whose estimator applies no α, for comparison: α = 1."""
-    rows = torch.unique(last_row)
-    batch = {name: data.batch[name][rows] for name in ("advantages", "token_level_rewards", "response_mask")}
+    _record(
+        data,
+        torch.unique(last_row),
+        column="advantages",
+        alpha=1.0,
+        base_is_zero_without_signal=BASE_ESTIMATORS.get(estimator, estimator in ("grpo_vectorized", "grpo_passk")),
+    )
+
+
+def record_built_in(data: Any) -> None:
+    """Record the metrics of a batch of verl (``DataProto``) to which verl's own estimator of a variant has applied α.
+
+    α is what the advantages show: ``returns`` are the advantages before it.
+    """
+    weighted, unweighted = data.batch["advantages"].min(), data.batch["returns"].min()
+    _record(
+        data,
+        torch.arange(len(data)),
+        column="returns",
+        alpha=float(weighted / unweighted) if unweighted < 0 else 1.0,
+        base_is_zero_without_signal=True,
+    )
+
+
+def _record(data: Any, rows: Tensor, *, column: str, alpha: float, base_is_zero_without_signal: bool) -> None:
+    batch = {name: data.batch[name][rows] for name in (column, "token_level_rewards", "response_mask")}
     reward, magnitude = fused.rewards_of_responses(batch["token_level_rewards"])
     with torch.no_grad():
         result = algorithm.hysteretic_advantage(
             reward,
             _group_numbers(data.non_tensor_batch["uid"][rows.numpy()]),
-            lambda counts: 1.0,
+            lambda counts: alpha,
             valid=fused.responses_with_tokens(batch["response_mask"]),
             magnitude=magnitude,
             lengths=batch["response_mask"].sum(dim=1),
-            base=batch["advantages"],
-            base_is_zero_without_signal=BASE_ESTIMATORS.get(estimator, estimator in ("grpo_vectorized", "grpo_passk")),
+            base=batch[column],
+            base_is_zero_without_signal=base_is_zero_without_signal,
         )
     metrics.record(result.statistics)

@@ -42,6 +42,8 @@ def _on_import(module: ModuleType) -> None:
             from hpo_plugin.verl import registration
 
             registration.register(module)
+            if line := registration.describe_built_in(module):
+                logging.getLogger(__name__).warning(line)
             variants.on_registration(lambda: registration.register(module))
         else:
             from hpo_plugin.verl import seams

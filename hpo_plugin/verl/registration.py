@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,15 @@ from hpo_plugin.errors import ConfigError
 from hpo_plugin.variants import VARIANTS
 from hpo_plugin.verl.selection import KEY_ESTIMATOR, KEY_LOSS_MODE
 
-__all__ = ["RegistrationError", "is_built_in", "register", "require_registered", "require_supported_verl"]
+__all__ = [
+    "RegistrationError",
+    "built_in",
+    "describe_built_in",
+    "register",
+    "require_registered",
+    "require_supported_verl",
+    "selects_built_in",
+]
 
 
 #: Versions of verl that the seams were written and tested against.
@@ -36,34 +44,28 @@ def require_supported_verl() -> None:
         )
 
 
-def is_built_in(core_algos: ModuleType) -> bool:
-    """Whether this verl registers ``hpo`` and ``ahpo`` itself, as estimators and as losses.
+def built_in(registry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The variants that this verl registers itself.
 
     Args:
-        core_algos: the module ``verl.trainer.ppo.core_algos``, completely imported.
+        registry: ``ADV_ESTIMATOR_REGISTRY`` or ``POLICY_LOSS_REGISTRY`` of ``verl.trainer.ppo.core_algos``.
 
     Returns:
-        True if nothing of this package is needed for HPO.
+        Their names; nothing of this package is registered under them.
     """
-    return all(
-        getattr(registry.get(name), "__module__", None) == "verl.trainer.ppo.core_algos"
-        for registry in (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY)
-        for name in ("hpo", "ahpo")
-    )
+    own = "verl.trainer.ppo.core_algos"
+    return tuple(name for name in VARIANTS if getattr(registry.get(name), "__module__", None) == own)
 
 
 def register(core_algos: ModuleType) -> None:
-    """Register every variant, as estimator and as policy loss; step aside where verl has HPO built in.
+    """Register every variant, as estimator and as policy loss, where the name is free.
 
     Called by the post-import hook of ``verl.trainer.ppo.core_algos``, and again when a variant is added. A name that
-    another package holds stays its own: :func:`require_registered` stops the runs that select it.
+    verl or another package holds stays its own; :func:`require_registered` refuses the latter.
 
     Args:
         core_algos: the module ``verl.trainer.ppo.core_algos``, completely imported.
     """
-    if is_built_in(core_algos):
-        logging.getLogger(__name__).warning("verl has HPO and A-HPO built in: hpo_plugin steps aside in their favor")
-        return
     from hpo_plugin.verl.estimators import estimator
     from hpo_plugin.verl.losses import policy_loss
 
@@ -72,6 +74,39 @@ def register(core_algos: ModuleType) -> None:
             core_algos.register_adv_est(name)(estimator(name))
         if name not in core_algos.POLICY_LOSS_REGISTRY:
             core_algos.register_policy_loss(name)(policy_loss(name))
+
+
+def selects_built_in(adv_estimator: str, loss_mode: str) -> bool:
+    """Whether the two keys select a variant, and each variant that they name is built into this verl.
+
+    Args:
+        adv_estimator: value of ``algorithm.adv_estimator``.
+        loss_mode: value of ``actor_rollout_ref.actor.policy_loss.loss_mode``.
+    """
+    if not {adv_estimator, loss_mode} & set(VARIANTS):
+        return False
+    from verl.trainer.ppo import core_algos
+
+    return all(
+        name not in VARIANTS or name in built_in(registry)
+        for name, registry in (
+            (adv_estimator, core_algos.ADV_ESTIMATOR_REGISTRY),
+            (loss_mode, core_algos.POLICY_LOSS_REGISTRY),
+        )
+    )
+
+
+def describe_built_in(core_algos: ModuleType) -> str | None:
+    """One line that says what of HPO this verl has built in; None for a verl without HPO."""
+    parts = [
+        f"{' and '.join(names)} as {kind}"
+        for kind, registry in (
+            ("advantage estimators", core_algos.ADV_ESTIMATOR_REGISTRY),
+            ("policy losses", core_algos.POLICY_LOSS_REGISTRY),
+        )
+        if (names := built_in(registry))
+    ]
+    return f"verl has {', '.join(parts)} built in: hpo_plugin leaves these to verl" if parts else None
 
 
 def _holder(function: Any) -> str:
@@ -89,15 +124,13 @@ def require_registered(adv_estimator: str, loss_mode: str) -> None:
         loss_mode: value of ``actor_rollout_ref.actor.policy_loss.loss_mode``.
 
     Raises:
-        ConfigError: if the loss is a variant's and the estimator is not the same variant's.
+        ConfigError: if the loss is ours and the estimator is not the same variant's.
         RegistrationError: with the reason, if something is missing, was replaced, or could not be set up.
     """
-    if not {adv_estimator, loss_mode} & set(VARIANTS):
+    if not {adv_estimator, loss_mode} & set(VARIANTS) or selects_built_in(adv_estimator, loss_mode):
         return
     from verl.trainer.ppo import core_algos
 
-    if is_built_in(core_algos):
-        return
     from hpo_plugin.verl.estimators import estimator
     from hpo_plugin.verl.losses import policy_loss
 
@@ -112,13 +145,14 @@ def require_registered(adv_estimator: str, loss_mode: str) -> None:
         ("advantage estimator", core_algos.ADV_ESTIMATOR_REGISTRY, estimator, adv_estimator),
         ("policy loss", core_algos.POLICY_LOSS_REGISTRY, policy_loss, loss_mode),
     ):
+        if kind == "advantage estimator" and name in built_in(registry):
+            continue
         if name in VARIANTS and registry.get(name) is not ours(name):
             raise RegistrationError(
                 f"the {kind} {name!r} of hpo_plugin is not registered in this process: "
                 f"{failure or _holder(registry.get(name))}. Check the installation with `hpo-plugin check`; "
                 "VERL_USE_EXTERNAL_PLUGINS must not exclude hpo. Where another package holds the name, uninstall one "
-                "of the two, or keep one out with VERL_USE_EXTERNAL_PLUGINS; a verl that has a part of HPO built in "
-                "needs an hpo_plugin that was made for it."
+                "of the two, or keep one out with VERL_USE_EXTERNAL_PLUGINS."
             )
     if failure:
         raise RegistrationError(f"hpo_plugin did not load completely in this process: {failure}")

@@ -6,7 +6,7 @@
 4. ``verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories``: the one place that knows which rows belong to
    one session, and the task's scores apart from a KL penalty in the reward.
 
-``tests/verl/test_seams.py`` fails when verl moves one of them. A verl that has HPO built in is left as it is.
+``tests/verl/test_seams.py`` fails when verl moves one of them. What a verl has built in of HPO is left to it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ from hpo_plugin.verl import metrics
 from hpo_plugin.verl import selection as keys
 from hpo_plugin.verl.losses import normalizes_by_mean_length
 from hpo_plugin.verl.presets import apply_preset
-from hpo_plugin.verl.registration import RegistrationError, is_built_in, require_registered, require_supported_verl
-from hpo_plugin.verl.selection import Selection, check_selection, read_selection
+from hpo_plugin.verl.registration import (
+    RegistrationError,
+    built_in,
+    require_registered,
+    require_supported_verl,
+    selects_built_in,
+)
+from hpo_plugin.verl.selection import Selection, check_built_in, check_selection, read_selection
 
 __all__ = ["SEAMS", "prepare", "replace"]
 
@@ -44,26 +50,26 @@ def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
         config: verl's root config; changed in place.
 
     Returns:
-        What the config selects, None where verl has HPO built in and checks the config itself; and what was set, a line
-        each.
+        What the config selects, None where all of it is built into verl, which checks the config itself; and what was
+        set, a line each.
 
     Raises:
         ConfigError: for a config that contradicts itself; the message names the keys.
         RegistrationError: if the config selects a variant that cannot be used in this process.
     """
     lines = apply_preset(config)
-    select = functools.partial(OmegaConf.select, config)
-    if {str(select(keys.KEY_ESTIMATOR)), str(select(keys.KEY_LOSS_MODE))} & set(VARIANTS):
-        from verl.trainer.ppo import core_algos
-
-        if is_built_in(core_algos):
-            _check_recipe(config)
-            return None, lines
+    estimator, loss_mode = (str(OmegaConf.select(config, key)) for key in (keys.KEY_ESTIMATOR, keys.KEY_LOSS_MODE))
+    if selects_built_in(estimator, loss_mode):
+        check_built_in(config, estimator if estimator in VARIANTS else loss_mode)
+        _check_recipe(config)
+        return None, lines
     selection = read_selection(config)
     if selection.variant is not None:
         require_supported_verl()
         check_selection(config, selection)
         lines += inject_config(config, selection)
+        if selects_built_in(selection.variant.name, "vanilla"):
+            check_built_in(config, selection.variant.name)
         require_registered(selection.variant.name, selection.loss_mode)
         if selection.loss_mode not in VARIANTS and normalizes_by_mean_length(config) is False:
             lines.append(
@@ -156,7 +162,7 @@ def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *arg
     call.apply_defaults()
     data, batch_keys, estimator, config = (call.arguments[parameter] for parameter in OF_SESSIONS)
     name, preset = str(getattr(estimator, "value", estimator)), (config or {}).get("policy_loss")
-    if preset in VARIANTS and preset != name and not is_built_in(core_algos):
+    if preset in VARIANTS and preset != name:
         raise ConfigError(
             f"{keys.KEY_POLICY_LOSS}={preset} was not applied: this trainer calls neither verl's validate_config nor "
             f"run_ppo. Set {keys.KEY_ESTIMATOR}={preset} and {keys.KEY_AGGREGATION}={keys.MEAN_LENGTH} instead."
@@ -173,8 +179,11 @@ def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *arg
         )
         return data
     data = original(*args, **kwargs)
-    if preset is not None and preset not in VARIANTS and "uid" in data.non_tensor_batch:
-        estimators.record_comparison(name, data, estimators.last_rows(batch_keys))
+    if "uid" in data.non_tensor_batch:
+        if name in built_in(core_algos.ADV_ESTIMATOR_REGISTRY):
+            estimators.record_built_in(data)
+        elif preset is not None:
+            estimators.record_comparison(name, data, estimators.last_rows(batch_keys))
     return data
 
 

@@ -88,8 +88,7 @@ def read_settings(node: Any) -> tuple[dict[str, float], str]:
         node = {}
     if not isinstance(node, DictConfig | dict):
         raise ConfigError(f"{KEY_HPO}={node!r} must be a mapping with {', '.join(settings())}, base_estimator.")
-    # A verl that has HPO built in names its dataclass here.
-    unknown = sorted(set(map(str, node)) - {*settings(), "base_estimator", "_target_"})
+    unknown = sorted(set(map(str, node)) - {*settings(), "base_estimator"})
     if "weigh" in unknown and node["weigh"] is None:
         # Saved by version 0.1.0, where null meant what is now the only way: the estimator applies α.
         unknown.remove("weigh")
@@ -176,6 +175,31 @@ def read_selection(config: DictConfig) -> Selection:
             f"{KEY_ESTIMATOR}={loss_mode} and {KEY_LOSS_MODE}=vanilla."
         )
     return Selection(adv_estimator, loss_mode, loss_agg_mode, variant, base, values)
+
+
+def check_built_in(config: DictConfig, name: str) -> None:
+    """Refuse keys of this package that contradict, or have no effect on, an estimator that is built into verl.
+
+    verl checks everything else itself.
+
+    Args:
+        config: the root config.
+        name: the variant that is selected.
+
+    Raises:
+        ConfigError: each message names the key, its value and what to do.
+    """
+    preset, base = _select(config, KEY_POLICY_LOSS), _select(config, KEY_BASE)
+    if preset not in (None, name):
+        raise ConfigError(
+            f"{KEY_POLICY_LOSS}={preset} contradicts {name}, which {KEY_ESTIMATOR} or {KEY_LOSS_MODE} selects. Remove "
+            "one of the two."
+        )
+    if base not in (None, OWN):
+        raise ConfigError(
+            f"{KEY_BASE}={base} has no effect: {name} is built into this verl, where α is applied to the advantages of "
+            f"{OWN}. Remove it, or use a verl without HPO for α on the advantages of {base}."
+        )
 
 
 def trainer_of(config: DictConfig) -> str:

@@ -24,7 +24,7 @@ HERE = {
     "versions": {"hpo-plugin": "0.1.0", "verl": "0.9.1", "torch": "2.13.0"},
     "code": "abc",
     "problems": [],
-    "built_in": False,
+    "built_in": None,
     "seconds": 1.0,
 }
 

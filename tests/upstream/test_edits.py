@@ -2,15 +2,7 @@
 
 import pytest
 
-from contrib.upstream.edits import (
-    AfterDefinition,
-    AfterField,
-    AfterKey,
-    AfterLine,
-    AfterStatement,
-    AnchorError,
-    InList,
-)
+from contrib.upstream.edits import AfterDefinition, AfterField, AfterKey, AfterLine, AnchorError
 
 PYTHON = """\
 __all__ = ["é", "One"]
@@ -71,15 +63,6 @@ def test_after_a_field_of_several_lines_at_its_indentation():
     assert lines_after(AfterField("One", "first").insert(PYTHON, "x = 1\n"), "    first: int = 0", 1) == ["    x = 1"]
 
 
-def test_after_the_last_statement_that_begins_so_at_its_own_depth():
-    edited = AfterStatement("method", "value = compute(").insert(PYTHON, "\ncheck()\n")
-    assert lines_after(edited, "            )", 3) == ["", "            check()", "        return value"]
-
-
-def test_in_a_list_behind_an_item_also_after_letters_of_two_bytes():
-    assert InList("__all__", "é").insert(PYTHON, ', "New"\n').splitlines()[0] == '__all__ = ["é", "New", "One"]'
-
-
 def test_after_a_key_and_its_value_and_before_the_comment_of_the_next():
     assert lines_after(AfterKey("top.first").insert(YAML, "\nnew: 1\n"), "  first: 1", 3) == ["", "  new: 1", ""]
     edited = AfterKey("top.nested").insert(YAML, "\nnew: 1\n")
@@ -96,8 +79,6 @@ def test_after_the_last_line_that_begins_so():
         (AfterDefinition("Two"), PYTHON, "0 definitions of Two"),
         (AfterDefinition("One"), PYTHON + PYTHON, "2 definitions of One"),
         (AfterField("One", "third"), PYTHON, "class One has no field third"),
-        (AfterStatement("method", "value = other("), PYTHON, "function method has no statement"),
-        (InList("__all__", "Two"), PYTHON, "no list __all__ with the item 'Two'"),
         (AfterKey("top.missing"), YAML, r"no key top\.missing"),
         (AfterKey("top.first.deeper"), YAML, r"no key top\.first\.deeper"),
         (AfterLine("d"), "a\n", "no line that begins with 'd'"),
