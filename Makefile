@@ -31,16 +31,33 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-training test-all bench install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-verl test-verl-0.8 .test-verl-0.8 test-training test-all bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 quickstart: install  ## Train Countdown with A-HPO in verl on this machine, and show the curves.
 	$(BIN)/hpo-plugin quickstart $(ARGS)
 
 test: install-dev  ## Run the tests, without the training runs.
 	$(BIN)/python -m pytest $(ARGS)
+
+VERL ?= 0.9.0
+
+# The other verl is a copy of its own over the same environment, found before the installed one.
+test-verl: install-dev  ## Run the tests of the verl adapter and the recipes with another verl: VERL=0.9.0.
+	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/verl-$(VERL) verl==$(VERL)
+	PYTHONPATH=$(abspath $(VENV))/verl-$(VERL) $(BIN)/python -m pytest tests/verl tests/recipe $(ARGS)
+
+# verl 0.8 asks for NumPy 1, and loads no plugins.
+test-verl-0.8:  ## Run the tests of estimator, policy loss and gradients with verl 0.8, in an environment of its own.
+	$(MAKE) VENV=$(VENV)-verl-0.8 .test-verl-0.8
+
+.test-verl-0.8: $(VENV)/.torch
+	$(UV) -r requirements/verl-0.8.in
+	$(UV) --no-deps --editable .
+	VERL_USE_EXTERNAL_MODULES=hpo_plugin.verl.plugin $(BIN)/python -m pytest \
+		tests/verl/test_self_test.py tests/verl/test_losses.py tests/verl/test_equivalence.py $(ARGS)
 
 test-training: install-vllm  ## Train a few steps with verl's trainer and A-HPO, with each rollout; kill a quickstart, resume.
 	$(BIN)/python -m pytest -m "e2e and not slow" $(ARGS)
@@ -78,7 +95,7 @@ lock: $(BIN)/uv  ## Resolve requirements/*.txt anew, keeping the versions that s
 	done
 
 clean:  ## Remove the environment and everything built; runs and data stay.
-	rm -rf .venv build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-verl-0.8 build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find hpo_plugin hydra_plugins benchmarks contrib tests recipes -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/uv:

@@ -103,7 +103,7 @@ def run(tree: Path, command: str) -> tuple[str, set[str]]:
         "VERL_USE_EXTERNAL_PLUGINS": "none",
         "HF_HUB_OFFLINE": "1",
         "TORCH_COMPILE_DISABLE": "1",
-        # verl's tests wait for ever where Ray has fewer CPUs than their actors ask for.
+        # verl's tests wait forever where Ray has fewer CPUs than their actors ask for.
         "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
     }
     done = subprocess.run(
@@ -139,6 +139,8 @@ def measure(source: Path, only: str | None) -> Measured:
             subprocess.run([*git, "init", "--quiet"], check=True)
             subprocess.run([*git, "add", "--all"], check=True)
             subprocess.run([*git, "commit", "--quiet", "--message", "source distribution"], check=True)
+        # A source distribution has no .gitignore.
+        (tree / ".git/info/exclude").write_text("__pycache__/\n.pytest_cache/\noutputs/\n")
         # What the type gate compares with.
         subprocess.run([*git, "update-ref", "refs/remotes/origin/main", "HEAD"], check=True)
         shown = {}

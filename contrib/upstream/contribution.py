@@ -275,8 +275,11 @@ def commit(tree: Path, texts: dict[str, str], branch: str, title: str = TITLE) -
         UnknownTreeError: if the branch exists or the checkout has changes; with git's own words, if git cannot commit,
             for want of an identity or because a hook refuses.
     """
-    if _git(tree, "status", "--porcelain", "--untracked-files=no"):
-        raise UnknownTreeError(f"{tree} has changes that are not committed; commit or stash them first")
+    # Untracked files too: one that the contribution adds is in the tree then, and would be missing in the commit.
+    if changed := _git(tree, "status", "--porcelain", "--untracked-files=all"):
+        raise UnknownTreeError(
+            f"{tree} has changes that are not committed; `git stash --include-untracked` puts them aside:\n{changed}"
+        )
     if _git(tree, "for-each-ref", f"refs/heads/{branch}"):
         raise UnknownTreeError(
             f"{tree} has a branch {branch} already: look at it with `git switch {branch}`, or name another one with "

@@ -20,14 +20,13 @@ from packaging.specifiers import SpecifierSet
 
 from hpo_plugin.check.cluster import Cluster
 from hpo_plugin.check.compose import compose
-from hpo_plugin.check.probe import CHECKED_PACKAGES, probe
+from hpo_plugin.check.probe import CHECKED_PACKAGES, has_v1_trainer, probe
 from hpo_plugin.check.report import CheckReport, Finding
 from hpo_plugin.check.signals import signal_handlers_kept
 from hpo_plugin.errors import ConfigError
 from hpo_plugin.recipe.layout import KEY_RECIPE, check_layout
 from hpo_plugin.recipe.memory import GIB, Sizes
 from hpo_plugin.tasks.task import ROW_COLUMNS
-from hpo_plugin.verl.registration import ALLOW_UNTESTED, SUPPORTED_VERL
 from hpo_plugin.verl.selection import alpha_batch
 
 if TYPE_CHECKING:
@@ -82,8 +81,10 @@ def run_checks(
             cluster.ask_every_node(local_files(config) if config is not None else (), shared)
         tell("importing verl")
         here = probe()
-        report.findings += check_versions(built_in=here["built_in"] is not None)
+        report.findings += check_versions()
         report.findings += check_registration(here)
+        if not here["problems"]:
+            report.findings.append(check_self_test())
         if cluster is not None:
             tell("waiting for the nodes")
             report.findings += cluster.check_nodes(here, timeout)
@@ -134,9 +135,6 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 def required_versions(name: str) -> SpecifierSet:
     """The versions of a distribution that verl and this package ask for in their metadata; empty if any will do."""
-    if name == "verl":
-        # What the metadata admit is a range; what was tested is less.
-        return SpecifierSet(",".join(f"=={version}" for version in SUPPORTED_VERL))
     asked = SpecifierSet()
     for owner in ("hpo-plugin", "verl"):
         try:
@@ -152,12 +150,8 @@ def required_versions(name: str) -> SpecifierSet:
     return asked
 
 
-def check_versions(built_in: bool = False) -> list[Finding]:
-    """One finding for Python and one for each package of :data:`CHECKED_PACKAGES`.
-
-    Args:
-        built_in: verl has HPO itself, and may then be of any version.
-    """
+def check_versions() -> list[Finding]:
+    """One finding for Python and one for each package of :data:`CHECKED_PACKAGES`."""
     findings = []
     try:
         pythons = SpecifierSet(metadata.metadata("hpo-plugin")["Requires-Python"] or "")
@@ -174,16 +168,17 @@ def check_versions(built_in: bool = False) -> list[Finding]:
         )
     )
     for name in CHECKED_PACKAGES:
+        if name == "TransferQueue" and not has_v1_trainer():
+            continue
         asked = required_versions(name)
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             findings.append(Finding(name, "not installed", False, f"pip install '{name}{asked}'"))
             continue
-        if asked.contains(version, prereleases=True) or (name == "verl" and built_in):
+        # Which verl will do is found by trying it (check_self_test), not by its number.
+        if asked.contains(version, prereleases=True) or name == "verl":
             findings.append(Finding(name, version))
-        elif name == "verl" and os.environ.get(ALLOW_UNTESTED) == "1":
-            findings.append(Finding(name, f"{version}, untested: {ALLOW_UNTESTED}=1 lets it pass"))
         else:
             findings.append(Finding(name, f"{version}, needs {asked}", False, f"pip install '{name}{asked}'"))
     return findings
@@ -195,6 +190,18 @@ def check_registration(here: dict[str, Any]) -> list[Finding]:
         registered = "hpo and ahpo are registered: advantage estimators, policy losses"
         return [Finding("this process", here["built_in"] or registered)]
     return [Finding("this process", what, False, remedy) for what, remedy in here["problems"]]
+
+
+def check_self_test() -> Finding:
+    """Whether this package works with this verl, found by trying it; where it was tested with it, too."""
+    from verl import __version__
+
+    from hpo_plugin.verl.self_test import TESTED_VERL, self_test
+
+    if problem := self_test():
+        return Finding("self-test", problem, False, f"install verl {' or '.join(TESTED_VERL)}")
+    tested = "" if __version__ in TESTED_VERL else f"; this package was tested with {', '.join(TESTED_VERL)}"
+    return Finding("self-test", f"advantages and gradient are right with verl {__version__}{tested}")
 
 
 # --- the config ----------------------------------------------------------------------------------------------------
@@ -225,7 +232,7 @@ def check_algorithm(config: DictConfig) -> list[Finding]:
     except ImportError as error:
         return [Finding("algorithm", f"cannot be checked: {error}", False, "correct the cause named here")]
     if selection is None:
-        return [Finding("algorithm", "verl's own hpo and ahpo, which verl checks itself")]
+        return [Finding("algorithm", f"{config.algorithm.adv_estimator}, which verl provides and checks itself")]
     low, high, both = (
         OmegaConf.select(config, f"actor_rollout_ref.actor.{key}")
         for key in ("clip_ratio_low", "clip_ratio_high", "clip_ratio")

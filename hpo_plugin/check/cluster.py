@@ -149,7 +149,7 @@ class Cluster:
         if not _holds(have, nodes, per_node, cpus=CPUS_PER_RANK):
             cpus = ", ".join(str(int(resources.get("CPU", 0))) for resources in have)
             found = f"{per_node * CPUS_PER_RANK} of each node's logical CPUs are needed; the nodes have {cpus}"
-            remedy = "give `ray start` a larger --num-cpus: verl waits for ever for CPUs that are not there"
+            remedy = "give `ray start` a larger --num-cpus: verl waits forever for CPUs that are not there"
             return [Finding("accelerators", found, False, remedy)]
         return [Finding("accelerators", found)]
 

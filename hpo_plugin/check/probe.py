@@ -112,6 +112,17 @@ def _plugin_problems() -> list[tuple[str, str]]:
     if "hpo_plugin.verl.plugin" in sys.modules:
         failure = sys.modules["hpo_plugin.verl.plugin"].FAILURE
         return [(f"the plugin could not load: {failure}", "correct the cause named here")] if failure else []
+    import verl
+
+    if int(verl.__version__.split(".")[1]) < 9:
+        module = "hpo_plugin.verl.plugin"
+        return [
+            (
+                f"verl {verl.__version__} loads no plugins",
+                f"set VERL_USE_EXTERNAL_MODULES={module} in the environment of the command, and for Ray's workers "
+                f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES={module}",
+            )
+        ]
     points = [point for point in metadata.entry_points(group="verl.plugins") if point.name == "hpo"]
     if not points:
         return [
@@ -140,6 +151,15 @@ def _plugin_problems() -> list[tuple[str, str]]:
     ]
 
 
+def has_v1_trainer() -> bool:
+    """Whether this verl has the V1 trainer: 0.8 does not. True without a verl."""
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.find_spec("verl")
+    return spec is None or spec.origin is None or (Path(spec.origin).parent / "trainer/ppo/v1").is_dir()
+
+
 def _registration_problems() -> list[tuple[str, str]]:
     import importlib
 
@@ -151,6 +171,8 @@ def _registration_problems() -> list[tuple[str, str]]:
         "verl.trainer.ppo.metric_utils": "compute_data_metrics",
         "verl.trainer.ppo.v1.utils": "compute_advantage_for_multi_trajectories",
     }
+    if not has_v1_trainer():
+        del seams["verl.trainer.ppo.v1.utils"]
     modules = {}
     for name in ("verl.trainer.ppo.core_algos", *seams):
         try:

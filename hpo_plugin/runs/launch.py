@@ -271,7 +271,7 @@ class _Launcher:
     def watch(self) -> None:
         """Look at the nodes now and then.
 
-        verl does not end by itself where a node is lost: it waits for ever for samples that were on it
+        verl does not end by itself where a node is lost: it waits forever for samples that were on it
         (``ReplayBuffer.sample``), or for its part of a collective operation.
 
         Raises:

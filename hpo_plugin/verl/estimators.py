@@ -8,6 +8,7 @@ always and alone.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,42 +182,55 @@ def hysteretic_outcome_advantage(
 
 def record_comparison(estimator: str, data: Any, last_row: Tensor) -> None:
     """Record the metrics of a batch of verl (``DataProto``) whose estimator applies no α, for comparison: α = 1."""
-    _record(
-        data,
-        torch.unique(last_row),
-        column="advantages",
-        alpha=1.0,
-        base_is_zero_without_signal=BASE_ESTIMATORS.get(estimator, estimator in ("grpo_vectorized", "grpo_passk")),
-    )
-
-
-def record_built_in(data: Any) -> None:
-    """Record the metrics of a batch of verl (``DataProto``) to which verl's own estimator of a variant has applied α.
-
-    α is what the advantages show: ``returns`` are the advantages before it.
-    """
-    weighted, unweighted = data.batch["advantages"].min(), data.batch["returns"].min()
-    _record(
-        data,
-        torch.arange(len(data)),
-        column="returns",
-        alpha=float(weighted / unweighted) if unweighted < 0 else 1.0,
-        base_is_zero_without_signal=True,
-    )
-
-
-def _record(data: Any, rows: Tensor, *, column: str, alpha: float, base_is_zero_without_signal: bool) -> None:
-    batch = {name: data.batch[name][rows] for name in (column, "token_level_rewards", "response_mask")}
+    rows = torch.unique(last_row)
+    batch = {name: data.batch[name][rows] for name in ("advantages", "token_level_rewards", "response_mask")}
     reward, magnitude = fused.rewards_of_responses(batch["token_level_rewards"])
     with torch.no_grad():
         result = algorithm.hysteretic_advantage(
             reward,
             _group_numbers(data.non_tensor_batch["uid"][rows.numpy()]),
-            lambda counts: alpha,
+            lambda counts: 1.0,
             valid=fused.responses_with_tokens(batch["response_mask"]),
             magnitude=magnitude,
             lengths=batch["response_mask"].sum(dim=1),
-            base=batch[column],
-            base_is_zero_without_signal=base_is_zero_without_signal,
+            base=batch["advantages"],
+            base_is_zero_without_signal=BASE_ESTIMATORS.get(estimator, estimator in ("grpo_vectorized", "grpo_passk")),
         )
     metrics.record(result.statistics)
+
+
+def record_built_in(name: str, data: Any, config: Any, batch_keys: Sequence[str]) -> None:
+    """Record the metrics of a batch of verl (``DataProto``) whose advantages are those of verl's own estimator.
+
+    Only if they are ours too: what another estimator of the same name does is not known. Nothing is raised: a run must
+    not stop for a metric.
+
+    Args:
+        name: the variant.
+        data: the batch, with advantages.
+        config: verl's ``algorithm`` node.
+        batch_keys: see :func:`last_rows`.
+    """
+    rows = torch.arange(len(batch_keys))
+    if not torch.equal(last_rows(batch_keys), rows):
+        _warn_once(
+            f"verl's own {name} counts each output of a session as a response: a session of several outputs counts "
+            "several times"
+        )
+    batch, mask = data.batch, data.batch["response_mask"]
+    try:
+        ours, _ = estimator(name)(
+            batch["token_level_rewards"], mask, data.non_tensor_batch["uid"], config, last_row=rows
+        )
+        if torch.allclose(ours * mask, batch["advantages"] * mask, rtol=1e-3, atol=1e-5):
+            return
+        metrics.drop_last()
+        reason = "its advantages are not those of hpo_plugin"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    _warn_once(f"no hpo metrics are logged with verl's own {name}: {reason}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)

@@ -6,7 +6,7 @@ from collections import deque
 
 from hpo_plugin.algorithm import BatchStatistics
 
-__all__ = ["drain", "record", "step_metrics"]
+__all__ = ["drain", "drop_last", "record", "step_metrics"]
 
 #: Of this process, oldest first. The limit is for a trainer that never collects metrics.
 _batches: deque[BatchStatistics] = deque(maxlen=1024)
@@ -15,6 +15,11 @@ _batches: deque[BatchStatistics] = deque(maxlen=1024)
 def record(statistics: BatchStatistics) -> None:
     """Keep the statistics of a batch whose advantages were just estimated."""
     _batches.append(statistics)
+
+
+def drop_last() -> None:
+    """Forget the batch that was recorded last."""
+    _batches.pop()
 
 
 def drain() -> dict[str, float]:

@@ -30,9 +30,7 @@ SEAM_MODULES = (
 def _fail(error: Exception) -> None:
     global FAILURE
     FAILURE = FAILURE or f"{type(error).__name__}: {error}"
-    logging.getLogger(__name__).error(
-        "hpo_plugin could not be set up: runs that select hpo or ahpo stop", exc_info=error
-    )
+    logging.getLogger(__name__).error("hpo_plugin could not be set up: runs that need it stop", exc_info=error)
 
 
 def _on_import(module: ModuleType) -> None:
@@ -42,8 +40,6 @@ def _on_import(module: ModuleType) -> None:
             from hpo_plugin.verl import registration
 
             registration.register(module)
-            if line := registration.describe_built_in(module):
-                logging.getLogger(__name__).warning(line)
             variants.on_registration(lambda: registration.register(module))
         else:
             from hpo_plugin.verl import seams

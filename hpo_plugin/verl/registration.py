@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -19,29 +17,12 @@ __all__ = [
     "describe_built_in",
     "register",
     "require_registered",
-    "require_supported_verl",
     "selects_built_in",
 ]
 
 
-#: Versions of verl that the seams were written and tested against.
-SUPPORTED_VERL = ("0.9.1",)
-#: Environment variable that admits other versions where it is 1.
-ALLOW_UNTESTED = "HPO_PLUGIN_ALLOW_UNTESTED_VERL"
-
-
 class RegistrationError(RuntimeError):
     """HPO cannot be, or has not been, registered in this process."""
-
-
-def require_supported_verl() -> None:
-    """Raise :class:`RegistrationError` unless this version of verl was tested with this package."""
-    found = version("verl")
-    if found not in SUPPORTED_VERL and os.environ.get(ALLOW_UNTESTED) != "1":
-        raise RegistrationError(
-            f"hpo_plugin supports verl {', '.join(SUPPORTED_VERL)}; this is verl {found}. Install a supported version, "
-            f"or set {ALLOW_UNTESTED}=1 and run this package's tests first."
-        )
 
 
 def built_in(registry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -53,8 +34,7 @@ def built_in(registry: Mapping[str, Any]) -> tuple[str, ...]:
     Returns:
         Their names; nothing of this package is registered under them.
     """
-    own = "verl.trainer.ppo.core_algos"
-    return tuple(name for name in VARIANTS if getattr(registry.get(name), "__module__", None) == own)
+    return tuple(name for name in VARIANTS if _module(registry.get(name)).partition(".")[0] == "verl")
 
 
 def register(core_algos: ModuleType) -> None:
@@ -106,7 +86,11 @@ def describe_built_in(core_algos: ModuleType) -> str | None:
         )
         if (names := built_in(registry))
     ]
-    return f"verl has {', '.join(parts)} built in: hpo_plugin leaves these to verl" if parts else None
+    return f"verl provides {', '.join(parts)}; hpo_plugin does not register its own" if parts else None
+
+
+def _module(function: Any) -> str:
+    return str(getattr(getattr(function, "func", function), "__module__", ""))
 
 
 def _holder(function: Any) -> str:

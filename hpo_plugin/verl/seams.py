@@ -6,7 +6,7 @@
 4. ``verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories``: the one place that knows which rows belong to
    one session, and the task's scores apart from a KL penalty in the reward.
 
-``tests/verl/test_seams.py`` fails when verl moves one of them. What a verl has built in of HPO is left to it.
+``tests/verl/test_seams.py`` fails when verl moves one of them. What verl itself provides of HPO is not replaced.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from hpo_plugin.verl.registration import (
     RegistrationError,
     built_in,
     require_registered,
-    require_supported_verl,
     selects_built_in,
 )
 from hpo_plugin.verl.selection import Selection, check_built_in, check_selection, read_selection
+from hpo_plugin.verl.self_test import require_supported_verl
 
 __all__ = ["SEAMS", "prepare", "replace"]
 
@@ -60,17 +60,20 @@ def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
     lines = apply_preset(config)
     estimator, loss_mode = (str(OmegaConf.select(config, key)) for key in (keys.KEY_ESTIMATOR, keys.KEY_LOSS_MODE))
     if selects_built_in(estimator, loss_mode):
-        check_built_in(config, estimator if estimator in VARIANTS else loss_mode)
+        name = estimator if estimator in VARIANTS else loss_mode
+        check_built_in(config, name, str(OmegaConf.select(config, keys.KEY_BASE, default=None) or keys.OWN))
         _check_recipe(config)
         return None, lines
     selection = read_selection(config)
     if selection.variant is not None:
-        require_supported_verl()
         check_selection(config, selection)
-        lines += inject_config(config, selection)
         if selects_built_in(selection.variant.name, "vanilla"):
-            check_built_in(config, selection.variant.name)
+            check_built_in(config, selection.variant.name, selection.base_estimator)
+            if OmegaConf.select(config, keys.KEY_KL_IN_REWARD):
+                raise ConfigError(keys.kl_in_reward(selection.variant.name, "a verl that provides it"))
+        lines += inject_config(config, selection)
         require_registered(selection.variant.name, selection.loss_mode)
+        lines += require_supported_verl()
         if selection.loss_mode not in VARIANTS and normalizes_by_mean_length(config) is False:
             lines.append(
                 f"{keys.KEY_LOSS_MODE}={selection.loss_mode} does not normalize by the batch's mean length: this is "
@@ -181,7 +184,7 @@ def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *arg
     data = original(*args, **kwargs)
     if "uid" in data.non_tensor_batch:
         if name in built_in(core_algos.ADV_ESTIMATOR_REGISTRY):
-            estimators.record_built_in(data)
+            estimators.record_built_in(name, data, config, batch_keys)
         elif preset is not None:
             estimators.record_comparison(name, data, estimators.last_rows(batch_keys))
     return data

@@ -78,6 +78,13 @@ def _select(config: DictConfig, key: str, default: Any = None) -> Any:
         raise ConfigError(f"{key} cannot be resolved: {error}") from error
 
 
+def verl_has_settings() -> bool:
+    """Whether ``algorithm.hpo`` is a node of verl's own config: then its keys and values are verl's to judge."""
+    from verl.trainer.config import AlgoConfig
+
+    return KEY_HPO.partition(".")[2] in AlgoConfig.__dataclass_fields__
+
+
 def read_settings(node: Any) -> tuple[dict[str, float], str]:
     """The value of every setting of every variant, and the base estimator, from the node ``algorithm.hpo`` or None.
 
@@ -88,7 +95,7 @@ def read_settings(node: Any) -> tuple[dict[str, float], str]:
         node = {}
     if not isinstance(node, DictConfig | dict):
         raise ConfigError(f"{KEY_HPO}={node!r} must be a mapping with {', '.join(settings())}, base_estimator.")
-    unknown = sorted(set(map(str, node)) - {*settings(), "base_estimator"})
+    unknown = [] if verl_has_settings() else sorted(set(map(str, node)) - {*settings(), "base_estimator"})
     if "weigh" in unknown and node["weigh"] is None:
         # Saved by version 0.1.0, where null meant what is now the only way: the estimator applies α.
         unknown.remove("weigh")
@@ -133,11 +140,15 @@ def read_selection(config: DictConfig) -> Selection:
     adv_estimator = str(_select(config, KEY_ESTIMATOR))
     loss_mode = str(_select(config, KEY_LOSS_MODE, "vanilla"))
     loss_agg_mode = str(_select(config, KEY_AGGREGATION))
-    values, base = read_settings(_select(config, KEY_HPO))
     selected = f"{KEY_ESTIMATOR}={adv_estimator} and {KEY_LOSS_MODE}={loss_mode}"
 
     name = adv_estimator if adv_estimator in VARIANTS else loss_mode
     variant = VARIANTS.get(name)
+    node = _select(config, KEY_HPO)
+    if variant is None and verl_has_settings():
+        # Of verl's own node, one key is ours.
+        node = {"base_estimator": (node or {}).get("base_estimator")}
+    values, base = read_settings(node)
     if variant is not None and loss_mode in VARIANTS and loss_mode != name:
         raise ConfigError(
             f"{selected} are two different algorithms. Set both to {adv_estimator} or both to {loss_mode} (or select "
@@ -160,7 +171,7 @@ def read_selection(config: DictConfig) -> Selection:
         )
     effective = {} if variant is None else {setting.name for setting in variant.settings}
     for key, setting in settings().items():
-        if values[key] != setting.default and key not in effective:
+        if values[key] != setting.default and key not in effective and not verl_has_settings():
             owners = " or ".join(v.name for v in VARIANTS.values() if setting in v.settings)
             raise ConfigError(
                 f"{KEY_HPO}.{key}={values[key]:g} has no effect with {selected}: it is a setting of {owners}. "
@@ -177,28 +188,24 @@ def read_selection(config: DictConfig) -> Selection:
     return Selection(adv_estimator, loss_mode, loss_agg_mode, variant, base, values)
 
 
-def check_built_in(config: DictConfig, name: str) -> None:
-    """Refuse keys of this package that contradict, or have no effect on, an estimator that is built into verl.
-
-    verl checks everything else itself.
+def check_built_in(config: DictConfig, name: str, base_estimator: str) -> None:
+    """Refuse what this package adds to an estimator, where verl has the estimator itself.
 
     Args:
         config: the root config.
         name: the variant that is selected.
+        base_estimator: whose advantages α is to be applied to.
 
     Raises:
         ConfigError: each message names the key, its value and what to do.
     """
-    preset, base = _select(config, KEY_POLICY_LOSS), _select(config, KEY_BASE)
+    preset = _select(config, KEY_POLICY_LOSS)
     if preset not in (None, name):
+        raise ConfigError(f"{KEY_POLICY_LOSS}={preset} contradicts {KEY_ESTIMATOR}={name}. Remove one of the two.")
+    if base_estimator != OWN:
         raise ConfigError(
-            f"{KEY_POLICY_LOSS}={preset} contradicts {name}, which {KEY_ESTIMATOR} or {KEY_LOSS_MODE} selects. Remove "
-            "one of the two."
-        )
-    if base not in (None, OWN):
-        raise ConfigError(
-            f"{KEY_BASE}={base} has no effect: {name} is built into this verl, where α is applied to the advantages of "
-            f"{OWN}. Remove it, or use a verl without HPO for α on the advantages of {base}."
+            f"α on the advantages of {base_estimator} needs hpo_plugin's estimator {name}, but verl provides {name} "
+            f"itself. Set {KEY_ESTIMATOR}={name} without {KEY_BASE}, or use a verl without HPO."
         )
 
 

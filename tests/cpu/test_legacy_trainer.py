@@ -25,7 +25,7 @@ LEGACY = [
 ]
 
 
-@pytest.mark.parametrize("bypass", [False, True])
+@pytest.mark.parametrize("bypass", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_legacy_trainer_takes_steps_from_one_key_on_the_stock_config(inputs, tmp_path, bypass):
     """A proxy in the place of a function of verl would stop Ray, and α applied twice would show in bypass mode.
 

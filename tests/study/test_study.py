@@ -516,7 +516,10 @@ def test_a_report_of_data_that_are_not_there_names_the_file(declared, study_file
             **{"task": "countdown", "problems": {"counts": [3], "max_number": 12}, "train_size": 64, "test_size": 8},
             "start_model": {"steps": 20},
         },
-        {"task": "telelogs", "problems": {"seed": 3}, "train_size": 64, "test_size": 40},
+        # The same way through the code, with a longer SFT stage.
+        pytest.param(
+            {"task": "telelogs", "problems": {"seed": 3}, "train_size": 64, "test_size": 40}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda prepare: prepare["task"],
 )

@@ -71,12 +71,18 @@ for name, *overrides in (
     ("ppo_trainer", "algorithm.adv_estimator=ours"),
     ("ppo_trainer", "+algorithm.policy_loss=ahpo"),
     ("ppo_trainer", "+algorithm.policy_loss=gspo"),
+    # verl's own keys, in runs without HPO, and where verl adds some.
+    ("ppo_trainer", "algorithm.adv_estimator=grpo", "algorithm.hpo.alpha=0.3"),
+    ("ppo_trainer", "algorithm.adv_estimator=grpo", "algorithm.hpo.alpha_min=2", "+algorithm.hpo._target_=X"),
+    ("ppo_trainer", "algorithm.adv_estimator=ahpo", "+algorithm.hpo.alpha_max=0.9"),
+    # The legacy trainer, with our loss on verl's estimator.
+    ("ppo_trainer", "+algorithm.policy_loss=ahpo", "trainer.use_v1=False"),
     # Refused:
     ("ppo_trainer", "algorithm.adv_estimator=hpo", by_loss),
     ("ppo_trainer", "algorithm.adv_estimator=rloo", by_loss),
     ("ppo_trainer", "algorithm.adv_estimator=ahpo", "+algorithm.hpo.base_estimator=rloo"),
     ("hpo_trainer", "algorithm.policy_loss=ahpo", "algorithm.hpo.base_estimator=rloo"),
-    ("hpo_trainer", "algorithm.policy_loss=ahpo", "+algorithm.hpo.aplha_min=0.2"),
+    ("hpo_trainer", "algorithm.policy_loss=ahpo", "algorithm.use_kl_in_reward=True"),
     ("hpo_trainer", "algorithm.policy_loss=gspo", "algorithm.adv_estimator=ahpo"),
 ):
     config, finding = compose(name, [*overrides, *sizes])
@@ -159,6 +165,35 @@ for name, *overrides in (
         "returns": [(own[1] * mask).tolist(), built_in.batch["returns"].tolist()],
         "metrics": [logged, metrics.drain()],
     }
+
+# Estimators of that name that do something else: no metric of ours, and no error.
+original = core_algos.ADV_ESTIMATOR_REGISTRY["ahpo"]
+facts["others"] = {}
+for case, change, changed in (
+    ("another weight", lambda a, r: (1.5 * a, r), {}),
+    ("not finite", lambda a, r: (a, r), {"token_level_rewards": torch.full_like(rewards, torch.nan)}),
+    ("no uid", lambda a, r: (a, r), {"uid": None}),
+):
+
+    def other(*, change=change, **kwargs):
+        mask = kwargs["response_mask"]
+        return change(mask.float(), mask.float())
+
+    other.__module__ = "verl.trainer.ppo.another_module"
+    core_algos.ADV_ESTIMATOR_REGISTRY["ahpo"] = other
+    tensors = {"token_level_rewards": rewards, "response_mask": mask} | changed
+    ids = {"uid": uids} if "uid" not in tensors else {}
+    tensors.pop("uid", None)
+    config, _ = compose("ppo_trainer", ["algorithm.adv_estimator=ahpo", *sizes])
+    assert prepare(config)[0] is None
+    v1_utils.compute_advantage_for_multi_trajectories(
+        DataProto.from_dict(tensors=tensors, non_tensors=ids),
+        batch_keys=[f"{uid}_{i // 2}_{i % 2}" for i, uid in enumerate(uids)],
+        adv_estimator="ahpo",
+        config=config.algorithm,
+    )
+    facts["others"][case] = metrics.drain()
+core_algos.ADV_ESTIMATOR_REGISTRY["ahpo"] = original
 
 # A preset that nothing applied, because the trainer checks no config.
 config, _ = compose("hpo_trainer", ["algorithm.policy_loss=ahpo", "algorithm.adv_estimator=grpo", *sizes])

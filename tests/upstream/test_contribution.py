@@ -93,10 +93,15 @@ def test_a_checkout_gets_one_commit_on_a_branch_with_documentation_examples_and_
     assert len(git(checkout, "log", "--format=%h").split()) == 2
 
 
-def test_work_in_progress_is_not_committed(checkout):
-    (checkout / "docs/index.rst").write_text("   algo/mine.md\n")
+@pytest.mark.parametrize("file", ["docs/index.rst", "docs/algo/hpo.md"])
+def test_work_in_progress_is_not_committed_and_files_of_an_earlier_try_are_not_left_out(checkout, file):
+    text = "   algo/mine.md\n" if file == "docs/index.rst" else (FILES / f"{file}.in").read_text()
+    (checkout / file).parent.mkdir(exist_ok=True)
+    (checkout / file).write_text(text)
     done = CliRunner().invoke(app, ["--verl", str(checkout)])
     assert done.exit_code == 1
+    assert file in done.output
+    assert "git stash --include-untracked" in done.output
     assert git(checkout, "branch", "--show-current").strip() != "hpo"
 
 
@@ -254,7 +259,7 @@ def test_a_tree_without_a_file_is_refused(tmp_path, wheel):
 def test_a_tree_with_another_hpo_is_refused(tmp_path, patched):
     shutil.copytree(patched, tmp_path / "tree")
     path = tmp_path / "tree" / CORE_ALGOS
-    path.write_text(path.read_text().replace("a reward that equals the mean", "A reward equal to the mean"))
+    path.write_text(path.read_text().replace("the rounding error of a mean", "rounding errors"))
     with pytest.raises(UnknownTreeError, match=r"estimator\.py"):
         contribution.changes(tmp_path / "tree")
 

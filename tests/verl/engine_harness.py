@@ -252,6 +252,7 @@ def build_model(path: Path) -> None:
 
 def build_worker(model_path: str) -> Any:
     """Verl's own worker of the actor, on its FSDP2 engine."""
+    import verl
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
 
@@ -262,7 +263,7 @@ def build_worker(model_path: str) -> Any:
             load_tokenizer=False,
             use_remove_padding=False,
             enable_gradient_checkpointing=False,
-            external_lib="hpo_plugin.cpu.backend",
+            external_lib="cpu_engine_of_0_8" if verl.__version__.startswith("0.8.") else "hpo_plugin.cpu.backend",
             override_config={"attn_implementation": "sdpa"},
         ),
         engine_config=FSDPEngineConfig(
