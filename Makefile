@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-verl test-verl-0.8 .test-verl-0.8 test-training test-all bench install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-training test-all bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,11 @@ VERL ?= 0.9.0
 test-verl: install-dev  ## Run the tests of the verl adapter and the recipes with another verl: VERL=0.9.0.
 	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/verl-$(VERL) verl==$(VERL)
 	PYTHONPATH=$(abspath $(VENV))/verl-$(VERL) $(BIN)/python -m pytest tests/verl tests/recipe $(ARGS)
+
+# Beside the environment, not in it: with megatron-core installed, every process of verl would import it.
+test-megatron: install-dev  ## Compare the gradients of verl's Megatron engine with the reference, on CPU; ARGS="-m ''": all layouts.
+	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/megatron megatron-core==0.16.1 mbridge==0.15.1 einops==0.8.2
+	PYTHONPATH=$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/verl/test_megatron.py -m "e2e and not slow" $(ARGS)
 
 # verl 0.8 asks for NumPy 1, and loads no plugins.
 test-verl-0.8:  ## Run the tests of estimator, policy loss and gradients with verl 0.8, in an environment of its own.

@@ -23,7 +23,7 @@ def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> d
         ``host`` and ``python`` (str), ``versions`` (distribution -> version, None where it is not installed), ``code``
         (a short hash of the mathematics and the adapter: two copies of one version may differ), ``seconds`` (float),
         ``problems``: (what is wrong, what to do) pairs, empty if HPO and A-HPO can be used here, and ``built_in``:
-        what verl has of them itself, in a line, or None.
+        what verl itself provides of them, in one line, or None.
     """
     import platform
     import socket
@@ -113,8 +113,9 @@ def _plugin_problems() -> list[tuple[str, str]]:
         failure = sys.modules["hpo_plugin.verl.plugin"].FAILURE
         return [(f"the plugin could not load: {failure}", "correct the cause named here")] if failure else []
     import verl
+    from packaging.version import Version
 
-    if int(verl.__version__.split(".")[1]) < 9:
+    if Version(verl.__version__).release < (0, 9):
         module = "hpo_plugin.verl.plugin"
         return [
             (

@@ -212,13 +212,10 @@ def record_built_in(name: str, data: Any, config: Any, batch_keys: Sequence[str]
         batch_keys: see :func:`last_rows`.
     """
     rows = torch.arange(len(batch_keys))
-    if not torch.equal(last_rows(batch_keys), rows):
-        _warn_once(
-            f"verl's own {name} counts each output of a session as a response: a session of several outputs counts "
-            "several times"
-        )
     batch, mask = data.batch, data.batch["response_mask"]
     try:
+        if not torch.equal(last_rows(batch_keys), rows):
+            _warn_once(f"verl's own {name} counts each output of a session as a response")
         ours, _ = estimator(name)(
             batch["token_level_rewards"], mask, data.non_tensor_batch["uid"], config, last_row=rows
         )
@@ -228,9 +225,13 @@ def record_built_in(name: str, data: Any, config: Any, batch_keys: Sequence[str]
         reason = "its advantages are not those of hpo_plugin"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-    _warn_once(f"no hpo metrics are logged with verl's own {name}: {reason}")
+    _warn_once(f"no hpo metrics are logged for a batch of verl's own {name}", reason)
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    logging.getLogger(__name__).warning(message)
+_warned: set[str] = set()
+
+
+def _warn_once(message: str, reason: str = "") -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logging.getLogger(__name__).warning(f"{message}: {reason}" if reason else message)
