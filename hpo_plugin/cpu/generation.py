@@ -6,12 +6,20 @@ arg max of log-probability plus Gumbel noise (which is a draw from the distribut
 """
 
 import hashlib
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -169,8 +177,22 @@ class _SeededSampler(LogitsProcessor):
         return log_probs - self._noise.log()
 
 
+class _Interruption(StoppingCriteria):
+    """Stops all rows of a batch once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._event.is_set())
+
+
 class Generator:
-    """Continues prompts with a causal language model."""
+    """Continues prompts with a causal language model.
+
+    Attributes:
+        interrupted: While it is set, a batch ends after its next token, with responses that are not finished.
+    """
 
     def __init__(self, model: PreTrainedModel, *, eos_token_ids: Sequence[int], pad_token_id: int) -> None:
         """Take a model in evaluation mode.
@@ -180,11 +202,13 @@ class Generator:
             eos_token_ids: Tokens that end a response.
             pad_token_id: Token to pad with; masked out everywhere.
         """
+        self.interrupted = threading.Event()
         self._model = model.eval()
         self._eos = list(eos_token_ids)
         self._pad = pad_token_id
-        # Defaults of the checkpoint (a top_k, say) must not leak into what the trainer asked for.
-        self._model.generation_config = GenerationConfig(eos_token_id=self._eos, pad_token_id=self._pad)
+        # Defaults of the checkpoint (a top_k, say) must not leak into what the trainer asked for. Nor must its
+        # end-of-sequence tokens: `generate` replaces an eos_token_id of None by them.
+        self._model.generation_config = GenerationConfig(pad_token_id=self._pad)
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Response]:
@@ -216,6 +240,7 @@ class Generator:
             input_ids=input_ids,
             attention_mask=attention_mask,
             logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([_Interruption(self.interrupted)]),
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=max_tokens,

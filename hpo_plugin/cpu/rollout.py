@@ -169,6 +169,10 @@ class HFServer:
             self._model, eos_token_ids=eos_ids, pad_token_id=pad if pad is not None else eos_ids[0]
         )
         self._max_model_len = self.config.max_model_len or self._model.config.max_position_embeddings
+        self._interrupted = generator.interrupted
+        self._admitting = asyncio.Event()
+        self._admitting.set()
+        self._rejecting = False
         self._batcher = RequestBatcher(
             generator, window_s=options.batch_window_ms / 1000, max_batch=self.config.max_num_seqs
         )
@@ -233,11 +237,17 @@ class HFServer:
             max_tokens=max(1, min(max_tokens or self.config.response_length, room)),
             seed=self._seeds.next(prompt, sampling) if seed is None else int(seed),
         )
-        response = await self._batcher.submit(request, sampling)
+        while not self._admitting.is_set() and not self._rejecting:
+            await self._admitting.wait()
+        response = Response([], [], finished=False)
+        if self._admitting.is_set():
+            response = await self._batcher.submit(request, sampling)
+        complete = response.finished or len(response.token_ids) == request.max_tokens
         return TokenOutput(
             token_ids=response.token_ids,
             log_probs=response.log_probs if wants_log_probs else None,
-            stop_reason="completed",
+            # verl's client of the asynchronous trainers continues what was aborted.
+            stop_reason="completed" if complete else "aborted",
             num_preempted=0,
             extra_fields={"global_steps": self._global_steps},
         )
@@ -268,6 +278,23 @@ class HFServer:
     async def sleep(self) -> None:
         """Wait for requests in flight. Memory is kept: there is no accelerator memory to hand over."""
         await self._batcher.drain()
+
+    async def abort_all_requests(self, reject_request: bool = False) -> None:
+        """Return what is generated so far, and admit nothing until :meth:`resume_generation`.
+
+        Args:
+            reject_request: Answer requests that arrive meanwhile as aborted, instead of holding them.
+        """
+        self._rejecting = reject_request
+        self._admitting.clear()
+        self._interrupted.set()
+        await self._batcher.drain()
+
+    async def resume_generation(self) -> None:
+        """Admit requests again."""
+        self._interrupted.clear()
+        self._rejecting = False
+        self._admitting.set()
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """Do nothing: nothing was released."""

@@ -29,7 +29,7 @@ def has_vllm():
     return True
 
 
-def train(inputs, folder, *overrides, config_name="countdown_cpu"):
+def train(inputs, folder, *overrides, config_name="countdown_cpu", steps=STEPS):
     """Run a config for a few steps of 8 prompts x 8 responses and return the metrics of each step."""
     log = folder / "metrics.jsonl"
     command = [
@@ -47,7 +47,7 @@ def train(inputs, folder, *overrides, config_name="countdown_cpu"):
         "actor_rollout_ref.actor.optim.lr=1e-2",
         # Enough that there is always a group with both right and wrong: vLLM's samples differ from run to run.
         "actor_rollout_ref.rollout.n=8",
-        f"trainer.total_training_steps={STEPS}",
+        f"trainer.total_training_steps={steps}",
         "trainer.test_freq=-1",
         "trainer.logger=[file]",
         f"trainer.default_local_dir={folder / 'checkpoints'}",
@@ -68,9 +68,9 @@ def train(inputs, folder, *overrides, config_name="countdown_cpu"):
                 os.killpg(process.pid, signal.SIGKILL)
     assert code == 0, output.read_text(errors="replace")[-4000:]
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    steps = {record["step"]: record["data"] for record in records if record["step"] > 0}
-    assert sorted(steps) == list(range(1, STEPS + 1))
-    return steps
+    logged = {record["step"]: record["data"] for record in records if record["step"] > 0}
+    assert sorted(logged) == list(range(1, steps + 1))
+    return logged
 
 
 def check_steps(steps):

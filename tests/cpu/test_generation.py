@@ -57,6 +57,20 @@ def test_greedy_takes_the_most_probable_token(generator, tiny_model):
     assert response.token_ids == [int(logits.argmax())]
 
 
+def test_an_interrupted_batch_ends_unfinished_and_can_be_continued(generator):
+    sampling = Sampling(temperature=0, ignore_eos=True)
+    whole = generator(requests(), sampling)
+    generator.interrupted.set()
+    begun = generator(requests(), sampling)
+    generator.interrupted.clear()
+    for request, first, all_of_it in zip(requests(), begun, whole, strict=True):
+        assert len(first.token_ids) == len(first.log_probs) == 1
+        assert not first.finished
+        rest = GenerationRequest((*request.prompt_ids, *first.token_ids), request.max_tokens - 1, seed=0)
+        assert len(all_of_it.token_ids) == request.max_tokens
+        assert first.token_ids + generator([rest], sampling)[0].token_ids == all_of_it.token_ids
+
+
 def test_samples_follow_the_model_distribution(generator, tiny_model):
     """4,000 draws of one token: each frequency within 5 standard errors of its probability."""
     draws = 4000
