@@ -103,28 +103,27 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(world: int, folder: Path) -> dict[str, Any]:
-    cases = folder / "cases.pkl"
-    cases.write_bytes(pickle.dumps(list(CASES.values())))
+def run_ranks(module: str, world: int, folder: Path, job: Any) -> Path:
+    """Run ``main()`` of a harness in this folder as one process a rank; the path of what it writes."""
+    job_file, out = folder / "job.pkl", folder / "out.pkl"
+    job_file.write_bytes(pickle.dumps(job))
     port = _free_port()
     processes = []
     for rank in range(world):
         environment = os.environ | {
             "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "VERL_PLATFORM": "cpu",
             "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
         }
-        program = "import engine_harness; engine_harness.main()"
-        command = [sys.executable, "-c", program, str(cases), str(folder / "out.pkl")]
+        command = [sys.executable, "-c", f"import {module}; {module}.main()", str(job_file), str(out)]
         log = (folder / f"rank{rank}.log").open("w")
-        processes.append(
-            subprocess.Popen(
-                command, cwd=Path(harness.__file__).parent, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        )
+        here = Path(harness.__file__).parent
+        processes.append(subprocess.Popen(command, cwd=here, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=1500) for process in processes]
     finally:
@@ -133,13 +132,14 @@ def _run(world: int, folder: Path) -> dict[str, Any]:
     if any(codes):
         tails = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(world)]
         pytest.fail(f"exit status {codes}\n" + "\n".join(tails))
-    return pickle.loads((folder / "out.pkl").read_bytes())
+    return out
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases, run once per number of ranks in processes of their own."""
-    return _run(request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    return pickle.loads(run_ranks("engine_harness", request.param, folder, list(CASES.values())).read_bytes())
 
 
 @pytest.fixture(scope="module")

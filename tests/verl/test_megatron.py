@@ -7,18 +7,14 @@ what is replaced. Needs megatron-core and mbridge: ``make test-megatron``.
 from __future__ import annotations
 
 import importlib.util
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_equivalence import CASES, _free_port, _reference, relative_error
+from test_equivalence import CASES, _reference, relative_error, run_ranks
 
 
 def has_megatron() -> bool:
@@ -78,36 +74,10 @@ def layout(request: pytest.FixtureRequest) -> Layout:
 @pytest.fixture(scope="module")
 def ranks(layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of every rank."""
-    folder = tmp_path_factory.mktemp("megatron")
-    job = folder / "job.pkl"
     cases = [CASES[name] for name in (*SOUND, *FAULTS)]
-    job.write_bytes(pickle.dumps({"layout": layout.sizes, "experts": layout.experts, "cases": cases}))
-    port = _free_port()
-    processes = []
-    for rank in range(layout.ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(layout.ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "VERL_PLATFORM": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [sys.executable, "-c", "import megatron_harness as m; m.main()", str(job), str(folder / "out.pkl")]
-        log = (folder / f"rank{rank}.log").open("w")
-        here = Path(__file__).parent
-        processes.append(subprocess.Popen(command, cwd=here, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=1000) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(codes):
-        tails = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(layout.ranks)]
-        pytest.fail(f"exit status {codes}\n" + "\n".join(tails))
-    return [pickle.loads((folder / f"out.{rank}").read_bytes()) for rank in range(layout.ranks)]
+    job = {"layout": layout.sizes, "experts": layout.experts, "cases": cases}
+    out = run_ranks("megatron_harness", layout.ranks, tmp_path_factory.mktemp("megatron"), job)
+    return [pickle.loads(out.with_suffix(f".{rank}").read_bytes()) for rank in range(layout.ranks)]
 
 
 def by_expert(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
