@@ -24,8 +24,8 @@ from hpo_plugin.check.probe import CHECKED_PACKAGES, has_v1_trainer, probe
 from hpo_plugin.check.report import CheckReport, Finding
 from hpo_plugin.check.signals import signal_handlers_kept
 from hpo_plugin.errors import ConfigError
-from hpo_plugin.recipe.layout import KEY_RECIPE, check_layout
-from hpo_plugin.recipe.memory import GIB, Sizes
+from hpo_plugin.recipe.layout import KEY_RECIPE, STRATEGIES, Layout, check_layout
+from hpo_plugin.recipe.memory import GIB, MEMORY_ENGINES, Sizes
 from hpo_plugin.tasks.task import ROW_COLUMNS
 from hpo_plugin.verl.selection import alpha_batch
 
@@ -260,14 +260,23 @@ def check_recipe(config: DictConfig) -> list[Finding]:
         check_layout(config)
     except ConfigError as error:
         return [Finding("recipe", "cannot run on these GPUs", False, str(error))]
+    recipe = config[KEY_RECIPE]
+    named = f"{recipe.task}, {recipe.model}, {recipe.engine}"
+    if OmegaConf.select(config, "actor_rollout_ref.actor.strategy") not in STRATEGIES:
+        return [Finding("recipe", f"{named}: the sizes of this engine are not checked")]
+    layout = Layout.of(config)
+    sharded = (
+        f"{named} on {layout.gpus} GPUs: {layout.ranks} data-parallel ranks with {layout.rows_of_rank} rows of a "
+        "mini-batch"
+    )
+    if recipe.engine not in MEMORY_ENGINES:
+        return [Finding("recipe", f"{sharded}; the memory of this engine is not estimated")]
     sizes = Sizes.of(config)
-    layout, recipe = sizes.layout, config[KEY_RECIPE]
     return [
         Finding(
             "recipe",
-            f"{recipe.task}, {recipe.model}, {recipe.engine} on {layout.gpus} GPUs: {layout.ranks} data-parallel ranks "
-            f"with {layout.rows_of_rank} rows of a mini-batch; estimated GiB of a GPU: "
-            f"{sizes.update_peak / GIB:.0f} to update, {sizes.rollout_peak / GIB:.0f} to generate",
+            f"{sharded}; estimated GiB of a GPU: {sizes.update_peak / GIB:.0f} to update, "
+            f"{sizes.rollout_peak / GIB:.0f} to generate",
         )
     ]
 

@@ -7,11 +7,21 @@ from omegaconf import DictConfig, OmegaConf
 
 #: ``actor_rollout_ref.rollout.name`` of the CPU backend's own rollout.
 ROLLOUT_NAME = "hf_cpu"
-# Logical CPUs that verl reserves for each training rank (verl/single_controller/ray/base.py, max_colocate_count).
+# Logical CPUs that verl reserves for each training rank (verl/single_controller/ray/base.py, max_colocate_count) and
+# for each rank of a separate rollout (RolloutReplica.init_standalone).
 CPUS_PER_RANK = 3
+CPUS_PER_SEPARATE_RANK = 2
 
 # Logical CPUs for verl's actors that train nothing: they hold one each while they start.
 RAY_CPU_SLACK = 3
+
+# One-step-off's task runner; fully-async's task runner, trainer, rollouter and message queue (num_cpus of their
+# ray.remote).
+ONE_STEP_OFF_CPUS = 10
+FULLY_ASYNC_CPUS = 1 + 10 + 10 + 2
+
+# With a few left over, so that small changes of a config need no other number.
+DEFAULT_CPUS = 12
 
 # The third one is the SFT trainer's.
 STRATEGY_KEYS = ("actor_rollout_ref.actor.strategy", "actor_rollout_ref.ref.strategy", "engine.strategy")
@@ -76,20 +86,70 @@ def check_config(config: DictConfig) -> None:
         strategy = OmegaConf.select(config, key)
         if strategy is not None:
             require_fsdp2(strategy, key)
-    ranks = OmegaConf.select(config, "trainer.n_gpus_per_node") * OmegaConf.select(config, "trainer.nnodes")
+    ranks, separate = _training_ranks(config), _separate_ranks(config)
     logical = OmegaConf.select(config, "ray_kwargs.ray_init.num_gpus")
-    if logical is not None and ranks > logical:
+    if logical is not None and ranks + separate > logical:
         raise ValueError(
-            f"trainer.n_gpus_per_node x trainer.nnodes asks for {ranks} ranks, but Ray is started with "
-            f"ray_kwargs.ray_init.num_gpus={logical} logical GPUs (on CPU a logical GPU is one training rank): "
-            f"set ray_kwargs.ray_init.num_gpus={ranks}"
+            f"trainer.n_gpus_per_node x trainer.nnodes asks for {ranks} ranks"
+            f"{f' and the separate rollout for {separate}' if separate else ''}, but Ray is started with "
+            f"ray_kwargs.ray_init.num_gpus={logical} logical GPUs (on CPU a logical GPU is one rank): "
+            f"set ray_kwargs.ray_init.num_gpus={ranks + separate}"
         )
     cpus = OmegaConf.select(config, "ray_kwargs.ray_init.num_cpus")
-    needed = CPUS_PER_RANK * ranks + RAY_CPU_SLACK
+    needed = _needed_cpus(config)
     if cpus is not None and cpus < needed:
         raise ValueError(
-            f"ray_kwargs.ray_init.num_cpus={cpus} logical CPUs cannot hold {ranks} ranks: verl reserves "
-            f"{CPUS_PER_RANK} per rank, and its other actors need {RAY_CPU_SLACK}; "
+            f"ray_kwargs.ray_init.num_cpus={cpus} logical CPUs cannot hold {ranks + separate} ranks: verl reserves "
+            f"{CPUS_PER_RANK} per training rank, {CPUS_PER_SEPARATE_RANK} per rank of a separate rollout, and its "
+            f"other actors need {needed - CPUS_PER_RANK * ranks - CPUS_PER_SEPARATE_RANK * separate}; "
             f"set ray_kwargs.ray_init.num_cpus={needed} or more "
             "(they are logical: it may exceed the machine's cores)"
         )
+
+
+def _training_ranks(config: DictConfig) -> int:
+    return int(OmegaConf.select(config, "trainer.n_gpus_per_node") * OmegaConf.select(config, "trainer.nnodes"))
+
+
+def _separate_ranks(config: DictConfig) -> int:
+    """Ranks of a rollout that is separate from training.
+
+    One-step-off and fully-async have a root section of their own for it, which their ``main`` copies into
+    ``actor_rollout_ref.rollout`` after this check.
+    """
+    section = "rollout" if "rollout" in config else "actor_rollout_ref.rollout"
+    nodes, per_node = (OmegaConf.select(config, f"{section}.{key}") for key in ("nnodes", "n_gpus_per_node"))
+    return int((nodes or 0) * (per_node or 0))
+
+
+def _needed_cpus(config: DictConfig) -> int:
+    others = RAY_CPU_SLACK
+    if "async_training" in config:
+        others += FULLY_ASYNC_CPUS
+    elif "rollout" in config:
+        others += ONE_STEP_OFF_CPUS
+    return CPUS_PER_RANK * _training_ranks(config) + CPUS_PER_SEPARATE_RANK * _separate_ranks(config) + others
+
+
+def num_gpus(config: DictConfig) -> int:
+    """Logical GPUs that Ray needs for a config: one per rank.
+
+    Args:
+        config: verl's root config.
+
+    Returns:
+        Their number.
+    """
+    return _training_ranks(config) + _separate_ranks(config)
+
+
+def num_cpus(config: DictConfig) -> int:
+    """Logical CPUs that Ray needs for a config, at least :data:`DEFAULT_CPUS`.
+
+    Args:
+        config: verl's root config.
+
+    Returns:
+        Their number.
+    """
+    return max(DEFAULT_CPUS, _needed_cpus(config))

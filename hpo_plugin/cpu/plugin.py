@@ -20,8 +20,22 @@ def _device(*, _root_: DictConfig) -> str:
     return "cpu"
 
 
+def _num_gpus(*, _root_: DictConfig) -> int:
+    from hpo_plugin.cpu.checks import num_gpus
+
+    return num_gpus(_root_)
+
+
+def _num_cpus(*, _root_: DictConfig) -> int:
+    from hpo_plugin.cpu.checks import num_cpus
+
+    return num_cpus(_root_)
+
+
 # Registered on every platform: a CPU config started without VERL_PLATFORM=cpu must say so.
 OmegaConf.register_new_resolver("hpo_cpu.device", _device, replace=True)
+OmegaConf.register_new_resolver("hpo_cpu.num_gpus", _num_gpus, replace=True)
+OmegaConf.register_new_resolver("hpo_cpu.num_cpus", _num_cpus, replace=True)
 OmegaConf.register_new_resolver("hpo_cpu.sum", lambda *terms: sum(terms), replace=True)
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
@@ -29,6 +43,23 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
     from hpo_plugin.cpu.vllm_cpu import install_vllm_alias
 
     install_vllm_alias()
+
+    # With verl's own module, so that processes which do not need it do not pay for the import.
+    @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
+    def _register_engine(_module: ModuleType) -> None:
+        from hpo_plugin.cpu import engine  # noqa: F401
+
+    @wrapt.when_imported("verl.workers.rollout.base")
+    def _register_rollout(_module: ModuleType) -> None:
+        from hpo_plugin.cpu.registration import register_rollout
+
+        register_rollout()
+
+    @wrapt.when_imported("verl.utils.fsdp_utils")
+    def _copy_saved_weights(module: ModuleType) -> None:
+        from hpo_plugin.cpu.saved_weights import copy_saved_weights
+
+        copy_saved_weights(module)
 
     @wrapt.when_imported("verl.utils.distributed")
     def _use_gloo(module: ModuleType) -> None:

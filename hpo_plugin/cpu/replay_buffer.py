@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from omegaconf import DictConfig
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 SAMPLER_KEYS = frozenset(
     {
@@ -24,67 +24,8 @@ SAMPLER_KEYS = frozenset(
 )
 
 
-class CPUReplayBuffer(ReplayBuffer):
-    """:class:`verl.trainer.ppo.v1.replay_buffer.ReplayBuffer`, polled often and in a repeatable order.
-
-    verl looks for finished rollouts every 2 s; a step of a small model takes about as long. verl also orders the
-    prompts of a step by a set of random ids, so two runs with the same seeds have different mini-batches; here the
-    prompts of a step keep the order of the data loader, and a prompt's responses the order of their sessions.
-    """
-
-    def __init__(
-        self,
-        trainer_mode: str,
-        trainer_config: DictConfig,
-        max_off_policy_threshold: int | None,
-        max_off_policy_strategy: str,
-        sampler_kwargs: DictConfig,
-        refill_fn: Callable[[int], int] | None = None,
-    ) -> None:
-        """Build the buffer from what verl passes to a custom sampler.
-
-        Args:
-            trainer_mode: ``trainer.v1.trainer_mode``; only ``"sync"`` is supported.
-            trainer_config: The section of that mode.
-            max_off_policy_threshold: Passed on.
-            max_off_policy_strategy: Passed on.
-            sampler_kwargs: ``trainer.v1.sampler.sampler_kwargs``, exactly the keys :data:`SAMPLER_KEYS`.
-            refill_fn: The trainer's function that submits fresh prompts.
-
-        Raises:
-            ValueError: Another trainer mode, or missing or unknown keys in ``sampler_kwargs``.
-        """
-        if trainer_mode != "sync":
-            raise ValueError(
-                f"trainer.v1.trainer_mode={trainer_mode}: the CPU backend's sampler is for sync only; set "
-                "trainer.v1.trainer_mode=sync, or trainer.v1.sampler.custom_sampler.path=null for verl's own sampler"
-            )
-        # Interpolations are resolved by iterating, for a DictConfig as for a dict.
-        options: dict[str, Any] = {str(key): value for key, value in sampler_kwargs.items()}
-        if options.keys() != SAMPLER_KEYS:
-            raise ValueError(
-                "trainer.v1.sampler.sampler_kwargs must have exactly the keys "
-                f"{sorted(SAMPLER_KEYS)}; missing {sorted(SAMPLER_KEYS - options.keys())}, "
-                f"unknown {sorted(options.keys() - SAMPLER_KEYS)}"
-            )
-        metric = options["filter_groups_metric"] if options["filter_groups_enable"] else None
-        refill_failed = bool(options["sync_refill_failed_groups"])
-        train_batch_size = options["train_batch_size"]
-        super().__init__(
-            trainer_mode=trainer_mode,
-            trainer_config=trainer_config,
-            max_off_policy_threshold=max_off_policy_threshold,
-            max_off_policy_strategy=max_off_policy_strategy,
-            sampler_kwargs=sampler_kwargs,
-            poll_interval=float(options["poll_interval"]),
-            refill_fn=refill_fn,
-            filter_groups_metric=metric,
-            train_batch_size=train_batch_size,
-            # As in PPOTrainer._build_replay_buffer: exact refills need single-prompt fetches.
-            gen_batch_size=1 if metric is not None or refill_failed else options["gen_batch_size"] or train_batch_size,
-            max_inflight_gen_batches=options["max_inflight_gen_batches"] if metric is not None else 1,
-            sync_refill_failed_groups=refill_failed,
-        )
+class _InOrder(ReplayBuffer):
+    """Selects prompts in a repeatable order."""
 
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
@@ -102,3 +43,67 @@ class CPUReplayBuffer(ReplayBuffer):
 
         partition = self.partitions[partition_id]
         return selected, {key: partition[key] for key in sorted(partition, key=session_order)}, prompt_steps
+
+
+class CPUReplayBuffer(_InOrder):
+    """:class:`verl.trainer.ppo.v1.replay_buffer.ReplayBuffer`, for ``trainer.v1.trainer_mode=sync``."""
+
+
+class CPUReplayBufferAsync(_InOrder, ReplayBufferAsync):
+    """:class:`verl.trainer.ppo.v1.replay_buffer.ReplayBufferAsync`, for the asynchronous modes."""
+
+
+def replay_buffer(
+    trainer_mode: str,
+    trainer_config: DictConfig,
+    max_off_policy_threshold: int | None,
+    max_off_policy_strategy: str,
+    sampler_kwargs: DictConfig,
+    refill_fn: Callable[[int], int] | None = None,
+) -> ReplayBuffer:
+    """Build verl's buffer for a trainer mode, polled often and in a repeatable order.
+
+    verl looks for finished rollouts every 2 s; a step of a small model takes about as long. verl also orders the
+    prompts of a step by a set of random ids, so two runs with the same seeds have different mini-batches; here the
+    prompts of a step keep the order of the data loader, and a prompt's responses the order of their sessions.
+
+    Args:
+        trainer_mode: ``trainer.v1.trainer_mode``.
+        trainer_config: The section of that mode.
+        max_off_policy_threshold: Passed on.
+        max_off_policy_strategy: Passed on.
+        sampler_kwargs: ``trainer.v1.sampler.sampler_kwargs``, exactly the keys :data:`SAMPLER_KEYS`.
+        refill_fn: The trainer's function that submits fresh prompts.
+
+    Returns:
+        :class:`CPUReplayBuffer`, or :class:`CPUReplayBufferAsync` unless the mode is ``sync``.
+
+    Raises:
+        ValueError: Missing or unknown keys in ``sampler_kwargs``.
+    """
+    # Interpolations are resolved by iterating, for a DictConfig as for a dict.
+    options: dict[str, Any] = {str(key): value for key, value in sampler_kwargs.items()}
+    if options.keys() != SAMPLER_KEYS:
+        raise ValueError(
+            "trainer.v1.sampler.sampler_kwargs must have exactly the keys "
+            f"{sorted(SAMPLER_KEYS)}; missing {sorted(SAMPLER_KEYS - options.keys())}, "
+            f"unknown {sorted(options.keys() - SAMPLER_KEYS)}"
+        )
+    metric = options["filter_groups_metric"] if options["filter_groups_enable"] else None
+    refill_failed = bool(options["sync_refill_failed_groups"])
+    train_batch_size = options["train_batch_size"]
+    return (CPUReplayBuffer if trainer_mode == "sync" else CPUReplayBufferAsync)(
+        trainer_mode=trainer_mode,
+        trainer_config=trainer_config,
+        max_off_policy_threshold=max_off_policy_threshold,
+        max_off_policy_strategy=max_off_policy_strategy,
+        sampler_kwargs=sampler_kwargs,
+        poll_interval=float(options["poll_interval"]),
+        refill_fn=refill_fn,
+        filter_groups_metric=metric,
+        train_batch_size=train_batch_size,
+        # As in PPOTrainer._build_replay_buffer: exact refills need single-prompt fetches.
+        gen_batch_size=1 if metric is not None or refill_failed else options["gen_batch_size"] or train_batch_size,
+        max_inflight_gen_batches=options["max_inflight_gen_batches"] if metric is not None else 1,
+        sync_refill_failed_groups=refill_failed,
+    )

@@ -302,6 +302,12 @@ class HFServer:
     async def clear_kv_cache(self) -> None:
         """Do nothing: no cache outlives a batch."""
 
+    async def release_kv_cache(self) -> None:
+        """Do nothing: no cache outlives a batch."""
+
+    async def resume_kv_cache(self) -> None:
+        """Do nothing: nothing was released."""
+
 
 def _server_name(replica_rank: int, suffix: str = "") -> str:
     return f"{ROLLOUT_NAME}_server_{replica_rank}{suffix}"
@@ -342,16 +348,26 @@ class HFReplica(RolloutReplica):
 class HFServerAdapter(BaseRollout):
     """Worker side: hands the trainer's weights to the server of this rank."""
 
-    def __init__(self, config: RolloutConfig, model_config: HFModelConfig, device_mesh: DeviceMesh) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model_config: HFModelConfig,
+        device_mesh: DeviceMesh | None,
+        replica_rank: int | None = None,
+    ) -> None:
         """Remember which server belongs to this rank; it is started later.
 
         Args:
             config: ``actor_rollout_ref.rollout``.
             model_config: ``actor_rollout_ref.model``.
-            device_mesh: Dimensions ``dp``, ``infer_tp``, ``infer_pp``.
+            device_mesh: Dimensions ``dp``, ``infer_tp``, ``infer_pp``, in a process that trains, too.
+            replica_rank: The server's rank, in a process of a rollout that is separate from training.
         """
         super().__init__(config, model_config, device_mesh)
-        self._replica_rank = device_mesh["dp"].get_local_rank()
+        if replica_rank is None:
+            assert device_mesh is not None, "verl passes one of the two"
+            replica_rank = device_mesh["dp"].get_local_rank()
+        self._replica_rank = replica_rank
         self._server: ray.actor.ActorHandle | None = None
 
     @property
@@ -396,15 +412,23 @@ class HFServerAdapter(BaseRollout):
                 "actor_rollout_ref.model.lora.merge=True"
             )
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
-        async for bucket in _buckets(weights, limit):
+        async for bucket in buckets(weights, limit):
             await self.server.load_weights.remote(bucket)
         await self.server.finish_update.remote(global_steps)
 
 
-async def _buckets(
+async def buckets(
     weights: NamedTensors | AsyncIterator[tuple[str, torch.Tensor]], limit: int
 ) -> AsyncIterator[dict[str, torch.Tensor]]:
-    """Group named tensors into dictionaries of at most ``limit`` bytes (or one tensor)."""
+    """Group named tensors into dictionaries of at most ``limit`` bytes (or one tensor).
+
+    Args:
+        weights: ``(name, tensor)`` pairs.
+        limit: Bytes.
+
+    Yields:
+        Tensors by name, in their order, detached.
+    """
     from verl.workers.rollout.utils import ensure_async_iterator
 
     bucket: dict[str, torch.Tensor] = {}

@@ -6,6 +6,7 @@ config is read. This module imports OmegaConf only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,43 @@ from omegaconf import DictConfig, OmegaConf
 
 from hpo_plugin.errors import ConfigError
 
-__all__ = ["KEY_RECIPE", "Layout", "check_layout", "check_sharding"]
+__all__ = ["KEY_RECIPE", "STRATEGIES", "Layout", "check_layout", "check_sharding"]
 
 #: The node that configs composed from ``hpo_recipe`` have; only such configs are checked here.
 KEY_RECIPE = "recipe"
 
 _ACTOR = "actor_rollout_ref.actor"
 _ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def _fsdp(actor: DictConfig) -> tuple[int, int, int]:
+    # verl still reads the older of the two keys.
+    return 1, 1, max(actor.ulysses_sequence_parallel_size, actor.fsdp_config.ulysses_sequence_parallel_size)
+
+
+def _megatron(actor: DictConfig) -> tuple[int, int, int]:
+    sizes = actor.megatron
+    return sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size
+
+
+def _veomni(actor: DictConfig) -> tuple[int, int, int]:
+    return 1, 1, actor.veomni.ulysses_parallel_size
+
+
+def _torchtitan(actor: DictConfig) -> tuple[int, int, int]:
+    sizes = actor.torchtitan
+    return sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.context_parallel_size
+
+
+#: ``actor_rollout_ref.actor.strategy`` -> tensor, pipeline and context parallel sizes from the actor's config.
+#: MindSpeed is verl's ``megatron`` on an NPU; verl has no actor config for Automodel.
+STRATEGIES: dict[str, Callable[[DictConfig], tuple[int, int, int]]] = {
+    "fsdp2": _fsdp,
+    "fsdp": _fsdp,
+    "megatron": _megatron,
+    "veomni": _veomni,
+    "torchtitan": _torchtitan,
+}
 
 
 @dataclass(frozen=True)
@@ -30,10 +61,10 @@ class Layout:
         strategy: ``actor_rollout_ref.actor.strategy``.
         nodes: Number of nodes.
         gpus_per_node: GPUs of a node.
-        tensor: Tensor-parallel size of the Megatron actor; 1 for FSDP.
-        pipeline: Pipeline-parallel size of the Megatron actor; 1 for FSDP.
-        context: GPUs that share a row: context parallel for Megatron, Ulysses for FSDP.
-        rollout_tensor: Tensor-parallel size of vLLM.
+        tensor: Tensor-parallel size of the actor; 1 for FSDP and VeOmni.
+        pipeline: Pipeline-parallel size of the actor; 1 for FSDP and VeOmni.
+        context: GPUs that share a row: context parallel for Megatron and TorchTitan, Ulysses for FSDP and VeOmni.
+        rollout_tensor: Tensor-parallel size of the rollout.
         prompts: Prompts of a step.
         mini_batch_prompts: Prompts of an optimizer step.
         responses: Responses per prompt.
@@ -61,19 +92,12 @@ class Layout:
         """Read a composed config.
 
         Raises:
-            ConfigError: if the actor's strategy is not one that recipes have.
+            ConfigError: if the actor's strategy is none of :data:`STRATEGIES`.
         """
         actor, rollout = OmegaConf.select(config, _ACTOR), OmegaConf.select(config, _ROLLOUT)
-        tensor, pipeline = 1, 1
-        if actor.strategy == "megatron":
-            tensor = actor.megatron.tensor_model_parallel_size
-            pipeline = actor.megatron.pipeline_model_parallel_size
-            context = actor.megatron.context_parallel_size
-        elif actor.strategy in ("fsdp", "fsdp2"):
-            # verl still reads the older of the two keys.
-            context = max(actor.ulysses_sequence_parallel_size, actor.fsdp_config.ulysses_sequence_parallel_size)
-        else:
-            raise ConfigError(f"{_ACTOR}.strategy={actor.strategy} is none of a recipe's: fsdp2, fsdp, megatron.")
+        if actor.strategy not in STRATEGIES:
+            raise ConfigError(f"{_ACTOR}.strategy={actor.strategy} is none of {', '.join(STRATEGIES)}.")
+        tensor, pipeline, context = STRATEGIES[actor.strategy](actor)
         return cls(
             strategy=actor.strategy,
             nodes=config.trainer.nnodes,
@@ -130,15 +154,20 @@ def check_layout(config: DictConfig) -> None:
     """Refuse a recipe whose batch or model cannot be sharded as it says.
 
     Args:
-        config: the root config. Without ``recipe.architecture`` nothing is looked at: another's config is verl's to
-            judge.
+        config: the root config. Without ``recipe.architecture``, or with an engine that is not in
+            :data:`STRATEGIES`, nothing is checked: another's config is verl's to judge.
 
     Raises:
         ConfigError: each message names the keys, their values and what to do.
     """
     architecture = OmegaConf.select(config, f"{KEY_RECIPE}.architecture")
-    if architecture is not None:
-        check_sharding(Layout.of(config), architecture)
+    # An engine that somebody added to verl is theirs to judge.
+    if architecture is None or OmegaConf.select(config, f"{_ACTOR}.strategy") not in STRATEGIES:
+        return
+    layout = Layout.of(config)
+    check_sharding(layout, architecture)
+    if layout.strategy == "torchtitan":
+        _check_torchtitan(layout, OmegaConf.select(config, f"{_ACTOR}.torchtitan"))
 
 
 def check_sharding(layout: Layout, architecture: Any) -> None:
@@ -172,8 +201,19 @@ def _check_gpus(layout: Layout) -> None:
         )
     if layout.gpus_per_node % layout.rollout_tensor:
         raise ConfigError(
-            f"trainer.n_gpus_per_node={layout.gpus_per_node} cannot be divided into vLLM replicas of "
+            f"trainer.n_gpus_per_node={layout.gpus_per_node} cannot be divided into rollout replicas of "
             f"{_ROLLOUT}.tensor_model_parallel_size={layout.rollout_tensor} GPUs. Take a size that divides it."
+        )
+
+
+def _check_torchtitan(layout: Layout, sizes: DictConfig) -> None:
+    """TorchTitan takes its data-parallel sizes from the config, where the other engines compute them."""
+    replicas, shards = sizes.data_parallel_replicate_size, sizes.data_parallel_shard_size
+    if replicas * shards != layout.ranks:
+        raise ConfigError(
+            f"{_gpus(layout)}, and groups of {layout.model_parallel} share a row, but {_ACTOR}.torchtitan has "
+            f"data_parallel_replicate_size={replicas} x data_parallel_shard_size={shards}. Set the two so that their "
+            f"product is {layout.ranks}."
         )
 
 
@@ -200,22 +240,29 @@ def _check_batch(layout: Layout) -> None:
         )
 
 
+def _size(layout: Layout, kind: str, *, to_set: bool = False) -> str:
+    """The config key of a parallel size; ``hpo/model`` sets Megatron's under ``recipe``."""
+    if layout.strategy == "torchtitan":
+        return f"{_ACTOR}.torchtitan.{kind}_parallel_size"
+    return f"{'recipe' if to_set else _ACTOR}.megatron.{kind}_model_parallel_size"
+
+
 def _check_model(layout: Layout, architecture: Any) -> None:
     heads, kv_heads, layers = architecture.heads, architecture.kv_heads, architecture.layers
     shape = f"a model of {heads} attention heads, {kv_heads} key-value heads and {layers} layers (hpo/model)"
     size = layout.rollout_tensor
-    # vLLM copies key-value heads where there are fewer than GPUs.
+    # vLLM and SGLang copy key-value heads where there are fewer than GPUs.
     if heads % size or (kv_heads % size and size % kv_heads):
         raise ConfigError(
             f"{_ROLLOUT}.tensor_model_parallel_size={size} does not divide {shape}. Take a divisor of {kv_heads}."
         )
     if heads % layout.tensor or kv_heads % layout.tensor:
         raise ConfigError(
-            f"{_ACTOR}.megatron.tensor_model_parallel_size={layout.tensor} does not divide {shape}. "
-            f"Set recipe.megatron.tensor_model_parallel_size to a divisor of {kv_heads}."
+            f"{_size(layout, 'tensor')}={layout.tensor} does not divide {shape}. "
+            f"Set {_size(layout, 'tensor', to_set=True)} to a divisor of {kv_heads}."
         )
     if layers % layout.pipeline:
         raise ConfigError(
-            f"{_ACTOR}.megatron.pipeline_model_parallel_size={layout.pipeline} does not divide {shape}. "
-            f"Set recipe.megatron.pipeline_model_parallel_size to a divisor of {layers}."
+            f"{_size(layout, 'pipeline')}={layout.pipeline} does not divide {shape}. "
+            f"Set {_size(layout, 'pipeline', to_set=True)} to a divisor of {layers}."
         )

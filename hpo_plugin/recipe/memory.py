@@ -33,6 +33,8 @@ ADAM = 2 * FP32
 _UPDATE_LOGIT = {"fsdp2": BF16, "megatron": BF16 + FP32}
 #: The same where verl computes old log-probs and entropy: its Megatron engine clones the logits first.
 _LOG_PROB_LOGIT = {"fsdp2": BF16, "megatron": FP32 + FP32}
+#: ``recipe.engine`` of the configs whose memory is estimated here.
+MEMORY_ENGINES = frozenset(_UPDATE_LOGIT)
 #: An fp32 copy of a chunk, its softmax, and their product (verl/utils/torch_functional.py).
 _ENTROPY_LOGIT = 3 * FP32
 

@@ -86,3 +86,32 @@ def test_importing_the_entry_point_without_the_platform_touches_neither_torch_no
     environment = {key: value for key, value in os.environ.items() if key != "VERL_PLATFORM"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.usefixtures("cpu_platform")
+def test_a_separate_rollout_needs_logical_gpus_and_cpus_of_its_own():
+    separate = {"actor_rollout_ref__rollout": {"nnodes": 1, "n_gpus_per_node": 2}}
+    with pytest.raises(ValueError, match=r"1 ranks and the separate rollout for 2.*num_gpus=1 .*num_gpus=3"):
+        check_config(config(**separate))
+    check_config(config(**separate, ray_kwargs__ray_init__num_gpus=3))
+    with pytest.raises(ValueError, match=r"num_cpus=9 .*3 ranks.*2 per rank of a separate rollout.*num_cpus=10"):
+        check_config(config(**separate, ray_kwargs__ray_init={"num_gpus": 3, "num_cpus": 9}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "gpus", "cpus"),
+    [
+        ({}, 1, 12),
+        ({"trainer": {"n_gpus_per_node": 4, "nnodes": 2}}, 8, 27),
+        ({"actor_rollout_ref.rollout": {"nnodes": 2, "n_gpus_per_node": 2}}, 5, 14),
+        ({"rollout": {"nnodes": 1, "n_gpus_per_node": 1}}, 2, 18),
+        ({"rollout": {"nnodes": 1, "n_gpus_per_node": 1}, "async_training": {}}, 2, 31),
+    ],
+    ids=["V1", "eight ranks", "separate_async", "one-step-off", "fully-async"],
+)
+def test_logical_resources_are_what_verl_reserves(sections, gpus, cpus):
+    """3 CPUs a training rank, 2 a separate one, 3 for others; 10 or 23 for the experimental trainers' own actors."""
+    changed = config()
+    for section, values in sections.items():
+        OmegaConf.update(changed, section, values)
+    assert (checks.num_gpus(changed), checks.num_cpus(changed)) == (gpus, cpus)

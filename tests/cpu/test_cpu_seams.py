@@ -124,11 +124,11 @@ def test_engine_overrides_the_method_that_pins_memory_for_forward_only_models():
 def test_custom_samplers_get_exactly_the_arguments_the_replay_buffer_takes():
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-    from hpo_plugin.cpu.replay_buffer import CPUReplayBuffer
+    from hpo_plugin.cpu.replay_buffer import replay_buffer
 
     source = inspect.getsource(PPOTrainer._build_replay_buffer)
     always = source[source.index("replay_buffer_kwargs = dict(") : source.index("# Preserve the existing constructor")]
-    taken = set(inspect.signature(CPUReplayBuffer.__init__).parameters) - {"self"}
+    taken = set(inspect.signature(replay_buffer).parameters)
     assert taken == {line.split("=")[0].strip() for line in always.splitlines() if line.startswith(" " * 12)}
 
 
@@ -220,3 +220,52 @@ def test_the_sft_config_is_found_by_verls_sft_trainer_and_checks_platform_and_st
     assert config.model.external_lib == "hpo_plugin.cpu.backend"
     with pytest.raises(InterpolationResolutionError, match=r"set engine\.strategy=fsdp2"):
         _ = wrong.trainer.device
+
+
+def test_saved_weights_are_copies_in_the_place_where_verls_separate_trainers_look_for_the_function():
+    """``DetachActorWorker`` imports it from ``verl.utils.fsdp_utils`` when it is first used."""
+    out = run_on_cpu_platform(
+        "import inspect, torch, verl.utils.fsdp_utils as utils\n"
+        "from verl.experimental.separation.engine_workers import DetachActorWorker\n"
+        "source = inspect.getsource(DetachActorWorker._get_strategy_handlers)\n"
+        "assert 'from verl.utils.fsdp_utils import (\\n                fsdp2_sharded_load_from_cpu,' in source\n"
+        "import torch.distributed as dist\n"
+        "from torch.distributed.fsdp import fully_shard\n"
+        "dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "fully_shard(model)\n"
+        "state, spec = utils.fsdp2_sharded_save_to_cpu(model)\n"
+        "before = model.weight.full_tensor().clone()\n"
+        "with torch.no_grad(): model.weight.zero_()\n"
+        "utils.fsdp2_sharded_load_from_cpu(model, state, spec)\n"
+        "assert torch.equal(model.weight.full_tensor(), before) and before.any()\n"
+        "print('restored')\n"
+    )
+    assert out.split() == ["restored"]
+
+
+def test_a_moved_function_that_saves_weights_is_refused_by_name():
+    from types import ModuleType
+
+    from hpo_plugin.cpu.saved_weights import copy_saved_weights
+
+    with pytest.raises(
+        RuntimeError, match=r"verl\.utils\.fsdp_utils\.fsdp2_sharded_save_to_cpu.*install verl==0\.9\.1"
+    ):
+        copy_saved_weights(ModuleType("verl.utils.fsdp_utils"))
+
+
+def test_verl_passes_a_checkpoint_engine_the_arguments_that_the_one_for_gloo_takes():
+    from verl.checkpoint_engine import CheckpointEngineManager, CheckpointEngineRegistry
+    from verl.checkpoint_engine.base import CheckpointEngineWorker
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    from hpo_plugin.cpu.checkpoint_engine import GlooCheckpointEngine
+
+    assert CheckpointEngineRegistry.get("gloo") is GlooCheckpointEngine
+    assert not GlooCheckpointEngine.__abstractmethods__
+    actor = inspect.getsource(ActorRolloutRefWorker.init_model)
+    assert "backend, is_master=(torch.distributed.get_rank() == 0), bucket_size=bucket_size, **engine_kwargs" in actor
+    assert "backend, bucket_size=bucket_size, **engine_kwargs" in inspect.getsource(CheckpointEngineWorker.__init__)
+    build = inspect.getsource(CheckpointEngineManager.build_process_group)
+    assert "actor_wg.world_size, rollout.world_size, metadata" in build

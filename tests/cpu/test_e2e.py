@@ -29,13 +29,13 @@ def has_vllm():
     return True
 
 
-def train(inputs, folder, *overrides, config_name="countdown_cpu", steps=STEPS):
+def train(inputs, folder, *overrides, config_name="countdown_cpu", steps=STEPS, module="verl.trainer.main_ppo"):
     """Run a config for a few steps of 8 prompts x 8 responses and return the metrics of each step."""
     log = folder / "metrics.jsonl"
     command = [
         sys.executable,
         "-m",
-        "verl.trainer.main_ppo",
+        module,
         f"--config-name={config_name}",
         f"actor_rollout_ref.model.path={inputs / 'model'}",
         f"data.train_files={inputs / 'data' / 'train.parquet'}",
@@ -68,7 +68,11 @@ def train(inputs, folder, *overrides, config_name="countdown_cpu", steps=STEPS):
                 os.killpg(process.pid, signal.SIGKILL)
     assert code == 0, output.read_text(errors="replace")[-4000:]
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    logged = {record["step"]: record["data"] for record in records if record["step"] > 0}
+    logged = {}
+    for record in records:
+        # Some trainers log in parts.
+        if record["step"] > 0:
+            logged.setdefault(record["step"], {}).update(record["data"])
     assert sorted(logged) == list(range(1, steps + 1))
     return logged
 

@@ -7,7 +7,7 @@ pytest.importorskip("transfer_queue")
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import replay_buffer as verl_replay_buffer
 
-from hpo_plugin.cpu.replay_buffer import SAMPLER_KEYS, CPUReplayBuffer
+from hpo_plugin.cpu.replay_buffer import SAMPLER_KEYS, replay_buffer
 
 
 def build(mode="sync", refill_fn=lambda count: count, **changes):
@@ -20,7 +20,7 @@ def build(mode="sync", refill_fn=lambda count: count, **changes):
         "gen_batch_size": None,
         "sync_refill_failed_groups": False,
     } | changes
-    return CPUReplayBuffer(
+    return replay_buffer(
         trainer_mode=mode,
         trainer_config=OmegaConf.create({}),
         max_off_policy_threshold=8,
@@ -72,6 +72,11 @@ def test_missing_and_unknown_settings_are_named():
     assert "poll_interval" in SAMPLER_KEYS
 
 
-def test_asynchronous_trainers_are_refused():
-    with pytest.raises(ValueError, match=r"trainer\.v1\.trainer_mode=separate_async"):
-        build(mode="separate_async")
+@pytest.mark.parametrize("mode", ["colocate_async", "separate_async"])
+def test_asynchronous_trainers_get_verls_asynchronous_buffer_in_the_same_order(monkeypatch, mode):
+    buffer = build(mode=mode)
+    assert isinstance(buffer, verl_replay_buffer.ReplayBufferAsync)
+    assert not isinstance(build(), verl_replay_buffer.ReplayBufferAsync)
+    Listing(monkeypatch, ["q", "a", "z"], ["z_0_0", "a_1_0", "a_0_0", "q_0_0"])
+    batch, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=2)
+    assert batch.keys == ["q_0_0", "a_0_0", "a_1_0"]

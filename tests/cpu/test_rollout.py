@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("verl")
 
 from hpo_plugin.cpu.generation import GenerationRequest, Response, Sampling
-from hpo_plugin.cpu.rollout import HFRolloutOptions, RequestBatcher, _buckets
+from hpo_plugin.cpu.rollout import HFRolloutOptions, RequestBatcher, buckets
 
 
 class Recorder:
@@ -70,12 +70,12 @@ def test_weights_travel_in_buckets_of_the_configured_size_and_none_is_lost():
     tensors = [(f"w{index}", torch.full((index + 1, 4), float(index))) for index in range(6)]
 
     async def collect():
-        return [bucket async for bucket in _buckets(iter(tensors), limit=100)]
+        return [bucket async for bucket in buckets(iter(tensors), limit=100)]
 
-    buckets = asyncio.run(collect())
+    collected = asyncio.run(collect())
     # 16, 32, 48 bytes are 96; 64 alone, as 80 more would be 144; 80 alone; 96 alone.
-    assert [list(bucket) for bucket in buckets] == [["w0", "w1", "w2"], ["w3"], ["w4"], ["w5"]]
-    torch.testing.assert_close({k: v for bucket in buckets for k, v in bucket.items()}, dict(tensors))
+    assert [list(bucket) for bucket in collected] == [["w0", "w1", "w2"], ["w3"], ["w4"], ["w5"]]
+    torch.testing.assert_close({k: v for bucket in collected for k, v in bucket.items()}, dict(tensors))
 
 
 def test_a_negative_batching_window_is_refused_by_its_config_key():

@@ -77,7 +77,7 @@ def test_a_step_has_two_even_mini_batches_at_least(mini_batch, divides):
         ({"pipeline": 8}, "recipe.megatron.pipeline_model_parallel_size to a divisor of 28"),
         # 8 GPUs in groups of 3.
         ({"context": 3}, "cannot divide into groups of 3"),
-        ({"rollout_tensor": 3}, "trainer.n_gpus_per_node=8 cannot be divided into vLLM replicas"),
+        ({"rollout_tensor": 3}, "trainer.n_gpus_per_node=8 cannot be divided into rollout replicas"),
         # 6,144 tokens in a micro-batch of 6,143.
         ({"tokens_per_gpu": 6143}, "Set actor_rollout_ref.actor.ppo_max_token_len_per_gpu to 6144"),
     ],
@@ -97,15 +97,20 @@ def test_a_config_that_is_no_recipe_is_not_looked_at():
     check_layout(OmegaConf.create({"trainer": {"nnodes": 3}}))
 
 
-def test_a_strategy_that_no_recipe_has_is_refused():
+def test_an_engine_that_somebody_added_to_verl_is_not_judged():
+    actor = {"strategy": "their_engine"}
     config = OmegaConf.create(
-        {
-            "recipe": {"architecture": {"layers": 1}},
-            "actor_rollout_ref": {"actor": {"strategy": "veomni"}, "rollout": {"n": 8}},
-        }
+        {"recipe": {"architecture": {"layers": 1}}, "actor_rollout_ref": {"actor": actor, "rollout": {"n": 8}}}
     )
-    with pytest.raises(ConfigError, match=r"actor\.strategy=veomni is none"):
-        check_layout(config)
+    check_layout(config)
+    with pytest.raises(ConfigError, match=r"actor\.strategy=their_engine is none of fsdp2, fsdp, megatron"):
+        Layout.of(config)
+
+
+def test_parallel_sizes_are_named_by_the_engine_that_has_them():
+    layout = replace(LAYOUT, strategy="torchtitan", nodes=3, tensor=3)
+    assert "actor_rollout_ref.actor.torchtitan.tensor_parallel_size=3 does not divide" in refused(layout)
+    assert "Set recipe.megatron.tensor_model_parallel_size" in refused(replace(layout, strategy="megatron"))
 
 
 def test_a_node_of_the_same_name_in_somebody_elses_config_is_left_alone():

@@ -32,7 +32,9 @@ RECIPE_FILES = [
 ARMS = ("grpo", "gspo", "sapo", "hpo", "ahpo")
 TASKS = ("countdown3", "countdown4", "telelogs")
 MODELS = ("qwen2.5-1.5b", "llama-3.2-3b", "qwen2.5-7b")
+#: Engines whose memory docs/hardware.md has.
 ENGINES = ("fsdp2", "megatron")
+OTHER_ENGINES = ("veomni", "torchtitan")
 CLUSTERS = {"1x8": (1, 8), "2x8": (2, 8), "4x8": (4, 8), "8x8": (8, 8), "64x8": (64, 8)}
 
 #: What names runs and does not train: names, and the folders that are called after them.
@@ -99,7 +101,7 @@ def raw_leaves(path: Path) -> dict[str, object]:
 def test_the_groups_hold_what_is_tested_here():
     named = {group: {path.stem for path in (CONFIGS / "hpo" / group).glob("*.yaml")} for group in ("task", "model")}
     assert named == {"task": set(TASKS), "model": set(MODELS)}
-    assert {path.stem for path in (CONFIGS / "hpo" / "engine").glob("*.yaml")} == set(ENGINES)
+    assert {path.stem for path in (CONFIGS / "hpo" / "engine").glob("*.yaml")} == {*ENGINES, *OTHER_ENGINES}
     clusters = {path.stem: raw_leaves(path) for path in (CONFIGS / "hpo" / "cluster").glob("*.yaml")}
     assert clusters == {
         name: {"trainer.nnodes": nodes, "trainer.n_gpus_per_node": gpus} for name, (nodes, gpus) in CLUSTERS.items()
@@ -130,6 +132,42 @@ def test_every_recipe_passes_verls_dataclasses_and_validation(recipes, arm):
             parallel *= sizes.context_parallel_size
         assert mini_batch * config.actor_rollout_ref.rollout.n % (8 // parallel) == 0
         assert actor.ppo_max_token_len_per_gpu >= config.data.max_prompt_length + config.data.max_response_length
+
+
+@pytest.mark.parametrize("engine", OTHER_ENGINES)
+@pytest.mark.parametrize("cluster", ["1x8", "2x8"])
+def test_engines_that_were_not_run_are_composed_and_accepted(engine, cluster):
+    """What verl asserts in the driver is passed; sizes are checked, memory is not estimated."""
+    config = composed("hpo_recipe", "hpo/task=countdown3", f"hpo/engine={engine}", f"hpo/cluster={cluster}")
+    [recipe] = check_recipe(config)
+    assert recipe.ok
+    gpus = 8 * CLUSTERS[cluster][0]
+    assert f"{engine} on {gpus} GPUs: {gpus} data-parallel ranks" in recipe.found
+    assert "memory of this engine is not estimated" in recipe.found
+    assert check_by_verl(config).ok
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert actor.strategy == actor.engine.strategy == engine
+    assert not actor.engine.param_offload
+
+
+def test_torchtitans_data_parallel_sizes_are_those_of_the_cluster():
+    config = composed(
+        "hpo_recipe", "hpo/engine=torchtitan", "actor_rollout_ref.actor.torchtitan.tensor_parallel_size=2"
+    )
+    with pytest.raises(ConfigError, match=r"data_parallel_replicate_size=1 x data_parallel_shard_size=8.*product is 4"):
+        check_layout(config)
+
+
+@pytest.mark.parametrize(("task", "engine"), product(TASKS, ENGINES))
+def test_every_recipe_composes_for_sglang(task, engine):
+    """SGLang is not installed here: what is checked is what verl checks in the driver."""
+    name = "actor_rollout_ref.rollout.name=sglang"
+    config = composed("hpo_recipe", f"hpo/task={task}", f"hpo/engine={engine}", name)
+    for checked in (*check_algorithm(config), *check_recipe(config), check_by_verl(config)):
+        assert checked.ok, checked
+    rollout = omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+    assert rollout.name == "sglang"
+    assert rollout.n == config.actor_rollout_ref.rollout.n
 
 
 def test_every_cluster_divides_every_batch_or_is_refused(recipes):
