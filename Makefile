@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-training test-all bench install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-training test-trainers test-recipes test-all bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,10 +49,20 @@ test-verl: install-dev  ## Run the tests of the verl adapter and the recipes wit
 	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/verl-$(VERL) verl==$(VERL)
 	PYTHONPATH=$(abspath $(VENV))/verl-$(VERL) $(BIN)/python -m pytest tests/verl tests/recipe $(ARGS)
 
+MEGATRON := megatron-core==0.16.1 mbridge==0.15.1 einops==0.8.2
+
 # Beside the environment, not in it: with megatron-core installed, every process of verl would import it.
-test-megatron: install-dev  ## Compare the gradients of verl's Megatron engine with the reference, on CPU; ARGS="-m ''": all layouts.
-	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/megatron megatron-core==0.16.1 mbridge==0.15.1 einops==0.8.2
-	PYTHONPATH=$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/verl/test_megatron.py -m "e2e and not slow" $(ARGS)
+test-megatron: install-dev  ## Compare verl's Megatron engine with the reference, and train a recipe with it, on CPU; ARGS="-m ''": all layouts.
+	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/megatron $(MEGATRON)
+	PYTHONPATH=$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/verl/test_megatron.py \
+		tests/verl/test_data_parallel_groups.py tests/recipe/test_executed.py -m "not slow" -k "not fsdp2" $(ARGS)
+
+test-trainers: install-vllm  ## Train a few steps with each of verl's trainers and with what runs combine A-HPO with, on CPU; 20 minutes.
+	$(BIN)/python -m pytest tests/cpu -m e2e $(ARGS)
+
+test-recipes: install-dev  ## Train three steps of every task and engine of hpo_recipe, on CPU.
+	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/megatron $(MEGATRON)
+	PYTHONPATH=$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/recipe/test_executed.py -m e2e $(ARGS)
 
 # verl 0.8 asks for NumPy 1, and loads no plugins.
 test-verl-0.8:  ## Run the tests of estimator, policy loss and gradients with verl 0.8, in an environment of its own.

@@ -6,10 +6,8 @@ The first step's responses are drawn from the same prompts and weights with the 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
-import verl
 from test_e2e import LIMIT_S, train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_S + 100)]
@@ -37,7 +35,7 @@ SEPARATE_ASYNC = [
 ]
 EXPERIMENTAL = [
     # Their configs look for verl's own in a checkout.
-    f"hydra.searchpath=[file://{Path(verl.__file__).parent}/trainer/config]",
+    "hydra.searchpath=[pkg://verl.trainer.config]",
     "rollout.nnodes=1",
     "rollout.n_gpus_per_node=1",
     "actor_rollout_ref.hybrid_engine=False",

@@ -250,8 +250,8 @@ def build_model(path: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(path)
 
 
-def build_worker(model_path: str) -> Any:
-    """Verl's own worker of the actor, on its FSDP2 engine."""
+def build_worker(model_path: str, model: dict[str, Any] | None = None, engine: dict[str, Any] | None = None) -> Any:
+    """Verl's own worker of the actor, on its FSDP2 engine; with other settings of the two configs."""
     import verl
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
@@ -259,12 +259,17 @@ def build_worker(model_path: str) -> Any:
     config = TrainingWorkerConfig(
         model_type="language_model",
         model_config=HFModelConfig(
-            path=model_path,
-            load_tokenizer=False,
-            use_remove_padding=False,
-            enable_gradient_checkpointing=False,
-            external_lib="cpu_engine_of_0_8" if verl.__version__.startswith("0.8.") else "hpo_plugin.cpu.backend",
-            override_config={"attn_implementation": "sdpa"},
+            **{
+                "path": model_path,
+                "load_tokenizer": False,
+                "use_remove_padding": False,
+                "enable_gradient_checkpointing": False,
+                "external_lib": "cpu_engine_of_0_8"
+                if verl.__version__.startswith("0.8.")
+                else "hpo_plugin.cpu.backend",
+                "override_config": {"attn_implementation": "sdpa"},
+                **(model or {}),
+            }
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
@@ -278,6 +283,7 @@ def build_worker(model_path: str) -> Any:
             max_token_len_per_gpu=64,
             infer_max_token_len_per_gpu=64,
             mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+            **(engine or {}),
         ),
         optimizer_config=FSDPOptimizerConfig(lr=1e-3, clip_grad=1e9),
         checkpoint_config=None,

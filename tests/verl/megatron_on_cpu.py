@@ -58,8 +58,12 @@ def _pretend_cuda() -> None:
 
     Tensor.type = cuda_type
     _CudaIsCPU().__enter__()
+    from megatron.core.tensor_parallel import random
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
+    # Recomputed layers restore it; the CPU's own state is handled beside it.
+    random._get_cuda_rng_state = lambda *arguments, **options: torch.empty(0)
+    random._set_cuda_rng_state = lambda *arguments, **options: None
     CudaRNGStatesTracker.add = lambda self, name, seed: None
     CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
 

@@ -20,6 +20,8 @@ import socket
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,18 @@ def reference(case: Case, model: Any) -> list[dict[str, torch.Tensor]]:
 _references: dict[Any, list[dict[str, torch.Tensor]]] = {}
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a busy machine, the threads of a model this small wait for each other far longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def _reference(case: Case, model: Any) -> list[dict[str, torch.Tensor]]:
     import copy
 
