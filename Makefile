@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-training test-trainers test-recipes test-all bench install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-training test-trainers test-recipes test-all bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,13 @@ test-trainers: install-vllm  ## Train a few steps with each of verl's trainers a
 test-recipes: install-dev  ## Train three steps of every task and engine of hpo_recipe, on CPU.
 	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/megatron $(MEGATRON)
 	PYTHONPATH=$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/recipe/test_executed.py -m e2e $(ARGS)
+
+TRL ?= 1.16.0
+
+# Beside the environment, as above: what TRL needs is there, but for TRL.
+test-trl: install-dev  ## Compare the gradients of TRL's trainer with the reference, on one and two processes: TRL=1.16.0.
+	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/trl-$(TRL) trl==$(TRL)
+	PYTHONPATH=$(abspath $(VENV))/trl-$(TRL) $(BIN)/python -m pytest tests/trl $(ARGS)
 
 # verl 0.8 asks for NumPy 1, and loads no plugins.
 test-verl-0.8:  ## Run the tests of estimator, policy loss and gradients with verl 0.8, in an environment of its own.

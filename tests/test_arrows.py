@@ -18,6 +18,7 @@ PACKAGE = ROOT / "hpo_plugin"
 #: Room -> the extras whose distributions it may import, beside the base dependencies.
 EXTRAS = {
     "hpo_plugin/verl": {"verl"},
+    "hpo_plugin/trl": {"trl"},
     "hpo_plugin/recipe": {"verl"},
     "hpo_plugin/check": {"verl"},
     "hpo_plugin/runs": {"verl"},
@@ -79,7 +80,7 @@ def test_the_arrows_between_packages_point_downward():
     assert re.search(r"Contracts: \d+ kept, 0 broken", done.stdout)
 
 
-@pytest.mark.parametrize("name", ["algorithm", "fused", "variants"])
+@pytest.mark.parametrize("name", ["algorithm", "fused", "variants", "metrics"])
 def test_the_mathematics_imports_torch_alone(name: str):
     roots = {module.partition(".")[0] for module in imported(PACKAGE / f"{name}.py")}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "hpo_plugin"}
@@ -96,8 +97,8 @@ def test_every_import_has_its_distribution_declared_where_it_is_needed():
         for root in sorted({module.partition(".")[0] for module in imported(path)}):
             if root in {"hpo_plugin", "hydra_plugins", ""} | set(sys.stdlib_module_names):
                 continue
-            # vllm is optional in the environment of the tests.
-            found = {canonicalize_name(owner) for owner in owners.get(root, [f"{root}-cpu"])}
+            # vllm and trl are optional in the environment of the tests.
+            found = {canonicalize_name(owner) for owner in owners.get(root, [root, f"{root}-cpu"])}
             if not found & allowed:
                 undeclared.append(f"{name} imports {root} ({', '.join(sorted(found))})")
     assert undeclared == []

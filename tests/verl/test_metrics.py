@@ -48,13 +48,19 @@ def nothing_recorded():
     metrics.drain()
 
 
+def of_step(batches: list[BatchStatistics]) -> dict[str, float]:
+    for batch in batches:
+        metrics.record(batch)
+    return metrics.drain()
+
+
 def test_metrics_of_a_step_worked_out_by_hand():
-    assert metrics.step_metrics([SPARSE]) == pytest.approx(VALUES)
+    assert of_step([SPARSE]) == pytest.approx(VALUES)
 
 
 def test_several_estimates_in_a_step_add_up_and_each_alpha_is_logged():
     """As in separate_async with parameter_sync_step=4."""
-    said = metrics.step_metrics([SPARSE, EVEN, EVEN, SPARSE])
+    said = of_step([SPARSE, EVEN, EVEN, SPARSE])
     assert [said[f"actor/hpo/alpha_update_{k}"] for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 1, 1, 1 / 3])
     assert said["actor/hpo/alpha"] == pytest.approx(2 / 3)
     assert said["actor/hpo/share_positive"] == pytest.approx((1 + 2 + 2 + 1) / 20)
@@ -63,13 +69,13 @@ def test_several_estimates_in_a_step_add_up_and_each_alpha_is_logged():
 
 
 def test_a_batch_without_responses_has_no_shares_and_without_groups_no_degenerate_ones():
-    said = metrics.step_metrics([BatchStatistics(1.0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)])
+    said = of_step([BatchStatistics(1.0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)])
     assert set(said.values()) == {0.0, 1.0}
     assert "actor/hpo/share_degenerate_groups" not in said
 
 
 def test_no_name_holds_a_word_by_which_verls_aggregators_choose_another_reduction():
-    said = metrics.step_metrics([SPARSE] * 4)
+    said = of_step([SPARSE] * 4)
     assert not [key for key in said for word in ("min", "max", "sum", "total", "timing", "/lr") if word in key]
     for aggregator in (MetricsAggregator(), FullyAsyncAggregator(total_gpus=1)):
         assert {aggregator._get_aggregation_type(key) for key in said} <= {"avg", "weighted_avg"}
@@ -77,7 +83,7 @@ def test_no_name_holds_a_word_by_which_verls_aggregators_choose_another_reductio
 
 def test_every_metric_has_a_row_in_the_table_of_the_docs():
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    for key in metrics.step_metrics([SPARSE]):
+    for key in of_step([SPARSE]):
         assert f"| `{key}`" in page, key
     assert "`actor/hpo/alpha_update_<k>`" in page
 

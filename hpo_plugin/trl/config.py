@@ -1,0 +1,83 @@
+"""TRL's ``GRPOConfig`` and the settings of HPO, checked when the config is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from hpo_plugin.errors import ConfigError
+from hpo_plugin.variants import VARIANTS, settings
+
+__all__ = ["HPOConfig"]
+
+
+@dataclass
+class HPOConfig(GRPOConfig):
+    """`trl.GRPOConfig` and what selects HPO.
+
+    All other fields mean what they mean for GRPO. ``loss_type`` stays TRL's default ``"dapo"``: a token's loss is
+    divided by the tokens of the generation batch, which is HPO's mean length.
+
+    Args:
+        policy: The variant: ``"ahpo"`` (α from the batch's counts of positive and negative advantages), ``"hpo"``
+            (fixed α), or one that was registered with :func:`hpo_plugin.variants.register_variant`.
+        alpha: α of ``policy="hpo"``, in [0, 1]; 0.6 if None.
+        alpha_min: Lower limit of α of ``policy="ahpo"``, in [0, 1]; 0.1 if None.
+
+    Raises:
+        ConfigError: An unknown policy, a setting out of range or of another policy, or a loss that is not HPO's. The
+            message names the field, its value, and what to do.
+    """
+
+    policy: str = field(
+        default="ahpo",
+        metadata={"help": "Variant of HPO: 'ahpo' (alpha from the batch's counts) or 'hpo' (fixed alpha)."},
+    )
+    alpha: float | None = field(
+        default=None, metadata={"help": "Weight of negative advantages for policy='hpo', in [0, 1]. Default: 0.6."}
+    )
+    alpha_min: float | None = field(
+        default=None, metadata={"help": "Lower limit of alpha for policy='ahpo', in [0, 1]. Default: 0.1."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the settings of HPO, after TRL has checked its own."""
+        super().__post_init__()
+        if self.policy not in VARIANTS:
+            raise ConfigError(f"policy={self.policy!r} is none of {', '.join(map(repr, VARIANTS))}.")
+        own = {setting.name for setting in VARIANTS[self.policy].settings}
+        for name, setting in settings().items():
+            value = getattr(self, name, None)
+            if value is None:
+                continue
+            if name not in own:
+                others = [variant.name for variant in VARIANTS.values() if setting in variant.settings]
+                raise ConfigError(
+                    f"{name}={value} has no effect with policy={self.policy!r}: it is a setting of "
+                    f"policy={others[0]!r}. Remove it, or change the policy."
+                )
+            # `not (low <= value)` refuses NaN, too.
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not setting.low <= value <= setting.high
+            ):
+                raise ConfigError(
+                    f"{name}={value!r} is not a number in [{setting.low:g}, {setting.high:g}] ({setting.description})."
+                )
+        if self.loss_type != "dapo":
+            raise ConfigError(
+                f"loss_type={self.loss_type!r} is not HPO's objective, which clips ratios as GRPO does and divides by "
+                "the batch's mean length. Set loss_type='dapo' (TRL's default), or use GRPOTrainer."
+            )
+        if self.importance_sampling_level != "token":
+            raise ConfigError(
+                f"importance_sampling_level={self.importance_sampling_level!r} is not HPO's: its ratios are those of "
+                "tokens. Set importance_sampling_level='token' (TRL's default), or use GRPOTrainer."
+            )
+
+    def settings_of_policy(self) -> dict[str, float]:
+        """The value of each setting of all variants, defaults filled in."""
+        values = {name: getattr(self, name, None) for name in settings()}
+        return {name: settings()[name].default if value is None else float(value) for name, value in values.items()}

@@ -1,0 +1,204 @@
+"""``HPOTrainer`` on batches worked out by hand, and beside what TRL users combine it with."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("trl", minversion="1.10", exc_type=ImportError, reason="TRL is not installed (make test-trl)")
+
+import trl_harness as tiny
+from trl import GRPOConfig, GRPOTrainer
+
+from hpo_plugin.algorithm import RewardError
+from hpo_plugin.trl import HPOConfig, HPOTrainer
+from hpo_plugin.trl import trainer as adapter
+
+NAN = math.nan
+
+
+@pytest.fixture
+def weighted(monkeypatch):
+    """The advantages that leave the trainer for those that TRL computed, and the logged metrics."""
+
+    def run(rewards, advantages, *, lengths=None, tools=None, group=4, weights=None, aggregation=None, **config):
+        per_function = torch.tensor(rewards)
+        per_function = per_function if per_function.dim() == 2 else per_function.unsqueeze(1)
+        rows = len(per_function)
+        args = HPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **config)
+        trainer = object.__new__(HPOTrainer)
+        trainer.__dict__ |= {
+            "model": SimpleNamespace(training=True),
+            "args": args,
+            "accelerator": SimpleNamespace(gather=lambda x: x, process_index=0),
+            "num_generations": group,
+            "reward_weights": torch.tensor(weights or [1.0] * per_function.shape[1]),
+            "multi_objective_aggregation": aggregation or "sum_then_normalize",
+            "_metrics": {"train": defaultdict(list)},
+        }
+        mask = torch.arange(5) < torch.tensor(lengths or [3] * rows).unsqueeze(1)
+        output = {"advantages": torch.tensor(advantages), "completion_mask": mask.int()}
+        if tools is not None:
+            output["tool_mask"] = torch.tensor(tools).unsqueeze(1).expand(rows, 5)
+        monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", lambda self: per_function)
+        monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda self, inputs: output)
+        trainer._calculate_rewards()
+        found = trainer._generate_and_score_completions([])["advantages"]
+        return found.tolist(), {name: value for name, (value,) in trainer._metrics["train"].items()}
+
+    return run
+
+
+def test_a_batch_by_hand(weighted):
+    """1 of 4 and 2 of 4: 3 positive and 5 negative advantages."""
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    plain = [1.5, -0.5, -0.5, -0.5, 0.87, 0.87, -0.87, -0.87]
+    found, metrics = weighted(rewards, plain, lengths=[1, 2, 3, 4, 5, 1, 2, 2])
+    assert found == pytest.approx([a if a > 0 else 0.6 * a for a in plain])
+    assert metrics["hpo/alpha"] == pytest.approx(3 / 5)
+    assert (metrics["hpo/share_positive"], metrics["hpo/share_negative"]) == (3 / 8, 5 / 8)
+    assert metrics["hpo/response_length"] == 20 / 8
+    found, metrics = weighted(rewards, plain, policy="hpo", alpha=0.25)
+    assert found == pytest.approx([a if a > 0 else 0.25 * a for a in plain])
+    assert metrics["hpo/alpha"] == 0.25
+
+
+def test_rounding_is_no_sign(weighted):
+    """Eight rewards of 0.1 have advantages of −7e-5 in TRL; they are zero here, and not counted."""
+    found, metrics = weighted([0.1] * 4 + [1.0, 0.0, 0.0, 0.0], [-7e-5] * 4 + [1.5, -0.5, -0.5, -0.5])
+    assert found[:4] == [0.0] * 4
+    assert metrics["hpo/alpha"] == pytest.approx(1 / 3)
+
+
+def test_two_functions_whose_weighted_sum_is_equal_give_no_signal(weighted):
+    rewards = [[1.0, 0.0], [0.0, 0.5], [1.0, 0.0], [0.0, 0.5]]
+    found, metrics = weighted(rewards, [1e-5, -1e-5, 1e-5, -1e-5], weights=[1.0, 2.0])
+    assert found == [0.0] * 4
+    assert metrics["hpo/alpha"] == 1.0
+
+
+def test_what_no_function_judged_is_in_no_count(weighted):
+    found, metrics = weighted([0.1, 0.1, 0.1, NAN, 1.0, 0.0, 0.0, NAN], [-7e-5] * 3 + [0.0, 1.1, -0.5, -0.5, 0.0])
+    assert found[:4] == [0.0] * 4
+    assert metrics["hpo/alpha"] == pytest.approx(1 / 2)
+    assert metrics["hpo/share_negative"] == pytest.approx(2 / 6)
+
+
+def test_a_reward_that_is_nan_in_one_function_counts_with_the_others(weighted):
+    found, _ = weighted([[NAN, 1.0], [0.0, 0.0], [NAN, 0.0], [0.0, 0.0]], [1.5, -0.5, -0.5, -0.5])
+    assert found == pytest.approx([1.5, -0.5 / 3, -0.5 / 3, -0.5 / 3])
+
+
+def test_an_infinite_reward_stops_the_run(weighted):
+    with pytest.raises(RewardError, match="inf"):
+        weighted([math.inf, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5])
+
+
+@pytest.mark.parametrize("masked", ["completion", "tool"])
+def test_a_completion_without_a_token_in_the_loss_is_not_counted(weighted, masked):
+    """mask_truncated_completions, or a completion of tool output only; its reward stays in TRL's group."""
+    masks = {"lengths": [3, 3, 3, 0]} if masked == "completion" else {"tools": [1, 1, 1, 0]}
+    found, metrics = weighted([1.0, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], **masks)
+    assert metrics["hpo/alpha"] == pytest.approx(1 / 2)
+    assert metrics["hpo/share_negative"] == pytest.approx(2 / 3)
+    assert found[:3] == pytest.approx([1.5, -0.25, -0.25])
+
+
+def test_a_signal_that_comes_from_a_masked_completion_is_kept(weighted):
+    found, metrics = weighted([1.0, 1.0, 1.0, 0.0], [0.5, 0.5, 0.5, -1.5], lengths=[3, 3, 3, 0])
+    assert found[:3] == [0.5] * 3
+    assert metrics["hpo/alpha"] == 1.0
+
+
+def test_advantages_that_are_normalized_over_the_batch_keep_those_of_equal_groups(weighted):
+    found, metrics = weighted(
+        [1.0] * 4 + [0.0] * 4, [1.0] * 4 + [-1.0] * 4, policy="hpo", alpha=0.5, aggregation="normalize_then_sum"
+    )
+    assert found == [1.0] * 4 + [-0.5] * 4
+    assert metrics["hpo/share_negative"] == 0.5
+
+
+def test_all_equal_or_no_negative_means_alpha_of_one(weighted):
+    assert weighted([0.0] * 4, [0.0] * 4)[1]["hpo/alpha"] == 1.0
+
+
+def make(tmp_path, **given):
+    """A trainer of the tiny model, from the harness' settings."""
+    options = {**tiny.DEFAULTS, "max_steps": 2, "num_iterations": 1, **given.pop("options", {})}
+    return HPOTrainer(
+        **{
+            "model": tiny.build_model(),
+            "reward_funcs": tiny.reward,
+            "args": HPOConfig(output_dir=str(tmp_path), **options),
+            "train_dataset": tiny.prompts(),
+            "processing_class": tiny.build_tokenizer(),
+            **given,
+        }
+    )
+
+
+def test_a_plain_config_is_refused():
+    with pytest.raises(TypeError, match=r"args is a GRPOConfig: HPOTrainer takes an HPOConfig"):
+        HPOTrainer(tiny.build_model(), tiny.reward, GRPOConfig(output_dir="unused", use_cpu=True, bf16=False))
+
+
+def test_training_and_evaluation_log_the_metrics(tmp_path):
+    trainer = make(
+        tmp_path,
+        eval_dataset=tiny.prompts().select(range(8)),
+        options={"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8},
+    )
+    trainer.train()
+    train = [entry for entry in trainer.state.log_history if "hpo/alpha" in entry]
+    assert len(train) == 2
+    evaluated = [entry for entry in trainer.state.log_history if "eval_hpo/alpha" in entry]
+    assert len(evaluated) == 1
+    assert 0.1 <= evaluated[0]["eval_hpo/alpha"] <= 1
+
+
+def test_an_adapter_of_peft_learns(tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = make(tmp_path, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_two_reward_functions_with_weights_train(tmp_path):
+    def shorter(completions, **_):
+        return [None if text == "" else -float(len(text)) for text in completions]
+
+    trainer = make(tmp_path, reward_funcs=[tiny.reward, shorter], options={"reward_weights": [1.0, 0.01]})
+    trainer.train()
+    assert all(0 < entry["hpo/share_negative"] < 1 for entry in trainer.state.log_history if "hpo/alpha" in entry)
+
+
+def test_a_saved_model_card_names_the_paper(tmp_path):
+    trainer = make(tmp_path)
+    trainer.create_model_card(model_name="tiny")
+    text = (tmp_path / "README.md").read_text()
+    assert "2605.30201" in text
+    assert "hpo" in text
+
+
+def test_the_overridden_methods_are_where_the_adapter_expects_them():
+    """Fails when TRL moves what ``hpo_plugin/trl/trainer.py`` overrides or reads."""
+    assert all(callable(getattr(GRPOTrainer, name)) for name in adapter.OVERRIDDEN)
+    assert list(inspect.signature(GRPOTrainer._generate_and_score_completions).parameters) == ["self", "inputs"]
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert source.count("self._calculate_rewards(") == 1
+    assert '"advantages": advantages,' in source
+    assert "self.multi_objective_aggregation" in source
+    assert "num_generations = self.num_generations if mode ==" in source
+    # HPO's mean length: the loss is divided by the tokens of the generation batch.
+    loss = inspect.getsource(GRPOTrainer._compute_loss)
+    assert 'inputs["num_items_in_batch"]' in loss
+    assert '"dapo"' in loss
+    assert HPOTrainer._paper.keys() <= GRPOTrainer._paper.keys()
