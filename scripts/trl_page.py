@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "trl.md"
 RESULTS = ROOT / "docs" / "trl.json"
@@ -46,7 +48,7 @@ def measure() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The table in Markdown, newest TRL first."""
-    releases = sorted(results, key=lambda release: tuple(map(int, release.split("."))), reverse=True)
+    releases = sorted(results, key=Version, reverse=True)
     columns = [(release, str(processes)) for release in releases for processes in PROCESSES]
     words = {"1": "1 process", "2": "2 processes"}
     lines = [["case", *(f"TRL {release}, {words[processes]}" for release, processes in columns)]]

@@ -4,8 +4,8 @@
     python scripts/versions_page.py --record report.xml --verl 0.9.1     # into docs/versions.json
     python scripts/versions_page.py --write                              # docs/versions.md from docs/versions.json
 
-A cell says ``run`` with the date of the oldest result if all of its tests passed, ``in parts`` if only those of parts
-passed, ``read`` where the source was read, ``—`` otherwise. A test that failed shows as ``fails``.
+A cell says ``run``, or the row's own word, with the date of the oldest result if all of its tests passed, ``in parts``
+if only those of parts passed, ``read`` where the source was read, ``—`` otherwise. A test that failed shows as ``fails``.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ class Row:
         tests: Patterns of test ids; each has to match a test that passed.
         parts: The same, of tests that run parts of it.
         read: Versions whose source was read.
+        word: What a cell says if the tests passed.
     """
 
     cells: tuple[str, ...]
     tests: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
+    word: str = "run"
 
 
 def _trainer(name: str, engine: str, *tests: str, rollout: str = "`hf_cpu`", part: str = "") -> Row:
@@ -92,8 +94,9 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
                 )
             ),
             Row(
-                ("recipes, composed and validated", "FSDP2, Megatron", "SGLang"),
+                ("recipes", "FSDP2, Megatron", "SGLang"),
                 (r"tests/recipe/test_recipes\.py::.*sglang",),
+                word="composed",
             ),
         ),
     ),
@@ -163,7 +166,7 @@ def _state(patterns: tuple[str, ...], results: dict[str, dict[str, str]]) -> tup
 def cell(row: Row, version: str, results: Results) -> str:
     """What a row says of a version."""
     recorded = results.get(version, {})
-    for patterns, word in ((row.tests, "run"), (row.parts, "in parts")):
+    for patterns, word in ((row.tests, row.word), (row.parts, "in parts")):
         state = _state(patterns, recorded)
         if state is not None:
             outcome, date = state
@@ -196,8 +199,12 @@ def main() -> None:
         parser.error("--record and --verl come together")
     results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for report in given.record:
-        shown = {test: result for test, result in read_report(report).items() if is_shown(test)}
-        results.setdefault(given.verl, {}).update(shown)
+        read = read_report(report)
+        shown = {test: result for test, result in read.items() if is_shown(test)}
+        # Of a file that was run again, nothing old is kept.
+        files = {test.partition("::")[0] for test in read}
+        kept = {t: r for t, r in results.get(given.verl, {}).items() if t.partition("::")[0] not in files}
+        results[given.verl] = kept | shown
         print(f"{report}: {len(shown)} results of verl {given.verl}")
     if given.record:
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

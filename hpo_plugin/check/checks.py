@@ -269,7 +269,7 @@ def check_recipe(config: DictConfig) -> list[Finding]:
         f"{named} on {layout.gpus} GPUs: {layout.ranks} data-parallel ranks with {layout.rows_of_rank} rows of a "
         "mini-batch"
     )
-    if recipe.engine not in MEMORY_ENGINES:
+    if recipe.engine not in MEMORY_ENGINES or layout.strategy != recipe.engine:
         return [Finding("recipe", f"{sharded}; the memory of this engine is not estimated")]
     sizes = Sizes.of(config)
     return [

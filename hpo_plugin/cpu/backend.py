@@ -10,7 +10,7 @@ from hpo_plugin.cpu.checks import require_cpu_platform
 
 require_cpu_platform()
 
-# Set by verl's RayWorkerGroup in the processes that train, and nowhere else.
+# Set by verl's RayWorkerGroup in its workers: those that train, and those of a separate rollout.
 if os.environ.get("WG_BACKEND") == "ray":
     from hpo_plugin.cpu.process_group import initialize_gloo
 

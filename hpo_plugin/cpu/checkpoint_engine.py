@@ -106,7 +106,7 @@ class GlooCheckpointEngine(CheckpointEngine):
             weights: ``(name, full tensor)`` pairs; each one is gathered from all actor ranks.
             global_steps: Not used.
         """
-        if self._group is None:
+        if not self._is_master:
             for _ in weights:
                 pass
             return

@@ -77,7 +77,8 @@ def check_config(config: DictConfig) -> None:
     Raises:
         RuntimeError: ``VERL_PLATFORM`` is not ``cpu``.
         ModuleNotFoundError: The rollout is vLLM's, which is not installed.
-        ValueError: A strategy other than fsdp2, or more ranks than Ray's logical GPUs.
+        ValueError: A strategy other than fsdp2, a setting that the rollout cannot follow, or more ranks than Ray's
+            logical GPUs or CPUs hold.
     """
     require_cpu_platform()
     if OmegaConf.select(config, "actor_rollout_ref.rollout.name") == "vllm":
@@ -86,7 +87,20 @@ def check_config(config: DictConfig) -> None:
         strategy = OmegaConf.select(config, key)
         if strategy is not None:
             require_fsdp2(strategy, key)
-    ranks, separate = _training_ranks(config), _separate_ranks(config)
+    ranks, separate = _training_ranks(config), separate_ranks(config)
+    reshard = "actor_rollout_ref.actor.fsdp_config.reshard_after_forward"
+    if separate and OmegaConf.select(config, reshard) is False:
+        raise ValueError(
+            f"{reshard}=False: trainers with a separate rollout restore sharded weights, which the unsharded ones of "
+            f"the last forward pass would hide; set {reshard}=True"
+        )
+    lora = OmegaConf.select(config, "actor_rollout_ref.model.lora_rank") or 0
+    merged = OmegaConf.select(config, "actor_rollout_ref.model.lora.merge")
+    if lora > 0 and not merged and OmegaConf.select(config, "actor_rollout_ref.rollout.name") == ROLLOUT_NAME:
+        raise ValueError(
+            f"actor_rollout_ref.model.lora_rank={lora}: rollout.name={ROLLOUT_NAME} takes full weights only; set "
+            "actor_rollout_ref.model.lora.merge=True"
+        )
     logical = OmegaConf.select(config, "ray_kwargs.ray_init.num_gpus")
     if logical is not None and ranks + separate > logical:
         raise ValueError(
@@ -111,7 +125,7 @@ def _training_ranks(config: DictConfig) -> int:
     return int(OmegaConf.select(config, "trainer.n_gpus_per_node") * OmegaConf.select(config, "trainer.nnodes"))
 
 
-def _separate_ranks(config: DictConfig) -> int:
+def separate_ranks(config: DictConfig) -> int:
     """Ranks of a rollout that is separate from training.
 
     One-step-off and fully-async have a root section of their own for it, which their ``main`` copies into
@@ -128,11 +142,11 @@ def _needed_cpus(config: DictConfig) -> int:
         others += FULLY_ASYNC_CPUS
     elif "rollout" in config:
         others += ONE_STEP_OFF_CPUS
-    return CPUS_PER_RANK * _training_ranks(config) + CPUS_PER_SEPARATE_RANK * _separate_ranks(config) + others
+    return CPUS_PER_RANK * _training_ranks(config) + CPUS_PER_SEPARATE_RANK * separate_ranks(config) + others
 
 
 def num_gpus(config: DictConfig) -> int:
-    """Logical GPUs that Ray needs for a config: one per rank.
+    """Logical GPUs of this machine that Ray needs for a config: one per rank; other nodes bring their own.
 
     Args:
         config: verl's root config.
@@ -140,7 +154,7 @@ def num_gpus(config: DictConfig) -> int:
     Returns:
         Their number.
     """
-    return _training_ranks(config) + _separate_ranks(config)
+    return int(OmegaConf.select(config, "trainer.n_gpus_per_node")) + separate_ranks(config)
 
 
 def num_cpus(config: DictConfig) -> int:

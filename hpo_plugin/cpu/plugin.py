@@ -32,10 +32,17 @@ def _num_cpus(*, _root_: DictConfig) -> int:
     return num_cpus(_root_)
 
 
+def _is_separate(*, _root_: DictConfig) -> bool:
+    from hpo_plugin.cpu.checks import separate_ranks
+
+    return separate_ranks(_root_) > 0
+
+
 # Registered on every platform: a CPU config started without VERL_PLATFORM=cpu must say so.
 OmegaConf.register_new_resolver("hpo_cpu.device", _device, replace=True)
 OmegaConf.register_new_resolver("hpo_cpu.num_gpus", _num_gpus, replace=True)
 OmegaConf.register_new_resolver("hpo_cpu.num_cpus", _num_cpus, replace=True)
+OmegaConf.register_new_resolver("hpo_cpu.is_separate", _is_separate, replace=True)
 OmegaConf.register_new_resolver("hpo_cpu.sum", lambda *terms: sum(terms), replace=True)
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":

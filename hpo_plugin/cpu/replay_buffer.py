@@ -45,11 +45,11 @@ class _InOrder(ReplayBuffer):
         return selected, {key: partition[key] for key in sorted(partition, key=session_order)}, prompt_steps
 
 
-class CPUReplayBuffer(_InOrder):
+class _SyncInOrder(_InOrder):
     """:class:`verl.trainer.ppo.v1.replay_buffer.ReplayBuffer`, for ``trainer.v1.trainer_mode=sync``."""
 
 
-class CPUReplayBufferAsync(_InOrder, ReplayBufferAsync):
+class _AsyncInOrder(_InOrder, ReplayBufferAsync):
     """:class:`verl.trainer.ppo.v1.replay_buffer.ReplayBufferAsync`, for the asynchronous modes."""
 
 
@@ -76,7 +76,7 @@ def replay_buffer(
         refill_fn: The trainer's function that submits fresh prompts.
 
     Returns:
-        :class:`CPUReplayBuffer`, or :class:`CPUReplayBufferAsync` unless the mode is ``sync``.
+        verl's ``ReplayBuffer``, or its ``ReplayBufferAsync`` unless the mode is ``sync``.
 
     Raises:
         ValueError: Missing or unknown keys in ``sampler_kwargs``.
@@ -92,7 +92,7 @@ def replay_buffer(
     metric = options["filter_groups_metric"] if options["filter_groups_enable"] else None
     refill_failed = bool(options["sync_refill_failed_groups"])
     train_batch_size = options["train_batch_size"]
-    return (CPUReplayBuffer if trainer_mode == "sync" else CPUReplayBufferAsync)(
+    return (_SyncInOrder if trainer_mode == "sync" else _AsyncInOrder)(
         trainer_mode=trainer_mode,
         trainer_config=trainer_config,
         max_off_policy_threshold=max_off_policy_threshold,
@@ -107,3 +107,7 @@ def replay_buffer(
         max_inflight_gen_batches=options["max_inflight_gen_batches"] if metric is not None else 1,
         sync_refill_failed_groups=refill_failed,
     )
+
+
+#: The name in configs of runs that were started with version 0.1.0.
+CPUReplayBuffer = replay_buffer

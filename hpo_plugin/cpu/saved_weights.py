@@ -15,20 +15,19 @@ _SAVE = "fsdp2_sharded_save_to_cpu"
 def copy_saved_weights(fsdp_utils: ModuleType) -> None:
     """Make ``fsdp2_sharded_save_to_cpu`` return copies.
 
+    Where verl has moved the function, calling it raises a RuntimeError; trainers that do not call it run as before.
+
     Args:
         fsdp_utils: The module ``verl.utils.fsdp_utils``.
-
-    Raises:
-        RuntimeError: verl has moved the function.
     """
     save = getattr(fsdp_utils, _SAVE, None)
-    if not callable(save):
-        raise RuntimeError(
-            f"{fsdp_utils.__name__}.{_SAVE} is not where verl 0.9.1 has it, so trainers with a separate rollout "
-            "cannot run on CPU; install verl==0.9.1"
-        )
 
     def fsdp2_sharded_save_to_cpu(model: nn.Module) -> tuple[dict[str, tuple[Tensor, object]], object]:
+        if save is None:
+            raise RuntimeError(
+                f"{fsdp_utils.__name__}.{_SAVE} is not where verl 0.9.1 has it, so trainers with a separate rollout "
+                "cannot run on CPU; install verl==0.9.1"
+            )
         state, spec = save(model)
         return {name: (tensor.clone(), tensor_spec) for name, (tensor, tensor_spec) in state.items()}, spec
 

@@ -215,6 +215,13 @@ def _check_torchtitan(layout: Layout, sizes: DictConfig) -> None:
             f"data_parallel_replicate_size={replicas} x data_parallel_shard_size={shards}. Set the two so that their "
             f"product is {layout.ranks}."
         )
+    # TorchTitan's own default (verl/trainer/config/engine/torchtitan.yaml).
+    positions = sizes.max_seq_len or 2048
+    if layout.row_tokens > positions:
+        raise ConfigError(
+            f"data.max_prompt_length={layout.prompt_tokens} + data.max_response_length={layout.response_tokens} exceed "
+            f"{_ACTOR}.torchtitan.max_seq_len={positions}. Set it to {layout.row_tokens} or more."
+        )
 
 
 def _check_batch(layout: Layout) -> None:
@@ -240,6 +247,13 @@ def _check_batch(layout: Layout) -> None:
         )
 
 
+_ULYSSES = {
+    "fsdp": f"{_ACTOR}.ulysses_sequence_parallel_size",
+    "fsdp2": f"{_ACTOR}.ulysses_sequence_parallel_size",
+    "veomni": f"{_ACTOR}.veomni.ulysses_parallel_size",
+}
+
+
 def _size(layout: Layout, kind: str, *, to_set: bool = False) -> str:
     """The config key of a parallel size; ``hpo/model`` sets Megatron's under ``recipe``."""
     if layout.strategy == "torchtitan":
@@ -255,6 +269,11 @@ def _check_model(layout: Layout, architecture: Any) -> None:
     if heads % size or (kv_heads % size and size % kv_heads):
         raise ConfigError(
             f"{_ROLLOUT}.tensor_model_parallel_size={size} does not divide {shape}. Take a divisor of {kv_heads}."
+        )
+    # Ulysses exchanges heads; verl repeats key-value heads where there are fewer.
+    if layout.strategy in ("fsdp", "fsdp2", "veomni") and heads % layout.context:
+        raise ConfigError(
+            f"{_ULYSSES[layout.strategy]}={layout.context} does not divide {shape}. Take a divisor of {heads}."
         )
     if heads % layout.tensor or kv_heads % layout.tensor:
         raise ConfigError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -10,6 +12,9 @@ from hpo_plugin.errors import ConfigError
 from hpo_plugin.variants import VARIANTS, settings
 
 __all__ = ["HPOConfig"]
+
+
+_TRL_FIELDS = {trl_field.name for trl_field in fields(GRPOConfig)}
 
 
 @dataclass
@@ -21,7 +26,8 @@ class HPOConfig(GRPOConfig):
 
     Args:
         policy: The variant: ``"ahpo"`` (α from the batch's counts of positive and negative advantages), ``"hpo"``
-            (fixed α), or one that was registered with :func:`hpo_plugin.variants.register_variant`.
+            (fixed α), or one that was registered with :func:`hpo_plugin.variants.register_variant`. A subclass of this
+            dataclass adds fields for the settings of such a variant.
         alpha: α of ``policy="hpo"``, in [0, 1]; 0.6 if None.
         alpha_min: Lower limit of α of ``policy="ahpo"``, in [0, 1]; 0.1 if None.
 
@@ -46,23 +52,24 @@ class HPOConfig(GRPOConfig):
         super().__post_init__()
         if self.policy not in VARIANTS:
             raise ConfigError(f"policy={self.policy!r} is none of {', '.join(map(repr, VARIANTS))}.")
-        own = {setting.name for setting in VARIANTS[self.policy].settings}
+        of_policy = {setting.name for setting in VARIANTS[self.policy].settings}
+        for name in of_policy & _TRL_FIELDS:
+            raise ConfigError(
+                f"policy={self.policy!r} has a setting {name!r}, which is a field of GRPOConfig. Give it another name."
+            )
         for name, setting in settings().items():
-            value = getattr(self, name, None)
+            value = self._setting(name)
             if value is None:
                 continue
-            if name not in own:
+            if name not in of_policy:
                 others = [variant.name for variant in VARIANTS.values() if setting in variant.settings]
                 raise ConfigError(
                     f"{name}={value} has no effect with policy={self.policy!r}: it is a setting of "
                     f"policy={others[0]!r}. Remove it, or change the policy."
                 )
             # `not (low <= value)` refuses NaN, too.
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not setting.low <= value <= setting.high
-            ):
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number or not setting.low <= float(value) <= setting.high:
                 raise ConfigError(
                     f"{name}={value!r} is not a number in [{setting.low:g}, {setting.high:g}] ({setting.description})."
                 )
@@ -77,7 +84,12 @@ class HPOConfig(GRPOConfig):
                 "tokens. Set importance_sampling_level='token' (TRL's default), or use GRPOTrainer."
             )
 
+    def _setting(self, name: str) -> Any:
+        """A setting of a variant; None where the config has no field for it, or GRPOConfig has one of that name."""
+        added = {own.name for own in fields(self)} - _TRL_FIELDS
+        return getattr(self, name) if name in added else None
+
     def settings_of_policy(self) -> dict[str, float]:
         """The value of each setting of all variants, defaults filled in."""
-        values = {name: getattr(self, name, None) for name in settings()}
+        values = {name: self._setting(name) for name in settings()}
         return {name: settings()[name].default if value is None else float(value) for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,8 @@ from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer
 
-from hpo_plugin.algorithm import group_relative_advantage, hysteretic_advantage
+from hpo_plugin.algorithm import HystereticAdvantage, group_relative_advantage, hysteretic_advantage
+from hpo_plugin.errors import ConfigError
 from hpo_plugin.metrics import step_metrics
 from hpo_plugin.trl.config import HPOConfig
 from hpo_plugin.variants import VARIANTS
@@ -20,16 +22,16 @@ __all__ = ["HPOTrainer"]
 #: Older ones divide the loss of ``loss_type="dapo"`` by another number of tokens (docs/trl.md).
 OLDEST_TRL = "1.10"
 
-#: Methods of ``GRPOTrainer`` that are overridden. TRL has had both since 0.21.
-OVERRIDDEN = ("_generate_and_score_completions", "_calculate_rewards")
+#: Methods of ``GRPOTrainer``: the first is overridden, the result of the second is read. TRL has had both since 0.21.
+METHODS = ("_generate_and_score_completions", "_calculate_rewards")
 
 if Version(trl.__version__) < Version(OLDEST_TRL):
     raise ImportError(
         f"hpo_plugin.trl needs trl>={OLDEST_TRL}, and trl {trl.__version__} is installed: pip install -U trl"
     )
-if moved := [name for name in OVERRIDDEN if not callable(getattr(GRPOTrainer, name, None))]:
+if moved := [name for name in METHODS if not callable(getattr(GRPOTrainer, name, None))]:
     raise ImportError(
-        f"trl {trl.__version__} has no GRPOTrainer.{moved[0]}, which hpo_plugin.trl overrides. Install an older trl "
+        f"trl {trl.__version__} has no GRPOTrainer.{moved[0]}, which hpo_plugin.trl needs. Install an older trl "
         f"(docs/trl.md names the versions that were tested)."
     )
 
@@ -51,73 +53,108 @@ class HPOTrainer(GRPOTrainer):
 
     Raises:
         TypeError: ``args`` is a plain ``GRPOConfig``.
+        ConfigError: ``use_liger_kernel`` with a TRL whose Liger loss is not normalized by the generation batch.
     """
 
     # For the model card that TRL writes.
     _tag_names: ClassVar[list[str]] = ["trl", "hpo"]
     _name: ClassVar[str] = "HPO"
-    _paper: ClassVar[dict[str, str]] = {"title": "Hysteretic Policy Optimization", "id": "2605.30201"}
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Hysteretic Policy Optimization",
+        "id": "2605.30201",
+        "citation": "@article{sana2026hysteretic,\n    title = {Hysteretic Policy Optimization},\n"
+        "    author = {Sana and Piovesan and De Domenico and Ayed and Zhang},\n"
+        "    year = 2026,\n    eprint = {arXiv:2605.30201},\n}",
+    }
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: HPOConfig | None = None, *more: Any, **kwargs: Any
     ) -> None:
         """Check the type of the config, and build TRL's trainer."""
         if args is None:
-            args = HPOConfig()
+            name = model if isinstance(model, str) else model.config.name_or_path
+            args = HPOConfig(f"{name.rpartition('/')[2] or 'model'}-HPO")
         if not isinstance(args, HPOConfig):
             raise TypeError(
                 f"args is a {type(args).__name__}: HPOTrainer takes an HPOConfig, which has all fields of GRPOConfig "
                 "(from hpo_plugin.trl import HPOConfig)."
             )
+        if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+            raise ConfigError(
+                f"use_liger_kernel=True: the loss of Liger in trl {trl.__version__} divides by the tokens of a "
+                "micro-batch, which is not HPO's mean length. Set use_liger_kernel=False, or install trl>=1.16."
+            )
         super().__init__(model, reward_funcs, args, *more, **kwargs)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        # (N, functions), of all processes; TRL does not return them with the advantages.
-        self._rewards_of_functions = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_of_functions
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
+        # TRL does not return the rewards with the advantages. (N, functions), of all processes, as TRL uses them: a
+        # subclass may have changed them.
+        rewards: list[Tensor] = []
+        calculate: Callable[..., Tensor] = getattr(self, METHODS[1])
+
+        def recorded(*args: Any, **kwargs: Any) -> Tensor:
+            rewards.append(calculate(*args, **kwargs))
+            return rewards[-1]
+
+        self._calculate_rewards = recorded
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            del self._calculate_rewards
         mode = "train" if self.model.training else "eval"
         local, mask = output["advantages"], output["completion_mask"]
         if "tool_mask" in output:
             mask = mask * output["tool_mask"]
-        gathered = self.accelerator.gather(torch.stack([local, mask.sum(dim=1).to(local)], dim=1))
-        advantages, lengths = gathered.unbind(dim=1)
-        result = self._hysteretic_advantage(advantages, lengths, mode)
+        trained = mask.any(dim=1)
+        if "importance_sampling_ratio" in output:
+            # vLLM's correction gives a rejected sequence the ratio 0.
+            trained = trained & (output["importance_sampling_ratio"] != 0).any(dim=1)
+        columns = torch.stack([local, mask.sum(dim=1).to(local), trained.to(local)], dim=1)
+        advantages, lengths, valid = self.accelerator.gather(columns).unbind(dim=1)
+        result = self._hysteretic_advantage(rewards[-1], advantages, lengths, valid.bool(), mode)
         start = self.accelerator.process_index * len(local)
         output["advantages"] = result.weighted[start : start + len(local)]
         for name, value in step_metrics([result.statistics]).items():
             self._metrics[mode][name].append(value)
         return output
 
-    def _hysteretic_advantage(self, advantages: Tensor, lengths: Tensor, mode: str) -> Any:
+    def _hysteretic_advantage(
+        self, rewards_per_function: Tensor, advantages: Tensor, lengths: Tensor, trained: Tensor, mode: str
+    ) -> HystereticAdvantage:
         """TRL's advantages of the whole generation batch, negative ones times α.
 
         Args:
+            rewards_per_function: (N, functions), NaN where a function judges nothing.
             advantages: (N,) of all processes.
             lengths: (N,) tokens that enter the loss.
+            trained: (N,) bool: the completion enters the loss.
             mode: ``"train"`` or ``"eval"``.
         """
-        per_function, weights = self._rewards_of_functions, self.reward_weights.to(advantages.device)
-        # No function judged it: TRL leaves it out of its group.
-        scored = ~per_function.isnan().all(dim=1)
-        rewards = (per_function * weights).nansum(dim=1)
+        weights = self.reward_weights.to(advantages.device)
+        # Completions that no function scored: TRL leaves them out of their group.
+        scored = ~rewards_per_function.isnan().all(dim=1)
+        weighted = rewards_per_function * weights
+        rewards = torch.where(scored, weighted.nansum(dim=1), 0.0)
         generations = self.num_generations if mode == "train" else self.num_generations_eval
         groups = torch.arange(len(rewards), device=rewards.device) // generations
-        if self.multi_objective_aggregation == "sum_then_normalize":
-            # Rounding of the mean gives equal rewards an advantage; A-HPO would count its sign.
-            degenerate = group_relative_advantage(
-                rewards, groups, valid=scored, magnitude=(per_function * weights).abs().nansum(dim=1)
-            ).degenerate
-            advantages = advantages.masked_fill(degenerate, 0.0)
+        own = group_relative_advantage(rewards, groups, valid=scored, magnitude=weighted.abs().nansum(dim=1))
+        of_group = self.multi_objective_aggregation == "sum_then_normalize"
+        if of_group:
+            # TRL's fp32 mean is not exactly equal to a reward that equals it; A-HPO would count the rounding's sign.
+            advantages = advantages.masked_fill(own.advantage == 0, 0.0)
         args: HPOConfig = self.args
-        return hysteretic_advantage(
-            torch.where(scored, rewards, 0.0),
+        result = hysteretic_advantage(
+            rewards,
             groups,
             lambda counts: VARIANTS[args.policy].alpha(counts, args.settings_of_policy()),
-            valid=scored & (lengths > 0),
+            valid=scored & trained,
             lengths=lengths,
             base=advantages,
             base_is_zero_without_signal=False,
         )
+        if not of_group:
+            return result
+        statistics = result.statistics._replace(
+            groups=len(groups[scored].unique()), degenerate_groups=len(groups[own.degenerate].unique())
+        )
+        return result._replace(statistics=statistics)

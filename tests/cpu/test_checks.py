@@ -102,7 +102,7 @@ def test_a_separate_rollout_needs_logical_gpus_and_cpus_of_its_own():
     ("sections", "gpus", "cpus"),
     [
         ({}, 1, 12),
-        ({"trainer": {"n_gpus_per_node": 4, "nnodes": 2}}, 8, 27),
+        ({"trainer": {"n_gpus_per_node": 4, "nnodes": 2}}, 4, 27),
         ({"actor_rollout_ref.rollout": {"nnodes": 2, "n_gpus_per_node": 2}}, 5, 14),
         ({"rollout": {"nnodes": 1, "n_gpus_per_node": 1}}, 2, 18),
         ({"rollout": {"nnodes": 1, "n_gpus_per_node": 1}, "async_training": {}}, 2, 31),
@@ -115,3 +115,24 @@ def test_logical_resources_are_what_verl_reserves(sections, gpus, cpus):
     for section, values in sections.items():
         OmegaConf.update(changed, section, values)
     assert (checks.num_gpus(changed), checks.num_cpus(changed)) == (gpus, cpus)
+
+
+@pytest.mark.usefixtures("cpu_platform")
+def test_two_nodes_without_a_cluster_are_refused():
+    changed = config(trainer__nnodes=2)
+    changed.ray_kwargs.ray_init.num_gpus = checks.num_gpus(changed)
+    with pytest.raises(ValueError, match=r"2 ranks, but Ray is started with .*num_gpus=1"):
+        check_config(changed)
+
+
+@pytest.mark.usefixtures("cpu_platform")
+def test_what_the_separate_trainers_or_the_rollout_cannot_follow_is_refused():
+    separate = {"actor_rollout_ref__rollout": {"nnodes": 1, "n_gpus_per_node": 1}, "ray_kwargs__ray_init__num_gpus": 2}
+    unsharded = {"actor_rollout_ref__actor__fsdp_config": {"reshard_after_forward": False}}
+    check_config(config(**unsharded))
+    with pytest.raises(ValueError, match=r"fsdp_config\.reshard_after_forward=False.*set .*reshard_after_forward=True"):
+        check_config(config(**separate, **unsharded))
+    lora = {"actor_rollout_ref__model": {"lora_rank": 4, "lora": {"merge": False}}}
+    check_config(config(**lora))
+    with pytest.raises(ValueError, match=r"lora_rank=4.*set actor_rollout_ref\.model\.lora\.merge=True"):
+        check_config(config(**lora, actor_rollout_ref__rollout={"name": "hf_cpu", "nnodes": 0}))

@@ -249,10 +249,12 @@ def test_a_moved_function_that_saves_weights_is_refused_by_name():
 
     from hpo_plugin.cpu.saved_weights import copy_saved_weights
 
+    module = ModuleType("verl.utils.fsdp_utils")
+    copy_saved_weights(module)
     with pytest.raises(
-        RuntimeError, match=r"verl\.utils\.fsdp_utils\.fsdp2_sharded_save_to_cpu.*install verl==0\.9\.1"
+        RuntimeError, match=r"fsdp_utils\.fsdp2_sharded_save_to_cpu is not where.*install verl==0\.9\.1"
     ):
-        copy_saved_weights(ModuleType("verl.utils.fsdp_utils"))
+        module.fsdp2_sharded_save_to_cpu(None)
 
 
 def test_verl_passes_a_checkpoint_engine_the_arguments_that_the_one_for_gloo_takes():

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("verl")
 
 
-STEPS = 2
+STEPS = 3
 #: Of a token under a model of random weights, which is close to uniform over its 258 tokens. verl logs differences of
 #: probabilities: times this, one of 1e-5 in log-probs.
 PROBABILITY = 1 / 258

@@ -1,6 +1,6 @@
 """Short runs of verl's legacy trainer on CPU, from verl's stock config and one key.
 
-The V1 sync trainer is in ``test_e2e.py``; the others need what the CPU backend does not have (``docs/trainers.md``).
+The V1 sync trainer is in ``test_e2e.py``, the asynchronous ones are in ``test_async_trainers.py``.
 """
 
 from __future__ import annotations

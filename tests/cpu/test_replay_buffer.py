@@ -80,3 +80,9 @@ def test_asynchronous_trainers_get_verls_asynchronous_buffer_in_the_same_order(m
     Listing(monkeypatch, ["q", "a", "z"], ["z_0_0", "a_1_0", "a_0_0", "q_0_0"])
     batch, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=2)
     assert batch.keys == ["q_0_0", "a_0_0", "a_1_0"]
+
+
+def test_the_name_of_version_0_1_honors_the_settings():
+    from hpo_plugin.cpu import replay_buffer as module
+
+    assert module.CPUReplayBuffer is replay_buffer

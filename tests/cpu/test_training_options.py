@@ -23,7 +23,8 @@ def test_an_actor_with_lora_takes_steps_and_the_rollout_gets_merged_weights(inpu
     steps = train(inputs, tmp_path, *STOCK, *lora, config_name="ppo_trainer", steps=3)
     check_alpha_is_of_the_step(steps)
     for step in steps.values():
-        assert step["training/rollout_probs_diff_max"] < 1e-6
+        # verl sends merged weights in bf16 (FSDPEngine._merged_lora_per_tensor_param): 2^-8 of a probability of 1/258.
+        assert step["training/rollout_probs_diff_max"] < 1e-4
     # The adapter begins as zero: a rollout with the base model's weights would be seen at the third step.
     assert steps[3]["actor/grad_norm"] != pytest.approx(steps[1]["actor/grad_norm"], rel=1e-3)
 

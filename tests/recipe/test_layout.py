@@ -113,6 +113,14 @@ def test_parallel_sizes_are_named_by_the_engine_that_has_them():
     assert "Set recipe.megatron.tensor_model_parallel_size" in refused(replace(layout, strategy="megatron"))
 
 
+@pytest.mark.parametrize(
+    ("strategy", "key"), [("fsdp2", "ulysses_sequence_parallel_size"), ("veomni", "veomni.ulysses_parallel_size")]
+)
+def test_ulysses_divides_the_heads(strategy, key):
+    said = refused(replace(LAYOUT, strategy=strategy, context=8))
+    assert f"actor_rollout_ref.actor.{key}=8 does not divide a model of 12 attention heads" in said
+
+
 def test_a_node_of_the_same_name_in_somebody_elses_config_is_left_alone():
     check_layout(OmegaConf.create({"recipe": {"name": "dapo"}, "actor_rollout_ref": {"actor": {"strategy": "veomni"}}}))
     check_layout(OmegaConf.create({"recipe": "dapo"}))

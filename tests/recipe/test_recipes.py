@@ -156,6 +156,15 @@ def test_torchtitans_data_parallel_sizes_are_those_of_the_cluster():
     )
     with pytest.raises(ConfigError, match=r"data_parallel_replicate_size=1 x data_parallel_shard_size=8.*product is 4"):
         check_layout(config)
+    config = composed("hpo_recipe", "hpo/engine=torchtitan")
+    config.actor_rollout_ref.actor.torchtitan.max_seq_len = None
+    with pytest.raises(ConfigError, match=r"torchtitan\.max_seq_len=2048\. Set it to 6144"):
+        check_layout(config)
+
+
+def test_a_strategy_that_is_not_the_groups_has_no_estimate_of_its_memory():
+    [recipe] = check_recipe(composed("hpo_recipe", "actor_rollout_ref.actor.strategy=fsdp"))
+    assert "memory of this engine is not estimated" in recipe.found
 
 
 @pytest.mark.parametrize(("task", "engine"), product(TASKS, ENGINES))

@@ -32,6 +32,12 @@ CASES: dict[str, dict[str, Any]] = {
     "masked truncation": {"mask_truncated_completions": True, "num_generations": 8},
     "dual clip": {"delta": 1.3, "learning_rate": 2.0},
     "groups of 2": {"num_generations": 2},
+    "a reward equal to the mean": {
+        "graded": True,
+        "num_generations": 8,
+        "per_device_train_batch_size": 8,
+        "max_steps": 12,
+    },
 }
 
 FAULTS: dict[str, dict[str, Any]] = {

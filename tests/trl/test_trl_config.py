@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 
 pytest.importorskip("trl", minversion="1.10", exc_type=ImportError, reason="TRL is not installed (make test-trl)")
@@ -62,10 +65,35 @@ def test_trls_parser_reads_the_settings_from_yaml_and_the_command_line(tmp_path)
         parser.parse_args_and_config(["--config", str(file), "--alpha", "7"])
 
 
-def test_a_registered_variant_is_a_policy(monkeypatch):
+@pytest.fixture
+def registry(monkeypatch):
     from hpo_plugin import variants
 
     monkeypatch.setattr(variants, "VARIANTS", dict(variants.VARIANTS))
     monkeypatch.setattr("hpo_plugin.trl.config.VARIANTS", variants.VARIANTS)
-    variants.register_variant(variants.Variant("half", "Half", "α = 1/2", lambda counts, settings: 0.5))
-    assert config(policy="half").policy == "half"
+    return variants
+
+
+def test_a_registered_variant_is_a_policy_and_a_subclass_gives_it_settings(registry):
+    power = registry.VariantSetting("power", 2.0, "exponent", high=9.0)
+    registry.register_variant(registry.Variant("powered", "P", "α", lambda counts, settings: 0.5, (power,)))
+    assert config(policy="powered").settings_of_policy()["power"] == 2.0
+
+    @dataclass
+    class WithPower(HPOConfig):
+        power: float | None = None
+
+    changed = WithPower(output_dir="unused", use_cpu=True, bf16=False, policy="powered", power=3.0)
+    assert changed.settings_of_policy()["power"] == 3.0
+
+
+def test_a_setting_with_the_name_of_a_field_of_trl_is_refused_where_it_is_selected(registry):
+    hot = registry.VariantSetting("temperature", 0.5, "of α")
+    registry.register_variant(registry.Variant("hot", "Hot", "α", lambda counts, settings: 0.5, (hot,)))
+    assert config().settings_of_policy()["temperature"] == 0.5
+    with pytest.raises(ConfigError, match="policy='hot' has a setting 'temperature', which is a field of GRPOConfig"):
+        config(policy="hot")
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert config(policy="hpo", alpha=np.float32(0.5)).settings_of_policy()["alpha"] == 0.5

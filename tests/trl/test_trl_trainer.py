@@ -16,6 +16,7 @@ import trl_harness as tiny
 from trl import GRPOConfig, GRPOTrainer
 
 from hpo_plugin.algorithm import RewardError
+from hpo_plugin.errors import ConfigError
 from hpo_plugin.trl import HPOConfig, HPOTrainer
 from hpo_plugin.trl import trainer as adapter
 
@@ -26,30 +27,51 @@ NAN = math.nan
 def weighted(monkeypatch):
     """The advantages that leave the trainer for those that TRL computed, and the logged metrics."""
 
-    def run(rewards, advantages, *, lengths=None, tools=None, group=4, weights=None, aggregation=None, **config):
+    def run(
+        rewards,
+        advantages,
+        *,
+        lengths=None,
+        tools=None,
+        ratio=None,
+        group=4,
+        mode="train",
+        weights=None,
+        aggregation=None,
+        trainer_class=HPOTrainer,
+        **config,
+    ):
         per_function = torch.tensor(rewards)
         per_function = per_function if per_function.dim() == 2 else per_function.unsqueeze(1)
         rows = len(per_function)
         args = HPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], **config)
-        trainer = object.__new__(HPOTrainer)
+        trainer = object.__new__(trainer_class)
         trainer.__dict__ |= {
-            "model": SimpleNamespace(training=True),
+            "model": SimpleNamespace(training=mode == "train"),
             "args": args,
             "accelerator": SimpleNamespace(gather=lambda x: x, process_index=0),
-            "num_generations": group,
+            # The other one would not divide the batch as the test does.
+            "num_generations": group if mode == "train" else 1,
+            "num_generations_eval": group if mode == "eval" else 1,
             "reward_weights": torch.tensor(weights or [1.0] * per_function.shape[1]),
             "multi_objective_aggregation": aggregation or "sum_then_normalize",
-            "_metrics": {"train": defaultdict(list)},
+            "_metrics": {mode: defaultdict(list)},
         }
         mask = torch.arange(5) < torch.tensor(lengths or [3] * rows).unsqueeze(1)
         output = {"advantages": torch.tensor(advantages), "completion_mask": mask.int()}
         if tools is not None:
             output["tool_mask"] = torch.tensor(tools).unsqueeze(1).expand(rows, 5)
+        if ratio is not None:
+            output["importance_sampling_ratio"] = torch.tensor(ratio).unsqueeze(1)
+
+        def generate(self, inputs):
+            self._calculate_rewards()
+            return output
+
         monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", lambda self: per_function)
-        monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda self, inputs: output)
-        trainer._calculate_rewards()
+        monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", generate)
         found = trainer._generate_and_score_completions([])["advantages"]
-        return found.tolist(), {name: value for name, (value,) in trainer._metrics["train"].items()}
+        return found.tolist(), {name: value for name, (value,) in trainer._metrics[mode].items()}
 
     return run
 
@@ -75,6 +97,39 @@ def test_rounding_is_no_sign(weighted):
     assert metrics["hpo/alpha"] == pytest.approx(1 / 3)
 
 
+def test_a_reward_that_equals_the_mean_of_its_group_has_no_sign(weighted):
+    """TRL's fp32 mean leaves −1.9e-7 on six of eight, which would make α 1/7."""
+    found, metrics = weighted([0.1, 0.7] + [0.4] * 6, [-1.87, 1.87] + [-1.86e-7] * 6, group=8)
+    assert found == pytest.approx([-1.87, 1.87] + [0.0] * 6)
+    assert metrics["hpo/alpha"] == 1.0
+
+
+def test_degenerate_groups_are_counted_from_the_rewards(weighted):
+    """0.7, whose standard deviation is 6e-8 in TRL, is one of them."""
+    _, metrics = weighted([0.7] * 4 + [1.0, 0.0, 0.0, 0.0], [0.0] * 4 + [1.5, -0.5, -0.5, -0.5])
+    assert metrics["hpo/share_degenerate_groups"] == 0.5
+
+
+def test_in_evaluation_groups_are_those_of_num_generations_eval(weighted):
+    found, metrics = weighted([1.0, 0.0, 0.4, 0.4], [0.7, -0.7, 1e-7, 1e-7], group=2, mode="eval")
+    assert found == pytest.approx([0.7, -0.7, 0.0, 0.0])
+    assert metrics["hpo/share_degenerate_groups"] == 0.5
+
+
+def test_a_sequence_that_vllms_correction_rejects_is_not_counted(weighted):
+    _, metrics = weighted([1.0, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], ratio=[1.0, 0.0, 1.0, 0.9])
+    assert metrics["hpo/alpha"] == pytest.approx(1 / 2)
+
+
+def test_a_subclass_may_change_the_rewards(weighted):
+    class Shaped(HPOTrainer):
+        def _calculate_rewards(self, *arguments, **options):
+            return super()._calculate_rewards(*arguments, **options) + torch.tensor([[1.0], [0.0], [0.0], [0.0]])
+
+    found, _ = weighted([0.5] * 4, [1.5, -0.5, -0.5, -0.5], trainer_class=Shaped, policy="hpo", alpha=0.5)
+    assert found == pytest.approx([1.5, -0.25, -0.25, -0.25])
+
+
 def test_two_functions_whose_weighted_sum_is_equal_give_no_signal(weighted):
     rewards = [[1.0, 0.0], [0.0, 0.5], [1.0, 0.0], [0.0, 0.5]]
     found, metrics = weighted(rewards, [1e-5, -1e-5, 1e-5, -1e-5], weights=[1.0, 2.0])
@@ -94,9 +149,10 @@ def test_a_reward_that_is_nan_in_one_function_counts_with_the_others(weighted):
     assert found == pytest.approx([1.5, -0.5 / 3, -0.5 / 3, -0.5 / 3])
 
 
-def test_an_infinite_reward_stops_the_run(weighted):
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_an_infinite_reward_stops_the_run(weighted, aggregation):
     with pytest.raises(RewardError, match="inf"):
-        weighted([math.inf, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5])
+        weighted([math.inf, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], lengths=[0, 3, 3, 3], aggregation=aggregation)
 
 
 @pytest.mark.parametrize("masked", ["completion", "tool"])
@@ -147,6 +203,25 @@ def test_a_plain_config_is_refused():
         HPOTrainer(tiny.build_model(), tiny.reward, GRPOConfig(output_dir="unused", use_cpu=True, bf16=False))
 
 
+def test_the_default_config_is_named_after_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # GRPOConfig's default is bf16, which a machine without a GPU refuses.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    seen = []
+    monkeypatch.setattr(GRPOTrainer, "__init__", lambda self, model, rewards, args, *more, **other: seen.append(args))
+    HPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", tiny.reward)
+    assert isinstance(seen[0], HPOConfig)
+    assert seen[0].output_dir == "Qwen2.5-0.5B-Instruct-HPO"
+
+
+def test_the_loss_of_liger_is_refused_where_it_divides_by_a_micro_batch(monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", lambda self: None, raising=False)
+    args = HPOConfig(output_dir="unused", use_cpu=True, bf16=False)
+    args.use_liger_kernel = True
+    with pytest.raises(ConfigError, match=r"use_liger_kernel=True.*use_liger_kernel=False"):
+        HPOTrainer(tiny.build_model(), tiny.reward, args)
+
+
 def test_training_and_evaluation_log_the_metrics(tmp_path):
     trainer = make(
         tmp_path,
@@ -156,6 +231,7 @@ def test_training_and_evaluation_log_the_metrics(tmp_path):
     trainer.train()
     train = [entry for entry in trainer.state.log_history if "hpo/alpha" in entry]
     assert len(train) == 2
+    assert all(0 <= entry["hpo/share_degenerate_groups"] <= 1 for entry in train)
     evaluated = [entry for entry in trainer.state.log_history if "eval_hpo/alpha" in entry]
     assert len(evaluated) == 1
     assert 0.1 <= evaluated[0]["eval_hpo/alpha"] <= 1
@@ -190,7 +266,7 @@ def test_a_saved_model_card_names_the_paper(tmp_path):
 
 def test_the_overridden_methods_are_where_the_adapter_expects_them():
     """Fails when TRL moves what ``hpo_plugin/trl/trainer.py`` overrides or reads."""
-    assert all(callable(getattr(GRPOTrainer, name)) for name in adapter.OVERRIDDEN)
+    assert all(callable(getattr(GRPOTrainer, name)) for name in adapter.METHODS)
     assert list(inspect.signature(GRPOTrainer._generate_and_score_completions).parameters) == ["self", "inputs"]
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert source.count("self._calculate_rewards(") == 1

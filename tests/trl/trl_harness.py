@@ -99,17 +99,27 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [0.1 + 0.1 * (text[:1] in ("a", "b") or text[1:2] == "c") for text in completions]
 
 
+def graded_reward(completions: list[str], **_: Any) -> list[float]:
+    """Most are 0.4, some 0.1 or 0.7: where these two cancel, the mean is 0.4, up to rounding."""
+    return [0.4 + 0.3 * ((text[:1] == "a") - (text[:1] == "c")) for text in completions]
+
+
 class RecordingTrainer(HPOTrainer):
     """Keeps what the reference needs, and plants a fault where a case asks for one."""
 
     fault: str | None = None
+
+    def _calculate_rewards(self, *arguments: Any, **options: Any) -> Any:
+        rewards = super()._calculate_rewards(*arguments, **options)
+        self.rewards = rewards[:, 0]
+        return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
         rows, rank = len(output["advantages"]), self.accelerator.process_index
-        rewards = self._rewards_of_functions[:, 0]
+        rewards = self.rewards
         groups = torch.arange(len(rewards)) // self.num_generations
         own = group_relative_advantage(rewards, groups, epsilon=TRL_EPSILON).advantage
         mask = output["completion_mask"]
@@ -199,11 +209,12 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """Train a case; the errors of its optimizer steps, and the logged metrics."""
     case = dict(case)
     dtype, fault = getattr(torch, case.pop("dtype", "float32")), case.pop("fault", None)
+    graded = case.pop("graded", False)
     compare = Compare()
     with tempfile.TemporaryDirectory() as folder:
         trainer = RecordingTrainer(
             build_model(dtype),
-            reward,
+            graded_reward if graded else reward,
             args=HPOConfig(output_dir=folder, **{**DEFAULTS, **case}),
             train_dataset=prompts(),
             processing_class=build_tokenizer(),
