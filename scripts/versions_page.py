@@ -5,7 +5,7 @@
     python scripts/versions_page.py --write                              # docs/versions.md from docs/versions.json
 
 A cell says ``run``, or the row's own word, with the date of the oldest result if all of its tests passed, ``in parts``
-if only those of parts passed, ``read`` where the source was read, ``—`` otherwise. A test that failed shows as ``fails``.
+if only those of parts passed, ``read`` where the source was read, ``—`` otherwise. A failed test shows as ``fails``.
 """
 
 from __future__ import annotations
