@@ -152,7 +152,7 @@ def test_no_source_file_is_ignored_by_git_and_every_package_has_a_docstring():
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         pytest.skip("needs git and a checkout")
-    folders = ["hpo_plugin", "hydra_plugins", "contrib", "benchmarks", "scripts", "tests", "docs"]
+    folders = ["hpo_plugin", "hydra_plugins", "contrib", "benchmarks", "examples", "scripts", "tests", "docs"]
     command = [git, "ls-files", "--others", "--ignored", "--exclude-standard", "--", *folders]
     ignored = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     assert [name for name in ignored if not re.search(r"__pycache__/|^docs/results/.*[.]html$", name)] == []
