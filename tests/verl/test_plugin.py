@@ -148,7 +148,7 @@ def test_the_plugin_adds_a_few_small_modules_to_import_verl():
     modules = [*added["hpo"], *added["hpo_cpu"]]
     assert "hpo_plugin.verl.plugin" in modules
     assert {name.partition(".")[0] for name in modules} <= {"hpo_plugin", "wrapt"}
-    assert len([name for name in modules if name.startswith("hpo_plugin")]) <= 16
+    assert len([name for name in modules if name.startswith("hpo_plugin")]) <= 17
     assert len(modules) <= 36
 
 
