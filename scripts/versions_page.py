@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "versions.md"
 RESULTS = ROOT / "docs" / "versions.json"
 
 #: Columns of the tables: the names that ``--verl`` takes.
-VERSIONS = ("0.9.1", "0.9.0", "main", "0.8.0")
+VERSIONS = ("0.9.1", "0.9.0")
 
 ASYNC = r"tests/cpu/test_async_trainers\.py::test_"
 OPTIONS = r"tests/cpu/test_training_options\.py::test_"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 def script():
     spec = importlib.util.spec_from_file_location("versions_page", ROOT / "scripts" / "versions_page.py")
     module = importlib.util.module_from_spec(spec)
+    # A dataclass looks for its module there.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -61,9 +64,9 @@ def test_a_report_is_read_and_a_failure_is_shown(script, tmp_path):
     results = {"0.9.1": read}
     assert script.cell(one, "0.9.1", results) == "run 2026-11-27"
     assert script.cell(two, "0.9.1", results) == script.cell(both, "0.9.1", results) == "**fails** 2026-11-27"
-    assert script.cell(three, "0.9.1", results) == script.cell(one, "main", results) == "—"
-    parts = script.Row(("x",), tests=("nothing",), parts=one.tests, read=("main",))
-    assert [script.cell(parts, version, results) for version in ("0.9.1", "main")] == ["in parts 2026-11-27", "read"]
+    assert script.cell(three, "0.9.1", results) == script.cell(one, "0.9.0", results) == "—"
+    parts = script.Row(("x",), tests=("nothing",), parts=one.tests, read=("0.9.0",))
+    assert [script.cell(parts, version, results) for version in ("0.9.1", "0.9.0")] == ["in parts 2026-11-27", "read"]
 
 
 def test_an_unknown_table_is_an_error(script):
