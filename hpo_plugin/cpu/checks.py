@@ -87,7 +87,7 @@ def check_config(config: DictConfig) -> None:
         strategy = OmegaConf.select(config, key)
         if strategy is not None:
             require_fsdp2(strategy, key)
-    ranks, separate = _training_ranks(config), separate_ranks(config)
+    ranks, separate = _training_ranks(config), _separate_ranks(config)
     reshard = "actor_rollout_ref.actor.fsdp_config.reshard_after_forward"
     if separate and OmegaConf.select(config, reshard) is False:
         raise ValueError(
@@ -125,7 +125,7 @@ def _training_ranks(config: DictConfig) -> int:
     return int(OmegaConf.select(config, "trainer.n_gpus_per_node") * OmegaConf.select(config, "trainer.nnodes"))
 
 
-def separate_ranks(config: DictConfig) -> int:
+def _separate_ranks(config: DictConfig) -> int:
     """Ranks of a rollout that is separate from training.
 
     One-step-off and fully-async have a root section of their own for it, which their ``main`` copies into
@@ -142,7 +142,7 @@ def _needed_cpus(config: DictConfig) -> int:
         others += FULLY_ASYNC_CPUS
     elif "rollout" in config:
         others += ONE_STEP_OFF_CPUS
-    return CPUS_PER_RANK * _training_ranks(config) + CPUS_PER_SEPARATE_RANK * separate_ranks(config) + others
+    return CPUS_PER_RANK * _training_ranks(config) + CPUS_PER_SEPARATE_RANK * _separate_ranks(config) + others
 
 
 def num_gpus(config: DictConfig) -> int:
@@ -154,7 +154,7 @@ def num_gpus(config: DictConfig) -> int:
     Returns:
         Their number.
     """
-    return int(OmegaConf.select(config, "trainer.n_gpus_per_node")) + separate_ranks(config)
+    return int(OmegaConf.select(config, "trainer.n_gpus_per_node")) + _separate_ranks(config)
 
 
 def num_cpus(config: DictConfig) -> int:
@@ -167,3 +167,15 @@ def num_cpus(config: DictConfig) -> int:
         Their number.
     """
     return max(DEFAULT_CPUS, _needed_cpus(config))
+
+
+def is_separate(config: DictConfig) -> bool:
+    """Whether the rollout is separate from training.
+
+    Args:
+        config: verl's root config.
+
+    Returns:
+        True if it has ranks of its own.
+    """
+    return _separate_ranks(config) > 0

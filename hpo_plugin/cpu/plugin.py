@@ -6,6 +6,7 @@ trainer, the workers and the rollout servers alike. If this module fails to load
 """
 
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import wrapt
@@ -20,29 +21,22 @@ def _device(*, _root_: DictConfig) -> str:
     return "cpu"
 
 
-def _num_gpus(*, _root_: DictConfig) -> int:
-    from hpo_plugin.cpu.checks import num_gpus
+def _of_config(name: str) -> Callable[..., int]:
+    """Resolver that answers with a function of ``hpo_plugin.cpu.checks``, called with the root config."""
 
-    return num_gpus(_root_)
+    def resolve(*, _root_: DictConfig) -> int:
+        from hpo_plugin.cpu import checks
 
+        answer: int = getattr(checks, name)(_root_)
+        return answer
 
-def _num_cpus(*, _root_: DictConfig) -> int:
-    from hpo_plugin.cpu.checks import num_cpus
-
-    return num_cpus(_root_)
-
-
-def _is_separate(*, _root_: DictConfig) -> bool:
-    from hpo_plugin.cpu.checks import separate_ranks
-
-    return separate_ranks(_root_) > 0
+    return resolve
 
 
 # Registered on every platform: a CPU config started without VERL_PLATFORM=cpu must say so.
 OmegaConf.register_new_resolver("hpo_cpu.device", _device, replace=True)
-OmegaConf.register_new_resolver("hpo_cpu.num_gpus", _num_gpus, replace=True)
-OmegaConf.register_new_resolver("hpo_cpu.num_cpus", _num_cpus, replace=True)
-OmegaConf.register_new_resolver("hpo_cpu.is_separate", _is_separate, replace=True)
+for _name in ("num_gpus", "num_cpus", "is_separate"):
+    OmegaConf.register_new_resolver(f"hpo_cpu.{_name}", _of_config(_name), replace=True)
 OmegaConf.register_new_resolver("hpo_cpu.sum", lambda *terms: sum(terms), replace=True)
 
 if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
