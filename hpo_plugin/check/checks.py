@@ -24,7 +24,7 @@ from hpo_plugin.check.probe import CHECKED_PACKAGES, has_v1_trainer, probe
 from hpo_plugin.check.report import CheckReport, Finding
 from hpo_plugin.check.signals import signal_handlers_kept
 from hpo_plugin.errors import ConfigError
-from hpo_plugin.recipe.layout import KEY_RECIPE, STRATEGIES, Layout, check_layout
+from hpo_plugin.recipe.layout import KEY_RECIPE, check_layout
 from hpo_plugin.recipe.memory import GIB, MEMORY_ENGINES, Sizes
 from hpo_plugin.tasks.task import ROW_COLUMNS
 from hpo_plugin.verl.selection import alpha_batch
@@ -257,14 +257,13 @@ def check_recipe(config: DictConfig) -> list[Finding]:
     if OmegaConf.select(config, KEY_RECIPE) is None:
         return []
     try:
-        check_layout(config)
+        layout = check_layout(config)
     except ConfigError as error:
         return [Finding("recipe", "cannot run on these GPUs", False, str(error))]
     recipe = config[KEY_RECIPE]
     named = f"{recipe.task}, {recipe.model}, {recipe.engine}"
-    if OmegaConf.select(config, "actor_rollout_ref.actor.strategy") not in STRATEGIES:
+    if layout is None:
         return [Finding("recipe", f"{named}: the sizes of this engine are not checked")]
-    layout = Layout.of(config)
     sharded = (
         f"{named} on {layout.gpus} GPUs: {layout.ranks} data-parallel ranks with {layout.rows_of_rank} rows of a "
         "mini-batch"

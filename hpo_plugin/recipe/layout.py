@@ -150,12 +150,15 @@ class Layout:
         return self.prompt_tokens + self.response_tokens
 
 
-def check_layout(config: DictConfig) -> None:
+def check_layout(config: DictConfig) -> Layout | None:
     """Refuse a recipe whose batch or model cannot be sharded as it says.
 
     Args:
         config: the root config. Without ``recipe.architecture``, or with an engine that is not in
             :data:`STRATEGIES`, nothing is checked: another's config is verl's to judge.
+
+    Returns:
+        The layout; None where nothing was checked.
 
     Raises:
         ConfigError: each message names the keys, their values and what to do.
@@ -163,11 +166,12 @@ def check_layout(config: DictConfig) -> None:
     architecture = OmegaConf.select(config, f"{KEY_RECIPE}.architecture")
     # An engine that somebody added to verl is theirs to judge.
     if architecture is None or OmegaConf.select(config, f"{_ACTOR}.strategy") not in STRATEGIES:
-        return
+        return None
     layout = Layout.of(config)
     check_sharding(layout, architecture)
     if layout.strategy == "torchtitan":
         _check_torchtitan(layout, OmegaConf.select(config, f"{_ACTOR}.torchtitan"))
+    return layout
 
 
 def check_sharding(layout: Layout, architecture: Any) -> None:
