@@ -236,6 +236,9 @@ def ray_arguments(config: DictConfig | None) -> dict[str, Any]:
         # Without a config, and without a cluster: the least that answers.
         local = not os.environ.get("RAY_ADDRESS") and not _has_current_cluster()
         return quiet | ({"num_cpus": 1, "include_dashboard": False} if local else {})
+    # As in main_ppo, verl's plugins come first: they register the resolvers that configs use.
+    import verl  # noqa: F401
+
     given = OmegaConf.select(config, "ray_kwargs.ray_init")
     arguments = OmegaConf.to_container(given, resolve=True) if given is not None else {}
     assert isinstance(arguments, dict)

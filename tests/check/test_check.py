@@ -166,6 +166,22 @@ def test_addresses_without_a_port_are_left_to_ray(address):
     refuse_unreachable(address)
 
 
+def test_rays_arguments_are_found_before_anything_else_has_imported_verl():
+    """The CPU backend's config counts logical GPUs and CPUs with resolvers, which verl's plugins register."""
+    code = (
+        "from hpo_plugin.check.cluster import ray_arguments\n"
+        "from hpo_plugin.check.compose import compose\n"
+        "config, finding = compose('countdown_cpu', ['actor_rollout_ref.model.path=x', 'data.train_files=y'])\n"
+        "assert config is not None, finding\n"
+        "arguments = ray_arguments(config)\n"
+        "print(arguments['num_gpus'], arguments['num_cpus'])\n"
+    )
+    environment = os.environ | {"VERL_PLATFORM": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-2:] == ["1", "12"]
+
+
 def test_rays_arguments_are_those_of_the_config():
     config = OmegaConf.create({"ray_kwargs": {"ray_init": {"address": "local", "num_cpus": 12}}})
     arguments = ray_arguments(config)
