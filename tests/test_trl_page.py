@@ -1,6 +1,5 @@
 """docs/trl.md has the errors that docs/trl.json recorded, and they are what the tests demand."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,11 +9,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("trl_page", ROOT / "scripts" / "trl_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("trl_page")
 
 
 @pytest.fixture(scope="module")

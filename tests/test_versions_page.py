@@ -1,9 +1,7 @@
 """docs/versions.md says what docs/versions.json recorded, and nothing else."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("versions_page", ROOT / "scripts" / "versions_page.py")
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks for its module there.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("versions_page")
 
 
 @pytest.fixture(scope="module")

@@ -8,22 +8,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_e2e import LIMIT_S, train
+from test_e2e import LIMIT_S, ON_CPU, train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_S + 100)]
 
-STOCK = [
-    "+algorithm.policy_loss=ahpo",
-    "+hpo/backend=cpu",
-    "+hpo/cpu_rollout=hf",
-    "data.max_prompt_length=64",
-    "data.max_response_length=32",
-    "data.seed=1",
-    "actor_rollout_ref.rollout.seed=1",
-    "trainer.val_before_train=False",
-    "trainer.save_freq=-1",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-]
+STOCK = [*ON_CPU, "+algorithm.policy_loss=ahpo", "actor_rollout_ref.actor.ppo_mini_batch_size=8"]
 GLOO = "actor_rollout_ref.rollout.checkpoint_engine.backend=gloo"
 SEPARATE_ASYNC = [
     "trainer.v1.trainer_mode=separate_async",

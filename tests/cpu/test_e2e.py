@@ -15,6 +15,17 @@ pytest.importorskip("verl")
 
 
 STEPS = 3
+#: What verl's stock configs need on a CPU, beside the algorithm.
+ON_CPU = [
+    "+hpo/backend=cpu",
+    "+hpo/cpu_rollout=hf",
+    "data.max_prompt_length=64",
+    "data.max_response_length=32",
+    "data.seed=1",
+    "actor_rollout_ref.rollout.seed=1",
+    "trainer.val_before_train=False",
+    "trainer.save_freq=-1",
+]
 #: Of a token under a model of random weights, which is close to uniform over its 258 tokens. verl logs differences of
 #: probabilities: times this, one of 1e-5 in log-probs.
 PROBABILITY = 1 / 258
@@ -137,12 +148,4 @@ def test_a_reference_model_is_built_without_pinned_memory(inputs, tmp_path):
 )
 def test_verls_stock_config_trains_with_plain_overrides(inputs, tmp_path, selected):
     """Nothing of our algorithm configs; only what a CPU needs is added."""
-    small = [
-        "+hpo/backend=cpu",
-        "+hpo/cpu_rollout=hf",
-        "data.max_prompt_length=64",
-        "data.max_response_length=32",
-        "trainer.val_before_train=False",
-        "trainer.save_freq=-1",
-    ]
-    check_steps(train(inputs, tmp_path, *small, *selected, config_name="ppo_trainer"))
+    check_steps(train(inputs, tmp_path, *ON_CPU, *selected, config_name="ppo_trainer"))

@@ -8,21 +8,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_e2e import LIMIT_S, train
+from test_e2e import LIMIT_S, ON_CPU, train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(LIMIT_S + 100)]
 
-LEGACY = [
-    "trainer.use_v1=False",
-    "+hpo/backend=cpu",
-    "+hpo/cpu_rollout=hf",
-    "data.max_prompt_length=64",
-    "data.max_response_length=32",
-    "data.seed=1",
-    "actor_rollout_ref.rollout.seed=1",
-    "trainer.val_before_train=False",
-    "trainer.save_freq=-1",
-]
+LEGACY = [*ON_CPU, "trainer.use_v1=False"]
 
 
 @pytest.mark.parametrize("bypass", [pytest.param(False, marks=pytest.mark.slow), True])

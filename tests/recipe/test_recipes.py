@@ -1,6 +1,5 @@
 """Commands that recipes print are ones that verl accepts; all compositions are, and say where their values are from."""
 
-import importlib.util
 import re
 import shlex
 from itertools import product
@@ -385,11 +384,7 @@ def test_the_lengths_of_the_telelogs_configs_hold_the_data(config_name, tmp_path
     assert max(answers) * (1 if laptop else 0.75) <= config.data.max_response_length
 
 
-def test_the_hardware_page_is_what_its_script_computes(recipes):
-    spec = importlib.util.spec_from_file_location("hardware_page", ROOT / "scripts" / "hardware_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_hardware_page_is_what_its_script_computes(recipes, load_script):
+    script = load_script("hardware_page")
     page = script.PAGE.read_text()
     assert script.page(page, recipes) == page, "run scripts/hardware_page.py --write"

@@ -1,8 +1,6 @@
 """The text of the pull request: short, complete, with the results that the gates found, and signed by a human."""
 
 import re
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -58,13 +56,8 @@ def test_the_tables_on_the_page_can_be_read_by_themselves():
 
 
 @pytest.fixture(scope="module")
-def gates():
-    path = ROOT / "scripts/upstream_gates.py"
-    spec = spec_from_file_location("upstream_gates", path)
-    module = module_from_spec(spec)
-    sys.modules["upstream_gates"] = module
-    spec.loader.exec_module(module)
-    return module
+def gates(load_script):
+    return load_script("upstream_gates")
 
 
 def test_the_script_says_how_to_read_what_it_writes(gates):
