@@ -40,8 +40,8 @@ class HPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` whose negative advantages are multiplied by α.
 
     The advantages are TRL's own. α is a statistic of the generation batch: all prompts, completions and processes
-    between two generations. It is computed and applied once for each of them, in training and in evaluation, so that
-    every update of ``num_iterations`` and ``steps_per_generation`` uses the same weights. Metrics are logged as
+    of one generation. It is computed and applied once per generation, in training and in evaluation, so that every
+    update of ``num_iterations`` and ``steps_per_generation`` uses the same weights. Metrics are logged as
     ``hpo/…``.
 
     Args:
@@ -67,6 +67,9 @@ class HPOTrainer(GRPOTrainer):
         "    year = 2026,\n    eprint = {arXiv:2605.30201},\n}",
     }
 
+    # GRPOTrainer's.
+    _calculate_rewards: Callable[..., Tensor]
+
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: HPOConfig | None = None, *more: Any, **kwargs: Any
     ) -> None:
@@ -90,7 +93,7 @@ class HPOTrainer(GRPOTrainer):
         # TRL does not return the rewards with the advantages. (N, functions), of all processes, as TRL uses them: a
         # subclass may have changed them.
         rewards: list[Tensor] = []
-        calculate: Callable[..., Tensor] = getattr(self, METHODS[1])
+        calculate = self._calculate_rewards
 
         def recorded(*args: Any, **kwargs: Any) -> Tensor:
             rewards.append(calculate(*args, **kwargs))
