@@ -52,12 +52,12 @@ test-verl: install-dev  ## Run the tests of the verl adapter and the recipes wit
 MEGATRON := megatron-core==0.16.1 mbridge==0.15.1 einops==0.8.2
 
 # Beside the environment, not in it: with megatron-core installed, every process of verl would import it.
-test-megatron: install-dev  ## Compare verl's Megatron engine with the reference, and train a recipe with it, on CPU; ARGS="-m ''": all layouts.
+test-megatron: install-dev  ## Test verl's Megatron engine on CPU, and train a recipe with it; ARGS="-m ''": all layouts.
 	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/megatron $(MEGATRON)
 	PYTHONPATH=$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/verl/test_megatron.py \
 		tests/verl/test_data_parallel_groups.py tests/recipe/test_executed.py -m "not slow" -k "not fsdp2" $(ARGS)
 
-test-trainers: install-vllm  ## Train a few steps with each of verl's trainers and with what runs combine A-HPO with, on CPU; 20 minutes.
+test-trainers: install-vllm  ## Train a few steps with each of verl's trainers and with common options of a run, on CPU.
 	$(BIN)/python -m pytest tests/cpu -m e2e $(ARGS)
 
 test-recipes: install-dev  ## Train three steps of every task and engine of hpo_recipe, on CPU.
@@ -67,7 +67,7 @@ test-recipes: install-dev  ## Train three steps of every task and engine of hpo_
 TRL ?= 1.16.0
 
 # Beside the environment, as above: what TRL needs is there, but for TRL.
-test-trl: install-dev  ## Compare the gradients of TRL's trainer with the reference, on one and two processes: TRL=1.16.0.
+test-trl: install-dev  ## Test the TRL adapter, gradients over one and two processes included: TRL=1.16.0.
 	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/trl-$(TRL) trl==$(TRL)
 	PYTHONPATH=$(abspath $(VENV))/trl-$(TRL) $(BIN)/python -m pytest tests/trl $(ARGS)
 
