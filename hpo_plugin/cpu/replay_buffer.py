@@ -25,7 +25,7 @@ SAMPLER_KEYS = frozenset(
 
 
 class _InOrder(ReplayBuffer):
-    """Selects prompts in a repeatable order."""
+    """Selects prompts in a repeatable order; for ``trainer.v1.trainer_mode=sync``."""
 
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
@@ -45,12 +45,8 @@ class _InOrder(ReplayBuffer):
         return selected, {key: partition[key] for key in sorted(partition, key=session_order)}, prompt_steps
 
 
-class _SyncInOrder(_InOrder):
-    """:class:`verl.trainer.ppo.v1.replay_buffer.ReplayBuffer`, for ``trainer.v1.trainer_mode=sync``."""
-
-
-class _AsyncInOrder(_InOrder, ReplayBufferAsync):
-    """:class:`verl.trainer.ppo.v1.replay_buffer.ReplayBufferAsync`, for the asynchronous modes."""
+class _InOrderAsync(_InOrder, ReplayBufferAsync):
+    """The same, for the asynchronous trainer modes."""
 
 
 def replay_buffer(
@@ -92,7 +88,7 @@ def replay_buffer(
     metric = options["filter_groups_metric"] if options["filter_groups_enable"] else None
     refill_failed = bool(options["sync_refill_failed_groups"])
     train_batch_size = options["train_batch_size"]
-    return (_SyncInOrder if trainer_mode == "sync" else _AsyncInOrder)(
+    return (_InOrder if trainer_mode == "sync" else _InOrderAsync)(
         trainer_mode=trainer_mode,
         trainer_config=trainer_config,
         max_off_policy_threshold=max_off_policy_threshold,

@@ -166,7 +166,7 @@ def test_a_strategy_that_is_not_the_groups_has_no_estimate_of_its_memory():
     assert "memory of this engine is not estimated" in recipe.found
 
 
-@pytest.mark.parametrize(("task", "engine"), product(TASKS, ENGINES))
+@pytest.mark.parametrize(("task", "engine"), list(product(TASKS, ENGINES)))
 def test_every_recipe_composes_for_sglang(task, engine):
     """SGLang is not installed here: what is checked is what verl checks in the driver."""
     name = "actor_rollout_ref.rollout.name=sglang"
