@@ -407,8 +407,11 @@ def cluster_overrides(config: DictConfig, environment: Mapping[str, str]) -> lis
     address = environment.get("RAY_ADDRESS")
     if not address:
         return []
-    given = OmegaConf.select(config, "ray_kwargs.ray_init")
-    dropped = [key for key in _OF_A_NEW_CLUSTER if given is not None and given.get(key) is not None]
+    given = OmegaConf.select(config, "ray_kwargs.ray_init") or OmegaConf.create()
+    # Unresolved: verl's plugins, which register resolvers, are not loaded in this process.
+    as_written = OmegaConf.to_container(given, resolve=False)
+    assert isinstance(as_written, dict)
+    dropped = [key for key in _OF_A_NEW_CLUSTER if as_written.get(key) is not None]
     return [f"++ray_kwargs.ray_init.address='{address}'", *(f"~ray_kwargs.ray_init.{key}" for key in dropped)]
 
 

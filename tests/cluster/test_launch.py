@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("verl")
 
 from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from rich.console import Console
 
 from hpo_plugin.check.compose import compose
@@ -413,7 +414,11 @@ def composed(name, *overrides):
 @pytest.mark.parametrize("name", ["countdown_cpu", "hpo_trainer", "hpo_megatron_trainer"])
 def test_a_config_joins_the_cluster_of_ray_address_and_starts_none(name, monkeypatch):
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
-    overrides = cluster_overrides(composed(name), {"RAY_ADDRESS": "10.0.0.1:6379"})
+    config = composed(name)
+    with monkeypatch.context() as launcher:
+        # The launcher's process has not loaded verl's plugins, which register the resolvers that configs use.
+        launcher.setattr(BaseContainer, "_resolvers", {})
+        overrides = cluster_overrides(config, {"RAY_ADDRESS": "10.0.0.1:6379"})
     given = OmegaConf.to_container(composed(name, *overrides).ray_kwargs.ray_init)
     assert given["address"] == "10.0.0.1:6379"
     # Ray refuses them beside the address of a cluster.
