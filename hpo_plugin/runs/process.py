@@ -77,8 +77,13 @@ class Trainer:
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
             )
-        started = psutil.Process(self._process.pid).create_time()
-        atomic_write(record, json.dumps({"session": self._process.pid, "started": started}).encode())
+        try:
+            started = psutil.Process(self._process.pid).create_time()
+            atomic_write(record, json.dumps({"session": self._process.pid, "started": started}).encode())
+        except BaseException:
+            # An interrupt before __enter__ would leave the trainer running.
+            self.stop()
+            raise
 
     def __enter__(self) -> Trainer:
         """Return itself."""

@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from hpo_plugin.runs import process
 from hpo_plugin.runs.process import StalledError, Trainer, end_leftovers
 
 #: Starts a child in a process group of its own, as Ray does, and writes both ids.
@@ -50,6 +51,20 @@ def test_leaving_ends_the_processes_that_the_trainer_started_too(tmp_path):
         assert all(map(alive, pids))
     assert not any(map(alive, pids))
     assert not (tmp_path / "processes.json").exists()
+
+
+def test_an_interrupt_while_the_record_is_written_ends_them_too(tmp_path, monkeypatch):
+    pids = []
+
+    def interrupted(*_):
+        pids.extend(ids(tmp_path / "ids"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "atomic_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, FAMILY, str(tmp_path / "ids"))
+    assert len(pids) == 2
+    assert not any(map(alive, pids))
 
 
 def test_processes_of_another_session_are_not_touched(tmp_path):
