@@ -412,7 +412,7 @@ def cluster_overrides(config: DictConfig, environment: Mapping[str, str]) -> lis
     as_written = OmegaConf.to_container(given, resolve=False)
     assert isinstance(as_written, dict)
     dropped = [key for key in _OF_A_NEW_CLUSTER if as_written.get(key) is not None]
-    return [f"++ray_kwargs.ray_init.address='{address}'", *(f"~ray_kwargs.ray_init.{key}" for key in dropped)]
+    return [f"++ray_kwargs.ray_init.address='{address}'", *(f"ray_kwargs.ray_init.{key}=null" for key in dropped)]
 
 
 def require_cluster(config: DictConfig) -> None:

@@ -419,7 +419,7 @@ def test_a_config_joins_the_cluster_of_ray_address_and_starts_none(name, monkeyp
         # The launcher's process has not loaded verl's plugins, which register the resolvers that configs use.
         launcher.setattr(BaseContainer, "_resolvers", {})
         overrides = cluster_overrides(config, {"RAY_ADDRESS": "10.0.0.1:6379"})
-    given = OmegaConf.to_container(composed(name, *overrides).ray_kwargs.ray_init)
+        given = OmegaConf.to_container(composed(name, *overrides).ray_kwargs.ray_init)
     assert given["address"] == "10.0.0.1:6379"
     # Ray refuses them beside the address of a cluster.
     assert not any(given.get(key) for key in ("num_cpus", "num_gpus", "object_store_memory"))
