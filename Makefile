@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-training test-trainers test-recipes test-all bench install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -67,9 +67,9 @@ test-recipes: install-dev  ## Train three steps of every task and engine of hpo_
 TRL ?= 1.16.0
 
 # Beside the environment, as above: what TRL needs is there, but for TRL.
-test-trl: install-dev  ## Test the TRL adapter, gradients over one and two processes included: TRL=1.16.0.
+test-trl: install-dev  ## Test the TRL adapter and the contribution to TRL, gradients over one and two processes included: TRL=1.16.0.
 	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/trl-$(TRL) trl==$(TRL)
-	PYTHONPATH=$(abspath $(VENV))/trl-$(TRL) $(BIN)/python -m pytest tests/trl $(ARGS)
+	PYTHONPATH=$(abspath $(VENV))/trl-$(TRL) $(BIN)/python -m pytest tests/trl tests/upstream/test_trl_contribution.py $(ARGS)
 
 # verl 0.8 asks for NumPy 1, and loads no plugins.
 test-verl-0.8:  ## Run the tests of estimator, policy loss and gradients with verl 0.8, in an environment of its own.
@@ -80,6 +80,18 @@ test-verl-0.8:  ## Run the tests of estimator, policy loss and gradients with ve
 	$(UV) --no-deps --editable .
 	VERL_USE_EXTERNAL_MODULES=hpo_plugin.verl.plugin $(BIN)/python -m pytest \
 		tests/verl/test_self_test.py tests/verl/test_losses.py tests/verl/test_equivalence.py $(ARGS)
+
+OPENRLHF ?= 0.11.2
+
+# OpenRLHF asks for transformers 5.15, which verl excludes. DeepSpeed is built with the torch that is there, without kernels.
+test-openrlhf:  ## Test the OpenRLHF adapter, gradients included, in an environment of its own: OPENRLHF=0.11.2.
+	$(MAKE) VENV=$(VENV)-openrlhf .test-openrlhf
+
+.test-openrlhf: $(VENV)/.torch
+	$(UV) setuptools wheel
+	DS_BUILD_OPS=0 $(UV) --no-build-isolation-package deepspeed -r requirements/openrlhf.in
+	$(UV) --no-deps openrlhf==$(OPENRLHF) --editable .
+	$(BIN)/python -m pytest tests/openrlhf $(ARGS)
 
 test-training: install-vllm  ## Train a few steps with verl's trainer and A-HPO, with each rollout; kill a quickstart, resume.
 	$(BIN)/python -m pytest -m "e2e and not slow" $(ARGS)
@@ -117,7 +129,7 @@ lock: $(BIN)/uv  ## Resolve requirements/*.txt anew, keeping the versions that s
 	done
 
 clean:  ## Remove the environment and everything built; runs and data stay.
-	rm -rf .venv .venv-verl-0.8 build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-verl-0.8 .venv-openrlhf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find hpo_plugin hydra_plugins benchmarks contrib tests recipes -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/uv:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
 from hpo_plugin.algorithm import SignCounts, adaptive_alpha
+from hpo_plugin.errors import ConfigError
 
-__all__ = ["VARIANTS", "Variant", "VariantSetting", "register_variant", "settings"]
+__all__ = ["VARIANTS", "Variant", "VariantSetting", "register_variant", "resolve", "settings"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,46 @@ _listeners: list[Callable[[], None]] = []
 def settings() -> dict[str, VariantSetting]:
     """The settings of all variants by name."""
     return {setting.name: setting for variant in VARIANTS.values() for setting in variant.settings}
+
+
+def resolve(policy: str, given: Mapping[str, Any], *, prefix: str = "") -> tuple[Variant, dict[str, float]]:
+    """The variant of a name, and the value of each setting, with defaults where the user gave none.
+
+    Args:
+        policy: name of a variant.
+        given: what the user gave for each setting; None, or absent: nothing.
+        prefix: what stands before the names where the user wrote them, for messages: ``--hpo.``
+
+    Returns:
+        The variant, and a value for each setting of all variants.
+
+    Raises:
+        ConfigError: An unknown policy, a value out of range, or a setting of another policy; the message names the
+            setting, its value, and what to do.
+    """
+    if policy not in VARIANTS:
+        raise ConfigError(f"{prefix}policy={policy!r} is none of {', '.join(map(repr, VARIANTS))}.")
+    variant, values = VARIANTS[policy], {}
+    for name, setting in settings().items():
+        value = given.get(name)
+        if value is None:
+            values[name] = setting.default
+            continue
+        if setting not in variant.settings:
+            others = [other.name for other in VARIANTS.values() if setting in other.settings]
+            raise ConfigError(
+                f"{prefix}{name}={value} has no effect with {prefix}policy={policy!r}: it is a setting of "
+                f"{prefix}policy={others[0]!r}. Remove it, or change the policy."
+            )
+        # `not (low <= value)` refuses NaN, too.
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not setting.low <= float(value) <= setting.high:
+            raise ConfigError(
+                f"{prefix}{name}={value!r} is not a number in [{setting.low:g}, {setting.high:g}] "
+                f"({setting.description})."
+            )
+        values[name] = float(value)
+    return variant, values
 
 
 def register_variant(variant: Variant) -> Variant:

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "hpo_plugin"
 EXTRAS = {
     "hpo_plugin/verl": {"verl"},
     "hpo_plugin/trl": {"trl"},
+    "hpo_plugin/openrlhf": {"openrlhf"},
     "hpo_plugin/recipe": {"verl"},
     "hpo_plugin/check": {"verl"},
     "hpo_plugin/runs": {"verl"},

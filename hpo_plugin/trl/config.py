@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any
 
 from trl import GRPOConfig
 
 from hpo_plugin.errors import ConfigError
-from hpo_plugin.variants import VARIANTS, settings
+from hpo_plugin.variants import resolve
 
 __all__ = ["HPOConfig"]
 
@@ -50,29 +49,11 @@ class HPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Check the settings of HPO, after TRL has checked its own."""
         super().__post_init__()
-        if self.policy not in VARIANTS:
-            raise ConfigError(f"policy={self.policy!r} is none of {', '.join(map(repr, VARIANTS))}.")
-        of_policy = {setting.name for setting in VARIANTS[self.policy].settings}
-        for name in of_policy & _TRL_FIELDS:
+        variant, _ = resolve(self.policy, self._given())
+        for name in {setting.name for setting in variant.settings} & _TRL_FIELDS:
             raise ConfigError(
                 f"policy={self.policy!r} has a setting {name!r}, which is a field of GRPOConfig. Give it another name."
             )
-        for name, setting in settings().items():
-            value = self._setting(name)
-            if value is None:
-                continue
-            if name not in of_policy:
-                others = [variant.name for variant in VARIANTS.values() if setting in variant.settings]
-                raise ConfigError(
-                    f"{name}={value} has no effect with policy={self.policy!r}: it is a setting of "
-                    f"policy={others[0]!r}. Remove it, or change the policy."
-                )
-            # `not (low <= value)` refuses NaN, too.
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            if not number or not setting.low <= float(value) <= setting.high:
-                raise ConfigError(
-                    f"{name}={value!r} is not a number in [{setting.low:g}, {setting.high:g}] ({setting.description})."
-                )
         if self.loss_type != "dapo":
             raise ConfigError(
                 f"loss_type={self.loss_type!r} is not HPO's objective, which clips ratios as GRPO does and divides by "
@@ -84,12 +65,10 @@ class HPOConfig(GRPOConfig):
                 "tokens. Set importance_sampling_level='token' (TRL's default), or use GRPOTrainer."
             )
 
-    def _setting(self, name: str) -> Any:
-        """A setting of a variant; None where the config has no field for it, or GRPOConfig has one of that name."""
-        added = {own.name for own in fields(self)} - _TRL_FIELDS
-        return getattr(self, name) if name in added else None
+    def _given(self) -> dict[str, Any]:
+        """The settings of variants that the config has fields for, and GRPOConfig has not."""
+        return {added.name: getattr(self, added.name) for added in fields(self) if added.name not in _TRL_FIELDS}
 
     def settings_of_policy(self) -> dict[str, float]:
         """The value of each setting of all variants, defaults filled in."""
-        values = {name: self._setting(name) for name in settings()}
-        return {name: settings()[name].default if value is None else float(value) for name, value in values.items()}
+        return resolve(self.policy, self._given())[1]

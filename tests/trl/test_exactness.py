@@ -5,12 +5,9 @@ Cases run in processes of their own (``trl_harness.py``), one after another in e
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +16,7 @@ pytest.importorskip("trl", minversion="1.10", exc_type=ImportError, reason="TRL 
 
 pytestmark = pytest.mark.timeout(1500)
 
-ROOT = Path(__file__).parents[2]
+HARNESS = Path(__file__).with_name("trl_harness.py")
 
 #: Cases over one and over two processes.
 CASES: dict[str, dict[str, Any]] = {
@@ -46,29 +43,14 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_cases(processes: int, cases: dict[str, Any], folder: Path) -> dict[str, Any]:
-    job, out = folder / "cases.json", folder / "out.json"
-    extra = {} if processes == 1 else {"ddp_backend": "gloo"}
-    job.write_text(json.dumps({name: case | extra for name, case in cases.items()}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(Path(__file__).with_name("trl_harness.py"))]
-    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [*command, str(job), str(out)], env=environment, capture_output=True, text=True, check=False, timeout=1400
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, load_script: Callable[[str], ModuleType]
+) -> dict[str, Any]:
     # One process has no α of its own that would differ.
     faults = FAULTS if request.param > 1 else {"no α": FAULTS["no α"]}
-    return run_cases(request.param, CASES | faults, tmp_path_factory.mktemp(f"processes{request.param}"))
+    folder = tmp_path_factory.mktemp(f"processes{request.param}")
+    return load_script("exactness_page").run_cases(HARNESS, request.param, CASES | faults, folder)
 
 
 @pytest.mark.parametrize("name", CASES)

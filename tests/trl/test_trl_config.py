@@ -70,7 +70,6 @@ def registry(monkeypatch):
     from hpo_plugin import variants
 
     monkeypatch.setattr(variants, "VARIANTS", dict(variants.VARIANTS))
-    monkeypatch.setattr("hpo_plugin.trl.config.VARIANTS", variants.VARIANTS)
     return variants
 
 

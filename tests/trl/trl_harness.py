@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 0.0,
     "gradient_checkpointing": False,
     "disable_tqdm": True,
+    "ddp_backend": "gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
     "seed": 1,
 }
 
