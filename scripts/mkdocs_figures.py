@@ -16,7 +16,10 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 #: Name -> the script that draws it and its arguments; the path of the picture comes last.
-FIGURES = {"telelogs-fields": ("telelogs_report.py", "--figure-only", "--figure")}
+FIGURES = {
+    "telelogs-fields": ("telelogs_report.py", "--figure-only", "--figure"),
+    "trl-and-verl": ("trl_and_verl.py", "--figure"),
+}
 _COMMENT = re.compile(r"<!-- figure: ([\w-]+) \| (.+?) -->")
 
 
