@@ -1,7 +1,7 @@
-"""HPO and A-HPO (Hysteretic Policy Optimization, arXiv 2605.30201) for verl and TRL.
+"""HPO and A-HPO (Hysteretic Policy Optimization, arXiv 2605.30201) for verl, TRL and OpenRLHF.
 
 - :mod:`hpo_plugin.algorithm`, ``fused``, ``variants``: the mathematics; imports torch alone.
-- :mod:`hpo_plugin.verl`, ``trl``: the adapters to verl and TRL.
+- :mod:`hpo_plugin.verl`, ``trl``, ``openrlhf``: the adapters to verl, TRL and OpenRLHF; ``slime``: a hook for slime.
 - :mod:`hpo_plugin.tasks`: problems, prompts and rewards, behind one protocol.
 - :mod:`hpo_plugin.cpu`: verl's trainer on a machine without a GPU; opt-in.
 - :mod:`hpo_plugin.recipe`, ``check``, ``runs``, ``quickstart``, ``study``: what the commands do.

@@ -1,13 +1,16 @@
-"""Runs verl's own CPU tests and gates on source trees of verl, before and after the contribution; writes the results.
+"""Runs the CPU tests and gates of verl or TRL on source trees, before and after the contribution; writes the results.
 
-    python scripts/upstream_gates.py v0.9.0=PATH 0.9.1=PATH main=PATH
+    PYTHONPATH=. python scripts/upstream_gates.py v0.9.0=PATH 0.9.1=PATH main=PATH
+    PYTHONPATH=. python scripts/upstream_gates.py --trl --tools BIN main=PATH
 
-verl's tests need pytest-asyncio beside this project's development environment: `pip install pytest-asyncio`.
+verl's tests need pytest-asyncio beside this project's development environment: `pip install pytest-asyncio`. TRL's
+style needs the versions of ruff and doc-builder that its .pre-commit-config.yaml names, in an environment of their own,
+whose bin directory --tools names.
 
-A tree is a git checkout, or an unpacked source distribution; it is copied, and left as it is. The gates are the local
-hooks of the tree's .pre-commit-config.yaml, word for word, and those of its workflows that need neither a network nor a
-GPU; ruff and mypy are this environment's, with the tree's settings. The scripts of contrib/upstream/issues run on each
-tree as well. The tables, how to read them, and the size of the last tree's patch go into docs/upstream.md.
+A tree is a git checkout, or an unpacked source distribution; it is copied, and left as it is. The gates are the hooks
+of the tree's .pre-commit-config.yaml, and those of its workflows that need neither a network nor a GPU; for verl, ruff
+and mypy are this environment's, with the tree's settings. The scripts of contrib/upstream/issues run on each tree of
+verl as well. The tables, how to read them, and the size of the last tree's patch go into docs/upstream.md.
 """
 
 from __future__ import annotations
@@ -24,34 +27,85 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 
-from contrib.upstream import contribution, issues
+from contrib.upstream import contribution, issues, trl
+from contrib.upstream.tree import commit
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/upstream.md"
-BEGIN, END = "<!-- begin: scripts/upstream_gates.py -->", "<!-- end -->"
+END = "<!-- end -->"
 
-PYTEST = "python3 -m pytest -q -p no:cacheprovider --asyncio-mode=auto"
+PYTEST = "python3 -m pytest -q -p no:cacheprovider"
 
-CONTRIBUTED = "tests/trainer/ppo/test_hpo_on_cpu.py"
 
-# Of verl's own tests, those that fail here without the contribution too.
+@dataclass(frozen=True)
+class Project:
+    """Whose trees are looked at.
+
+    Attributes:
+        contribution: The module of contrib.upstream that has the contribution's ``TITLE`` and ``changes``.
+        begin: What stands above the results in docs/upstream.md.
+        contributed: What runs the contributed tests.
+        workflows: Gates of its workflows, beside the pre-commit hooks.
+        environment: Variables that its tests need.
+        packages: Whose versions are reported.
+        note: What a reader of the table has to know of the contributed tests.
+    """
+
+    contribution: ModuleType
+    begin: str
+    contributed: str
+    workflows: Mapping[str, str]
+    environment: Mapping[str, str]
+    packages: tuple[str, ...]
+    note: str
+
+
+# Of a project's own tests, those that fail here without the contribution too.
 REASONS = {
     "test_target_modules_raises_on_invalid_type": "it reads the files of a model that verl's CI downloads",
 }
 
-# Gates of .github/workflows/{cpu_unit_tests,sanity,type-coverage-check}.yml, beside the pre-commit hooks.
-WORKFLOWS = {
-    "CPU tests of `trainer`": f"{PYTEST} -o python_files='*_on_cpu.py' tests/trainer",
-    "CPU tests of configs": f"{PYTEST} tests/test_base_config_on_cpu.py tests/utils/test_config_on_cpu.py "
-    "$(ls tests/workers/config/*_on_cpu.py)",
-    "sanity tests": f"{PYTEST} tests/special_sanity",
-    "docstrings of imports": "python3 tests/special_sanity/validate_imported_docs.py",
-    "type annotations": "python3 tests/special_sanity/type_coverage_check.py",
-    "docstrings of `__all__`": "python3 tests/special_sanity/check_api_docs.py verl",
-}
+VERL = Project(
+    contribution=contribution,
+    begin="<!-- begin: scripts/upstream_gates.py -->",
+    contributed=f"{PYTEST} --asyncio-mode=auto tests/trainer/ppo/test_hpo_on_cpu.py",
+    # .github/workflows/{cpu_unit_tests,sanity,type-coverage-check}.yml
+    workflows={
+        "CPU tests of `trainer`": f"{PYTEST} --asyncio-mode=auto -o python_files='*_on_cpu.py' tests/trainer",
+        "CPU tests of configs": f"{PYTEST} --asyncio-mode=auto tests/test_base_config_on_cpu.py "
+        "tests/utils/test_config_on_cpu.py $(ls tests/workers/config/*_on_cpu.py)",
+        "sanity tests": f"{PYTEST} --asyncio-mode=auto tests/special_sanity",
+        "docstrings of imports": "python3 tests/special_sanity/validate_imported_docs.py",
+        "type annotations": "python3 tests/special_sanity/type_coverage_check.py",
+        "docstrings of `__all__`": "python3 tests/special_sanity/check_api_docs.py verl",
+    },
+    environment={
+        # verl alone, as its maintainers run it.
+        "VERL_USE_EXTERNAL_PLUGINS": "none",
+        "TORCH_COMPILE_DISABLE": "1",
+        # verl's tests wait forever where Ray has fewer CPUs than their actors ask for.
+        "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
+    },
+    packages=("torch", "transformers", "ray", "ruff", "mypy", "pytest", "pytest-asyncio"),
+    note="The contributed tests are among those of `trainer`, and make the difference there.",
+)
+# Most tests of TRL load models of the hub.
+TRL = Project(
+    contribution=trl,
+    begin="<!-- begin: scripts/upstream_gates.py --trl -->",
+    contributed=f"{PYTEST} tests/experimental/test_hpo_trainer.py -k 'not TestHPOTrainer'",
+    workflows={
+        "tests of GRPO without a model": f"{PYTEST} tests/test_grpo_trainer.py -k 'TestGetHighEntropyMask or "
+        "TestGRPORolloutDispatch or TestTransformersContinuousBatchingContract'",
+    },
+    environment={"TRL_EXPERIMENTAL_SILENCE": "1"},
+    packages=("torch", "transformers", "accelerate", "pytest"),
+    note="The contributed tests are those that need no model: those of `TestHPOTrainer` train a model of the hub.",
+)
 
 
 @dataclass(frozen=True)
@@ -73,25 +127,30 @@ class Measured:
     size: str
 
 
-def gates(tree: Path) -> Iterator[tuple[str, str]]:
+def gates(project: Project, tree: Path, tools: Path | None) -> Iterator[tuple[str, str]]:
     """Name and command of each gate that the tree has."""
-    for name, command in WORKFLOWS.items():
+    for name, command in project.workflows.items():
         files = re.findall(r"(?:tests|verl)/[\w/.*]+", command)
         if all(list(tree.glob(file)) for file in files):
             yield name, command
+    hooks = tree / ".pre-commit-config.yaml"
+    repositories = yaml.safe_load(hooks.read_text())["repos"] if hooks.is_file() else []
+    local = [hook for repository in repositories if repository["repo"] == "local" for hook in repository["hooks"]]
+    if project is TRL:
+        yield "ruff check", f"{tools}/ruff check trl tests"
+        yield "ruff format", f"{tools}/ruff format --check trl tests"
+        # Without the option, the hook changes the files, which pre-commit then refuses.
+        yield from ((hook["name"], f"{tools}/{hook['entry']} --check_only") for hook in local)
+        return
     yield "ruff check", "ruff check --force-exclude {files}"
     yield "ruff format", "ruff format --check --force-exclude {files}"
     yield "mypy on the files it enforces", "mypy verl/trainer/config/algorithm.py verl/trainer/ppo/core_algos.py"
-    hooks = tree / ".pre-commit-config.yaml"
-    if hooks.is_file():
-        for repository in yaml.safe_load(hooks.read_text())["repos"]:
-            if repository["repo"] == "local":
-                yield from ((hook["name"], hook["entry"]) for hook in repository["hooks"])
-    else:
+    yield from ((hook["name"], hook["entry"]) for hook in local)
+    if not hooks.is_file():
         yield "compileall", "python3 -m compileall -q verl tests"
 
 
-def run(tree: Path, command: str) -> tuple[str, set[str]]:
+def run(project: Project, tree: Path, command: str) -> tuple[str, set[str]]:
     """What a gate says, and which tests failed; the whole output of a failure on stderr.
 
     The count of pytest, ``passes``, or ``fails``.
@@ -99,22 +158,20 @@ def run(tree: Path, command: str) -> tuple[str, set[str]]:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(tree),
-        # verl alone, as its maintainers run it.
-        "VERL_USE_EXTERNAL_PLUGINS": "none",
         "HF_HUB_OFFLINE": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-        # verl's tests wait forever where Ray has fewer CPUs than their actors ask for.
-        "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
+        **project.environment,
     }
     done = subprocess.run(
         command, shell=True, cwd=tree, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if done.returncode:
         print(f"--- {tree}: {command}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}", file=sys.stderr)
-    counted = re.search(r"((?:\d+ (?:failed|passed|skipped|error|errors|warnings?|xfailed)(?:, )?)+) in ", done.stdout)
+    counted = re.search(
+        r"((?:\d+ (?:failed|passed|skipped|deselected|error|errors|warnings?|xfailed)(?:, )?)+) in ", done.stdout
+    )
     if "pytest" in command and counted:
         failed = set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", done.stdout, re.MULTILINE))
-        return ", ".join(part for part in counted[1].split(", ") if "warning" not in part), failed
+        return ", ".join(part for part in counted[1].split(", ") if not re.search("warning|deselected", part)), failed
     return "fails" if done.returncode else "passes", set()
 
 
@@ -127,10 +184,10 @@ def describe(source: Path) -> str:
     return done.stdout.strip()
 
 
-def measure(source: Path, only: str | None) -> Measured:
+def measure(project: Project, source: Path, tools: Path | None, only: str | None) -> Measured:
     """Each gate's answer before and after, and what the reports' scripts show before."""
     with tempfile.TemporaryDirectory() as directory:
-        tree = Path(directory) / "verl"
+        tree = Path(directory) / "tree"
         git = ["git", "-C", str(tree)]
         if (source / ".git").exists():
             subprocess.run(["git", "clone", "--quiet", "--shared", str(source), str(tree)], check=True)
@@ -144,24 +201,25 @@ def measure(source: Path, only: str | None) -> Measured:
         # What the type gate compares with.
         subprocess.run([*git, "update-ref", "refs/remotes/origin/main", "HEAD"], check=True)
         shown = {}
-        for path in issues.reports() if only is None else []:
+        for path in issues.reports() if only is None and project is VERL else []:
             report = issues.read(path)
             shown[report.name] = issues.shown(report, tree=tree)
-        changes = contribution.changes(tree)
+        changes = project.contribution.changes(tree)
         names = [name for name in changes if name.endswith(".py")]
-        selected = {name: command for name, command in gates(tree) if only is None or re.search(only, name)}
+        found = gates(project, tree, tools)
+        selected = {name: command for name, command in found if only is None or re.search(only, name)}
         answers = []
         failed: dict[str, list[str]] = {}
         for applied in (False, True):
             if applied:
-                contribution.commit(tree, changes, "contribution")
+                commit(tree, changes, "contribution", project.contribution.TITLE)
             files = " ".join(name for name in names if (tree / name).exists())
-            said = {name: run(tree, command.replace("{files}", files)) for name, command in selected.items()}
+            said = {name: run(project, tree, command.replace("{files}", files)) for name, command in selected.items()}
             answers.append({name: answer for name, (answer, _) in said.items()})
             for test in set().union(*(tests for _, tests in said.values())):
                 failed.setdefault(test, []).append("after" if applied else "before")
         before, after = answers
-        contributed, _ = run(tree, f"{PYTEST} {CONTRIBUTED}")
+        contributed, _ = run(project, tree, project.contributed)
         both = {"the contributed tests": ("—", contributed)} | {name: (before[name], after[name]) for name in selected}
         when = {test: " and ".join(times) for test, times in failed.items()}
         size = subprocess.run([*git, "diff", "--stat", "HEAD~"], check=True, capture_output=True, text=True).stdout
@@ -192,65 +250,77 @@ def issues_table(measured: Mapping[str, Measured]) -> str:
     return "\n".join(lines)
 
 
-def reading(measured: Mapping[str, Measured]) -> str:
+def reading(project: Project, measured: Mapping[str, Measured]) -> str:
     """What a reader has to know to read the table."""
     trees = "; ".join(f"`{name}` is {tree.source}" for name, tree in measured.items())
     lines = [
         "Before → after the contribution; one entry: the same before and after. A dash: the tree has no such gate, or "
-        "not yet. The contributed tests are among those of `trainer`, and make the difference there.",
+        f"not yet. {project.note}",
         f"The trees: {trees}.",
     ]
     for test in sorted({test for tree in measured.values() for test in tree.failed}):
         where = ", ".join(f"{tree.failed[test]} on `{name}`" for name, tree in measured.items() if test in tree.failed)
         reason = REASONS.get(test, "the reason is not known")
-        lines.append(f"A test of verl's own fails {where}: `{test}`; {reason}.")
+        lines.append(f"A test of the project's own fails {where}: `{test}`; {reason}.")
     if any("skipped" in answer for tree in measured.values() for both in tree.gates.values() for answer in both):
-        lines.append("What is skipped is skipped by verl's tests themselves.")
+        lines.append("What is skipped is skipped by the tests themselves.")
     return "\n".join(lines)
 
 
-def versions() -> str:
+def versions(project: Project, tools: Path | None) -> str:
     """What the gates ran with."""
-    names = ("torch", "transformers", "ray", "ruff", "mypy", "pytest", "pytest-asyncio")
-    found = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    found = ", ".join(f"{name} {metadata.version(name)}" for name in project.packages)
+    if tools is not None:
+        found += (
+            ", "
+            + subprocess.run([tools / "ruff", "--version"], check=True, capture_output=True, text=True).stdout.strip()
+        )
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     return f"Run on {machine}, Python {platform.python_version()}, {found}."
 
 
-def write(text: str) -> None:
+def write(project: Project, text: str) -> None:
     """Put the tables where they are shown."""
     page = PAGE.read_text(encoding="utf-8")
-    head, rest = page.split(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    head, rest = page.split(project.begin)
+    PAGE.write_text(f"{head}{project.begin}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", nargs="+", metavar="NAME=PATH")
+    parser.add_argument("--trl", action="store_true", help="the trees are of TRL")
+    parser.add_argument("--tools", type=Path, metavar="BIN", help="with --trl: where its ruff and doc-builder are")
     parser.add_argument("--only", help="a regular expression: only these gates, and nothing is written")
     arguments = parser.parse_args()
-    if importlib.util.find_spec("pytest_asyncio") is None:
+    project = TRL if arguments.trl else VERL
+    tools = None if arguments.tools is None else arguments.tools.resolve()
+    if arguments.trl != (tools is not None):
+        parser.error("--tools goes with --trl: TRL's style needs its own versions of ruff and doc-builder")
+    if project is VERL and importlib.util.find_spec("pytest_asyncio") is None:
         parser.error("verl's tests need pytest-asyncio: pip install pytest-asyncio")
     measured = {}
     for tree in arguments.trees:
         name, _, path = tree.partition("=")
-        measured[name] = measure(Path(path).resolve(), arguments.only)
+        measured[name] = measure(project, Path(path).resolve(), tools, arguments.only)
     *_, newest = measured
     parts = [
         table(measured),
-        reading(measured),
+        reading(project, measured),
         f"The change of `{newest}`:",
         f"```text\n{measured[newest].size.rstrip()}\n```",
-        "The scripts of the bug reports, on each tree before the contribution (a dash: it cannot run there, because a "
-        "file or a package is missing):",
-        issues_table(measured),
-        versions(),
     ]
-    text = "\n\n".join(parts)
+    if project is VERL:
+        parts.append(
+            "The scripts of the bug reports, on each tree before the contribution (a dash: it cannot run there, "
+            "because a file or a package is missing):"
+        )
+        parts.append(issues_table(measured))
+    text = "\n\n".join([*parts, versions(project, tools)])
     print(text)
     if arguments.only is None:
-        write(text)
+        write(project, text)
 
 
 if __name__ == "__main__":

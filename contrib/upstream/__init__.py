@@ -1,1 +1,1 @@
-"""The contribution to verl itself: what ``python -m contrib.upstream`` writes. Nothing here imports verl or torch."""
+"""The contributions to verl and to TRL: what ``python -m contrib.upstream`` writes. It imports no torch."""

@@ -1,4 +1,4 @@
-"""``python -m contrib.upstream``: HPO as a contribution to verl, or to verl's recipe collection."""
+"""``python -m contrib.upstream``: HPO as a contribution to verl, to verl's recipe collection, or to TRL."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def upstream(
     recipes: Annotated[
         Path | None, typer.Option(help="A checkout of verl's recipe collection, instead of verl.", show_default=False)
     ] = None,
+    trl: Annotated[
+        Path | None,
+        typer.Option(help="A source tree of TRL, instead of verl: as for verl.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write a patch for `git apply`, and leave the tree as it is.", show_default=False),
@@ -36,32 +40,35 @@ def upstream(
     Nothing is sent anywhere. A tree that has the contribution already is not changed; one that is not known is refused.
     """
     from contrib.upstream import contribution, recipe
+    from contrib.upstream import trl as of_trl
+    from contrib.upstream.tree import commit, patch, write
     from hpo_plugin.console import stopped
     from hpo_plugin.files import atomic_write
 
-    tree = verl if recipes is None else recipes
-    if (verl is None) == (recipes is None):
-        raise typer.BadParameter("give one of --verl and --recipes")
+    given = [tree for tree in (verl, recipes, trl) if tree is not None]
+    if len(given) != 1:
+        raise typer.BadParameter("give one of --verl, --recipes and --trl")
+    (tree,) = given
     if study is not None and recipes is None:
         raise typer.BadParameter("--study fills the README of --recipes")
-    assert tree is not None
     if branch is not None and (out is not None or not (tree / ".git").exists()):
         raise typer.BadParameter("--branch names the branch of a commit: a git checkout gets one, without --out")
     try:
-        if recipes is None:
-            title, changes = contribution.TITLE, contribution.changes(tree)
-        else:
+        if recipes is not None:
             title, changes = recipe.TITLE, recipe.changes(tree, study)
+        else:
+            of = contribution if verl is not None else of_trl
+            title, changes = of.TITLE, of.changes(tree)
         if not changes:
             print(f"{tree} has all of it already: nothing to do")
         elif out is not None:
-            atomic_write(out, contribution.patch(tree, changes).encode())
+            atomic_write(out, patch(tree, changes).encode())
             print(f"{out}: {len(changes)} files")
         elif (tree / ".git").exists():
-            contribution.commit(tree, changes, branch or "hpo", title)
+            commit(tree, changes, branch or "hpo", title)
             print(f"{tree}: {len(changes)} files, one commit on branch {branch or 'hpo'}")
         else:
-            contribution.write(tree, changes)
+            write(tree, changes)
             print(f"{tree}: {len(changes)} files")
     except (ValueError, OSError) as error:
         raise stopped(error) from None

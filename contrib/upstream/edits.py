@@ -10,7 +10,7 @@ from typing import Protocol
 
 import yaml
 
-__all__ = ["AfterDefinition", "AfterField", "AfterKey", "AfterLine", "Anchor", "AnchorError", "unbound"]
+__all__ = ["AfterDefinition", "AfterField", "AfterKey", "AfterLine", "AfterSection", "Anchor", "AnchorError", "unbound"]
 
 
 class AnchorError(ValueError):
@@ -126,6 +126,25 @@ class AfterLine:
         if not numbers:
             raise AnchorError(f"no line that begins with {self.begins!r}")
         return _after_line(source, numbers[-1], 0, text)
+
+
+@dataclass(frozen=True)
+class AfterSection:
+    """At the end of a section of a Markdown file, one blank line apart."""
+
+    heading: str
+
+    def insert(self, source: str, text: str) -> str:
+        """See :class:`Anchor`."""
+        lines = source.splitlines()
+        if lines.count(self.heading) != 1:
+            raise AnchorError(f"{lines.count(self.heading)} headings {self.heading!r}, where there should be one")
+        start = lines.index(self.heading) + 1
+        marks = self.heading.partition(" ")[0]
+        end = next((n for n in range(start, len(lines)) if lines[n].startswith(f"{marks} ")), len(lines))
+        while not lines[end - 1].strip():
+            end -= 1
+        return _after_line(source, end, 0, "\n" + text)
 
 
 def unbound(source: str) -> set[str]:

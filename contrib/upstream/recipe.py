@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import hpo_plugin
-from contrib.upstream.contribution import UnknownTreeError, read, refuse_others
 from contrib.upstream.edits import AfterLine, AnchorError
+from contrib.upstream.tree import UnknownTreeError, changed, read, refuse_others
 
 __all__ = ["TITLE", "changes", "study_results"]
 
@@ -64,8 +64,7 @@ def changes(collection: Path, study_file: Path | None) -> dict[str, str]:
         raise UnknownTreeError(f"{collection} is not a checkout of verl's recipe collection: {error}") from error
     folder = {f"{FOLDER}/{name}": text for name, text in _folder(study_file)}
     refuse_others(collection, folder)
-    texts = {"README.md": index} | folder
-    return {name: text for name, text in texts.items() if read(collection / name) != text}
+    return changed(collection, {"README.md": index} | folder)
 
 
 def _folder(study_file: Path | None) -> Iterator[tuple[str, str]]:

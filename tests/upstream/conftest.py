@@ -1,4 +1,4 @@
-"""verl as its wheel has it, with the contribution applied to a copy; the installed one is never touched."""
+"""verl and TRL as their wheels have them, with a contribution applied to a copy; what is installed is never touched."""
 
 import json
 import os
@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from contrib.upstream import contribution
+from contrib.upstream import contribution, trl
+from contrib.upstream.tree import write
 
 HERE = Path(__file__).parent
 
 
-def copy_of_wheel(directory: Path) -> Path:
-    """A directory that holds ``verl`` as the wheel has it."""
-    spec = find_spec("verl")
+def copy_of_wheel(directory: Path, package: str = "verl") -> Path:
+    """A directory that holds the package as its wheel has it."""
+    spec = find_spec(package)
     if spec is None or spec.origin is None:
-        pytest.skip("needs verl")
-    shutil.copytree(Path(spec.origin).parent, directory / "verl", ignore=shutil.ignore_patterns("__pycache__"))
+        pytest.skip(f"needs {package}")
+    shutil.copytree(Path(spec.origin).parent, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
     return directory
 
 
@@ -34,18 +35,19 @@ def wheel(tmp_path_factory):
 def patched(tmp_path_factory):
     """The same with the contribution, written into the files."""
     tree = copy_of_wheel(tmp_path_factory.mktemp("patched"))
-    contribution.write(tree, contribution.changes(tree))
+    write(tree, contribution.changes(tree))
     return tree
 
 
 def run_in_tree(
     tree: Path, *arguments: str, plugins: str = "hpo", timeout: float = 500
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with verl from ``tree``."""
+    """Run Python with the package from ``tree``."""
     root = HERE.parents[1]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(tree), str(root)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(tree), str(root), os.environ.get("PYTHONPATH")])),
         "VERL_USE_EXTERNAL_PLUGINS": plugins,
+        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=timeout)
@@ -62,8 +64,16 @@ def built_in(patched):
 
 
 @pytest.fixture(scope="session")
+def trl_tree(tmp_path_factory):
+    """TRL with the contribution, written into the files of a copy of the installed one."""
+    tree = copy_of_wheel(tmp_path_factory.mktemp("trl"), "trl")
+    write(tree, trl.changes(tree))
+    return tree
+
+
+@pytest.fixture(scope="session")
 def in_tree():
-    """Runs Python with verl from a tree."""
+    """Runs Python with the package from a tree."""
     return run_in_tree
 
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from contrib.upstream import contribution
 from contrib.upstream.__main__ import app
-from contrib.upstream.contribution import CORE_ALGOS, FILES, INSERTIONS, SNIPPETS, UnknownTreeError
+from contrib.upstream.contribution import CORE_ALGOS, FILES, INSERTIONS, SNIPPETS
+from contrib.upstream.tree import UnknownTreeError, write
 
 #: Of verl, what the contribution may change; the rest of the tool's work are new files.
 TOUCHED = {CORE_ALGOS, "verl/trainer/config/algorithm.py", "verl/trainer/config/ppo_trainer.yaml"}
@@ -272,7 +273,7 @@ def test_another_file_at_the_place_of_ours_is_not_replaced(checkout):
 
 
 def test_new_lines_fit_verls_style(changes, tmp_path):
-    contribution.write(tmp_path, changes)
+    write(tmp_path, changes)
     settings = [
         "--config",
         "target-version = 'py310'",
@@ -294,7 +295,7 @@ def test_new_lines_fit_verls_style(changes, tmp_path):
 
 
 def test_every_text_is_used():
-    assert {f"{insertion.snippet}.in" for insertion in INSERTIONS} == {path.name for path in SNIPPETS.iterdir()}
+    assert {insertion.snippet for insertion in INSERTIONS} == set(SNIPPETS.iterdir())
 
 
 @pytest.mark.timeout(600)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from contrib.upstream.edits import AfterDefinition, AfterField, AfterKey, AfterLine, AnchorError
+from contrib.upstream.edits import AfterDefinition, AfterField, AfterKey, AfterLine, AfterSection, AnchorError
 
 PYTHON = """\
 __all__ = ["é", "One"]
@@ -73,6 +73,12 @@ def test_after_the_last_line_that_begins_so():
     assert AfterLine("b").insert("a\nb1\nb2\nc\n", "b3\n") == "a\nb1\nb2\nb3\nc\n"
 
 
+def test_at_the_end_of_a_section_and_not_at_a_comment_in_its_code():
+    source = "# A\n\n## One\n\n```python\n# x\n```\n\n### Deep\n\ntext\n\n## Two\n"
+    assert AfterSection("## One").insert(source, "new\n") == source.replace("text\n", "text\n\nnew\n")
+    assert AfterSection("## Two").insert(source, "new\n") == source + "\nnew\n"
+
+
 @pytest.mark.parametrize(
     ("anchor", "source", "said"),
     [
@@ -82,6 +88,7 @@ def test_after_the_last_line_that_begins_so():
         (AfterKey("top.missing"), YAML, r"no key top\.missing"),
         (AfterKey("top.first.deeper"), YAML, r"no key top\.first\.deeper"),
         (AfterLine("d"), "a\n", "no line that begins with 'd'"),
+        (AfterSection("## A"), "# A\n", "0 headings '## A'"),
     ],
 )
 def test_what_is_missing_is_named(anchor, source, said):

@@ -1,15 +1,17 @@
-"""The text of the pull request: short, complete, with the results that the gates found, and signed by a human."""
+"""The texts of the pull requests: short, complete, with the results that the gates found, and signed by a human."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from contrib.upstream import contribution
+from contrib.upstream import contribution, trl
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "contrib/upstream/pull_request.md").read_text()
-PAGE = (ROOT / "docs/upstream.md").read_text()
+PAGE, _, OF_TRL = (ROOT / "docs/upstream.md").read_text().partition("\n## TRL\n")
+TRL_TEXT = (ROOT / "contrib/upstream/trl_pull_request.md").read_text()
+TRL_ISSUE = (ROOT / "contrib/upstream/trl_issue.md").read_text()
 
 
 def test_it_has_at_most_300_words():
@@ -52,7 +54,46 @@ def test_the_tables_on_the_page_can_be_read_by_themselves():
     for name in PAGE.partition("| gate |")[2].splitlines()[0].strip(" |").split(" | "):
         assert re.search(rf"`{re.escape(name)}` is (commit `[0-9a-f]{{9}}` of|a source distribution)", table)
     assert "Before → after" in table
-    assert ("failed" in table.partition("\n\n")[0]) == ("A test of verl's own fails" in table)
+    assert ("failed" in table.partition("\n\n")[0]) == ("A test of the project's own fails" in table)
+
+
+def test_the_pull_request_to_trl_follows_its_template_and_discloses_ai():
+    """TRL closes the ones of first-time contributors that do not."""
+    assert TRL_TEXT.startswith(f"<!-- {trl.TITLE} -->")
+    assert re.findall(r"^#+ (.+)$", TRL_TEXT, re.MULTILINE) == [
+        "What does this PR do?",
+        "Before submitting",
+        "AI writing disclosure",
+        "Who can review?",
+    ]
+    assert re.findall(r"^- \[x\] (.+?):", TRL_TEXT, re.MULTILINE) == ["AI-generated"]
+    assert "I, ____" in TRL_TEXT
+
+
+def test_the_issue_for_trl_follows_its_template_for_new_trainers():
+    assert re.findall(r"^### (.+)$", TRL_ISSUE, re.MULTILINE) == [
+        "Method description",
+        "Open source status",
+        "Provide useful links for the implementation",
+    ]
+    assert TRL_ISSUE.count("I, ____") == 1
+    assert TRL_ISSUE.count("$$") == 6
+
+
+def test_the_figures_for_trl_are_those_that_were_measured():
+    gained = re.search(r"rises from (.+?) % to (.+?) %", TRL_ISSUE).groups()
+    rows = re.findall(
+        r"^\| TRL \| \d \| ([\d.]+) % \|.*\| ([\d.]+) % \|$", (ROOT / "docs/trl.md").read_text(), re.MULTILINE
+    )
+    before, after = ([float(row[k]) for row in rows] for k in (0, 1))
+    assert gained == (f"{min(before)}–{max(before)}", f"{min(after)}–{max(after)}")
+    study = (ROOT / "docs/results/countdown-laptop.md").read_text()
+    for figure in ("+0.004", "+0.009", "0.63", "0.58", "less than 0.1 %"):
+        assert figure.lower() in study.lower()
+        assert figure.lower() in TRL_ISSUE.lower()
+    (passed,) = re.findall(r"^\| the contributed tests \| — → (.+) \|$", OF_TRL, re.MULTILINE)
+    (commit,) = re.findall(r"`main` is commit `([0-9a-f]{9})` of", OF_TRL)
+    assert f": {passed}, on main at {commit}." in TRL_TEXT
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +109,6 @@ def test_the_script_says_how_to_read_what_it_writes(gates):
         "new": gates.Measured("a source distribution", {"b": ("passes", "fails")}, {"test_x": "after"}, {}, ""),
     }
     assert gates.table(measured).splitlines()[2:] == ["| a | 1 failed | — |", "| b | — | passes → fails |"]
-    text = gates.reading(measured)
+    text = gates.reading(gates.VERL, measured)
     assert "`old` is commit `123456789` of 1 May 2026; `new` is a source distribution." in text
     assert "fails before and after on `old`, after on `new`: `test_x`; the reason is not known." in text

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from contrib.upstream import recipe
 from contrib.upstream.__main__ import app
-from contrib.upstream.contribution import UnknownTreeError
+from contrib.upstream.tree import UnknownTreeError
 from hpo_plugin.check.compose import compose as compose_by_name
 from hpo_plugin.study.data import write_data
 from hpo_plugin.study.spec import load_study
