@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all bench install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-slime test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,12 @@ TRL ?= 1.16.0
 test-trl: install-dev  ## Test the TRL adapter and the contribution to TRL, gradients over one and two processes included: TRL=1.16.0.
 	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/trl-$(TRL) trl==$(TRL)
 	PYTHONPATH=$(abspath $(VENV))/trl-$(TRL) $(BIN)/python -m pytest tests/trl tests/upstream/test_trl_contribution.py $(ARGS)
+
+SLIME ?= slime
+
+test-slime: install-dev  ## Test the hook for slime with slime's own loss: SLIME=<a checkout of slime>.
+	$(PIP) --no-deps --upgrade --target $(abspath $(VENV))/megatron $(MEGATRON)
+	PYTHONPATH=$(abspath $(SLIME)):$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/test_slime.py $(ARGS)
 
 # verl 0.8 asks for NumPy 1, and loads no plugins.
 test-verl-0.8:  ## Run the tests of estimator, policy loss and gradients with verl 0.8, in an environment of its own.

@@ -32,6 +32,9 @@ _REQUIRED = (
     ("advantage_estimator", "grpo", "set --advantage-estimator grpo"),
     ("calculate_per_token_loss", True, "add --calculate-per-token-loss: HPO divides by the batch's mean length"),
     ("rewards_normalization", True, "remove --disable-rewards-normalization: HPO's advantages are group-relative"),
+    ("compute_advantages_and_returns", True, "remove --disable-compute-advantages-and-returns"),
+    ("loss_type", "policy_loss", "set --loss-type policy_loss: another loss does not clip the ratios of tokens"),
+    ("use_opd", False, "remove --use-opd: distillation subtracts a KL term from the advantages after α was applied"),
     ("normalize_advantages", False, "remove --normalize-advantages: it shifts the signs after α was applied"),
     ("custom_advantage_function_path", None, "remove --custom-advantage-function-path: it replaces HPO's advantages"),
     (
@@ -53,11 +56,11 @@ def post_process_rewards(args: Namespace, samples: Sequence[Any]) -> tuple[list[
         samples: slime's ``Sample`` objects, all of one rollout.
 
     Returns:
-        Raw rewards, and w_i A_i, in the order of the samples.
+        Raw rewards, and w_i A_i; one float for each sample, in their order.
 
     Raises:
-        ConfigError: An option under which the loss is not HPO's, an unknown policy, or a setting out of range or of
-            another policy.
+        ConfigError: An option under which the loss is not HPO's, an unknown policy or setting, or a setting out of
+            range or of another policy. It is raised after the first rollout, when slime calls the hook.
         RewardError: A reward is NaN or infinite.
         ValueError: A rollout is split into several samples, or a sample has no group.
     """
@@ -65,8 +68,16 @@ def post_process_rewards(args: Namespace, samples: Sequence[Any]) -> tuple[list[
         # Older versions of slime lack some of them.
         if (found := getattr(args, name, needed)) != needed:
             raise ConfigError(f"{name}={found!r} is not HPO: {remedy}.")
-    given = {name: getattr(args, f"hpo_{name}", None) for name in settings()}
+    known = {f"hpo_{name}": name for name in settings()}
+    if unknown := sorted(name for name in vars(args) if name.startswith("hpo_") and name not in {*known, "hpo_policy"}):
+        raise ConfigError(f"{unknown[0]} is not a setting of HPO; {', '.join(known)} and hpo_policy are.")
+    given = {name: getattr(args, key, None) for key, name in known.items()}
     variant, values = resolve(getattr(args, "hpo_policy", "ahpo"), given, prefix="hpo_")
+    if args.n_samples_per_prompt < 2:
+        raise ConfigError(
+            f"n_samples_per_prompt={args.n_samples_per_prompt}: every advantage would be 0, because it is relative to "
+            "a group. Set --n-samples-per-prompt 8, or another number above 1."
+        )
     rollouts = [sample.rollout_id for sample in samples if sample.rollout_id is not None]
     if len(set(rollouts)) != len(rollouts):
         raise ValueError(

@@ -25,7 +25,8 @@ class VariantSetting:
     """A number that a user may set.
 
     Attributes:
-        name: Key below ``algorithm.hpo``.
+        name: As a user writes it: a key below ``algorithm.hpo`` for verl, a field of ``HPOConfig`` for TRL,
+            ``--hpo.NAME`` for OpenRLHF, ``hpo_NAME`` for slime.
         default: Value where the config sets none.
         description: What the number is, for error messages.
         low: Smallest value.
@@ -37,6 +38,21 @@ class VariantSetting:
     description: str
     low: float = 0.0
     high: float = 1.0
+
+    def checked(self, value: Any, key: str) -> float:
+        """The value as a number.
+
+        Args:
+            value: What the user gave.
+            key: What the user wrote in front of it, for the message.
+
+        Raises:
+            ConfigError: It is not a number, or out of range.
+        """
+        # `not (low <= value)` refuses NaN, too.
+        if isinstance(value, bool) or not isinstance(value, Real) or not self.low <= float(value) <= self.high:
+            raise ConfigError(f"{key}={value!r} is not a number in [{self.low:g}, {self.high:g}] ({self.description}).")
+        return float(value)
 
 
 @dataclass(frozen=True)
@@ -78,9 +94,9 @@ def resolve(policy: str, given: Mapping[str, Any], *, prefix: str = "") -> tuple
     """The variant of a name, and the value of each setting, with defaults where the user gave none.
 
     Args:
-        policy: name of a variant.
-        given: what the user gave for each setting; None, or absent: nothing.
-        prefix: what stands before the names where the user wrote them, for messages: ``--hpo.``
+        policy: Name of a variant.
+        given: What the user gave for each setting; None, or absent: nothing.
+        prefix: What stands before the names where the user wrote them, for messages: ``--hpo.``
 
     Returns:
         The variant, and a value for each setting of all variants.
@@ -103,14 +119,7 @@ def resolve(policy: str, given: Mapping[str, Any], *, prefix: str = "") -> tuple
                 f"{prefix}{name}={value} has no effect with {prefix}policy={policy!r}: it is a setting of "
                 f"{prefix}policy={others[0]!r}. Remove it, or change the policy."
             )
-        # `not (low <= value)` refuses NaN, too.
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not setting.low <= float(value) <= setting.high:
-            raise ConfigError(
-                f"{prefix}{name}={value!r} is not a number in [{setting.low:g}, {setting.high:g}] "
-                f"({setting.description})."
-            )
-        values[name] = float(value)
+        values[name] = setting.checked(value, f"{prefix}{name}")
     return variant, values
 
 
@@ -118,13 +127,13 @@ def register_variant(variant: Variant) -> Variant:
     """Make a variant available under its name, in every adapter.
 
     Args:
-        variant: the entry. Variants may share a setting, if they define it alike.
+        variant: The entry. Variants may share a setting, if they define it alike.
 
     Returns:
         The same variant.
 
     Raises:
-        ValueError: if the name is taken, or a setting has another definition already.
+        ValueError: If the name is taken, or a setting has another definition already.
     """
     if VARIANTS.get(variant.name, variant) != variant:
         raise ValueError(f"the variant {variant.name!r} is already registered: {VARIANTS[variant.name]}")

@@ -1,6 +1,6 @@
 """The same training in TRL and in verl: the table and the figure of ``docs/trl.md``.
 
-    PYTHONPATH=.venv/trl-1.16.0 python scripts/trl_and_verl.py --runs runs   # runs what is missing, collects all
+    PYTHONPATH=.venv/trl-1.16.0 python scripts/trl_and_verl.py --runs runs/trl-and-verl   # trains, and collects
     python scripts/trl_and_verl.py --write                                    # the table of docs/trl.md
     python scripts/trl_and_verl.py --figure curves.svg
 
@@ -37,29 +37,41 @@ LAST = 20
 COLORS = {"verl": "#1f5fa8", "TRL": "#d4770c"}
 
 
-def metrics_file(runs: Path, framework: str, seed: int) -> Path:
-    """The metrics of a finished run, which is made first where there is none.
+def train(runs: Path, framework: str, seed: int) -> Path:
+    """Train once.
 
     Args:
         runs: The folder of ``--output``.
         framework: ``verl`` or ``TRL``.
         seed: Of data, start model and sampling.
+
+    Returns:
+        The metrics.
     """
     if framework == "verl":
-        pattern, command = f"countdown_cpu-ahpo-seed{seed}-*/result.json", ["-m", "hpo_plugin.cli", "quickstart"]
+        pattern, command = f"countdown_cpu-ahpo-seed{seed}-*/metrics.jsonl", ["-m", "hpo_plugin.cli", "quickstart"]
     else:
         pattern, command = f"trl/ahpo-seed{seed}/metrics.jsonl", [str(ROOT / "examples" / "trl_countdown.py")]
-    if not any(runs.glob(pattern)):
-        subprocess.run([sys.executable, *command, f"--seed={seed}", f"--output={runs}"], check=True)
-    return next(iter(sorted(runs.glob(pattern)))).with_name("metrics.jsonl")
+    subprocess.run([sys.executable, *command, f"--seed={seed}", f"--output={runs}"], check=True)
+    (found,) = runs.glob(pattern)
+    return found
 
 
 def collect(runs: Path) -> dict[str, Any]:
-    """The curves of all runs, with what they were made by."""
+    """Train with all seeds.
+
+    Args:
+        runs: A folder without runs: versions and date are those of now.
+
+    Returns:
+        The curves of all runs, with what they were made by.
+    """
+    if runs.exists() and any(runs.iterdir()):
+        raise SystemExit(f"{runs} is not empty: give a new folder, so that all runs are of one machine and version")
     curves: dict[str, dict[str, Any]] = {framework: {} for framework in COLORS}
     for seed in SEEDS:
         for framework in COLORS:
-            rows = read_rows(metrics_file(runs, framework, seed))
+            rows = read_rows(train(runs, framework, seed))
             views = step_views(rows)
             curves[framework][str(seed)] = {
                 "reward": [round(view.reward, 4) for view in views],
@@ -150,9 +162,9 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Collect the runs, write the page, or draw the figure."""
+    """Train and collect, write the page, or draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="where the runs are, or go; collect them")
+    parser.add_argument("--runs", type=Path, help="train with all seeds into this new folder, and collect")
     parser.add_argument("--write", action="store_true", help="write docs/trl.md")
     parser.add_argument("--figure", type=Path, help="draw the figure into this file")
     given = parser.parse_args()

@@ -29,7 +29,7 @@ class Sample:
     remove_sample: bool = False
 
     def get_reward_value(self, args):
-        return self.reward
+        return self.reward if not args.reward_key else self.reward[args.reward_key]
 
 
 def samples(kind=Sample, rewards=REWARDS, **changes):
@@ -49,6 +49,10 @@ def arguments(**changes):
         "custom_advantage_function_path": None,
         "custom_pg_loss_reducer_function_path": None,
         "reward_key": None,
+        "compute_advantages_and_returns": True,
+        "loss_type": "policy_loss",
+        "use_opd": False,
+        "n_samples_per_prompt": 4,
     }
     return Namespace(**given | changes)
 
@@ -89,6 +93,12 @@ def test_without_division_by_the_standard_deviation():
     assert advantages[:4] == pytest.approx([0.75, -0.15, -0.15, -0.15])
 
 
+def test_a_reward_of_several_parts_is_read_by_reward_key():
+    parts = [{"acc": reward, "format": 1.0} for reward in REWARDS]
+    expected = slime.post_process_rewards(arguments(), samples())
+    assert slime.post_process_rewards(arguments(reward_key="acc"), samples(rewards=parts)) == expected
+
+
 def test_the_metrics_are_logged(caplog):
     with caplog.at_level(logging.INFO, logger="hpo_plugin.slime"):
         slime.post_process_rewards(arguments(), samples())
@@ -104,6 +114,11 @@ def test_the_metrics_are_logged(caplog):
         ({"normalize_advantages": True}, "remove --normalize-advantages"),
         ({"custom_advantage_function_path": "a.b"}, "remove --custom-advantage-function-path"),
         ({"custom_pg_loss_reducer_function_path": "a.b"}, "remove --custom-pg-loss-reducer-function-path"),
+        ({"compute_advantages_and_returns": False}, "remove --disable-compute-advantages-and-returns"),
+        ({"loss_type": "custom_loss"}, "set --loss-type policy_loss"),
+        ({"use_opd": True}, "remove --use-opd"),
+        ({"n_samples_per_prompt": 1}, "every advantage would be 0"),
+        ({"hpo_min_alpha": 0.5}, "hpo_min_alpha is not a setting of HPO; hpo_alpha, hpo_alpha_min and hpo_policy are"),
         ({"hpo_policy": "ppo"}, "hpo_policy='ppo' is none of 'hpo', 'ahpo'"),
         ({"hpo_alpha_min": 1.5}, r"hpo_alpha_min=1.5 is not a number in \[0, 1\]"),
         ({"hpo_alpha": 0.5}, "hpo_alpha=0.5 has no effect with hpo_policy='ahpo'"),
@@ -158,8 +173,6 @@ def test_the_gradient_of_slimes_loss_is_that_of_the_reference(slimes_loss, monke
     args = arguments(
         use_rollout_logprobs=False,
         kl_coef=0.0,
-        use_opd=False,
-        loss_type="policy_loss",
         recompute_loss_function=False,
         allgather_cp=False,
         use_opsm=False,

@@ -70,5 +70,9 @@ class HPOConfig(GRPOConfig):
         return {added.name: getattr(self, added.name) for added in fields(self) if added.name not in _TRL_FIELDS}
 
     def settings_of_policy(self) -> dict[str, float]:
-        """The value of each setting of all variants, defaults filled in."""
+        """The value of each setting of all variants, defaults filled in.
+
+        Raises:
+            ConfigError: A setting was changed to a value out of range after the config was built.
+        """
         return resolve(self.policy, self._given())[1]

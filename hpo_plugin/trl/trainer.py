@@ -110,8 +110,8 @@ class HPOTrainer(GRPOTrainer):
             mask = mask * output["tool_mask"]
         trained = mask.any(dim=1)
         if "importance_sampling_ratio" in output:
-            # vLLM's correction gives a rejected sequence the ratio 0.
-            trained = trained & (output["importance_sampling_ratio"] != 0).any(dim=1)
+            # vLLM's correction gives what it rejects the ratio 0: (B, T) of tokens, where padding has 1, or (B, 1).
+            trained = trained & ((output["importance_sampling_ratio"] != 0) & mask.bool()).any(dim=1)
         columns = torch.stack([local, mask.sum(dim=1).to(local), trained.to(local)], dim=1)
         advantages, lengths, valid = self.accelerator.gather(columns).unbind(dim=1)
         result = self._hysteretic_advantage(rewards[-1], advantages, lengths, valid.bool(), mode)
@@ -127,11 +127,18 @@ class HPOTrainer(GRPOTrainer):
         """TRL's advantages of the whole generation batch, negative ones times α.
 
         Args:
-            rewards_per_function: (N, functions), NaN where a function judges nothing.
+            rewards_per_function: (N, functions), NaN where a reward function returned None.
             advantages: (N,) of all processes.
             lengths: (N,) tokens that enter the loss.
             trained: (N,) bool: the completion enters the loss.
             mode: ``"train"`` or ``"eval"``.
+
+        Returns:
+            The weighted advantages (N,), and the statistics of the batch.
+
+        Raises:
+            RewardError: A reward is infinite.
+            ValueError: The rule of a variant gives an α outside of [0, 1].
         """
         weights = self.reward_weights.to(advantages.device)
         # Completions that no function scored: TRL leaves them out of their group.

@@ -101,15 +101,10 @@ def read_settings(node: Any) -> tuple[dict[str, float], str]:
         unknown.remove("weigh")
     if unknown:
         raise ConfigError(f"{KEY_HPO}.{unknown[0]} is not a setting; {', '.join(settings())}, base_estimator are.")
-    values = {}
-    for name, setting in settings().items():
-        value = node.get(name, setting.default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not setting.low <= value <= setting.high:
-            raise ConfigError(
-                f"{KEY_HPO}.{name}={value!r} must be a number in [{setting.low:g}, {setting.high:g}]: "
-                f"{setting.description}."
-            )
-        values[name] = float(value)
+    values = {
+        name: setting.checked(node.get(name, setting.default), f"{KEY_HPO}.{name}")
+        for name, setting in settings().items()
+    }
     base = node.get("base_estimator") or OWN
     if base not in BASE_ESTIMATORS:
         raise ConfigError(f"{KEY_BASE}={base} is none of {', '.join(BASE_ESTIMATORS)}. {_why_not_a_base(str(base))}")

@@ -62,7 +62,7 @@ def weighted(monkeypatch):
         if tools is not None:
             output["tool_mask"] = torch.tensor(tools).unsqueeze(1).expand(rows, 5)
         if ratio is not None:
-            output["importance_sampling_ratio"] = torch.tensor(ratio).unsqueeze(1)
+            output["importance_sampling_ratio"] = torch.tensor(ratio).view(rows, -1)
 
         def generate(self, inputs):
             self._calculate_rewards()
@@ -116,8 +116,16 @@ def test_in_evaluation_groups_are_those_of_num_generations_eval(weighted):
     assert metrics["hpo/share_degenerate_groups"] == 0.5
 
 
-def test_a_sequence_that_vllms_correction_rejects_is_not_counted(weighted):
-    _, metrics = weighted([1.0, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], ratio=[1.0, 0.0, 1.0, 0.9])
+@pytest.mark.parametrize(
+    "ratio",
+    [
+        pytest.param([1.0, 0.0, 1.0, 0.9], id="sequences"),
+        # Completions have 3 of 5 tokens; TRL leaves 1 at the padding.
+        pytest.param([[1.0] * 5, [0.0, 0.0, 0.0, 1.0, 1.0], [0.0, 1.1, 0.0, 1.0, 1.0], [0.9] * 5], id="tokens"),
+    ],
+)
+def test_a_sequence_that_vllms_correction_rejects_is_not_counted(weighted, ratio):
+    _, metrics = weighted([1.0, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], ratio=ratio)
     assert metrics["hpo/alpha"] == pytest.approx(1 / 2)
 
 

@@ -87,7 +87,10 @@ def draw(generator):
     if choice(True, False):
         output["tool_mask"] = (~rows(0.2)).int().unsqueeze(1).expand(count, 5)
     if choice(True, False):
-        output["importance_sampling_ratio"] = (~rows(0.2)).float().unsqueeze(1)
+        # Of sequences, or of tokens, with 1 at the padding as in TRL.
+        kept = (~rows(0.2)).float().unsqueeze(1)
+        padded = output["completion_mask"] == 0
+        output["importance_sampling_ratio"] = choice(kept, kept.expand(count, 5).masked_fill(padded, 1.0))
     trainer = {
         "num_generations": group,
         "num_generations_eval": group,
