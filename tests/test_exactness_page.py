@@ -8,7 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Releases that have to be there.
 RELEASES = {"trl": {"1.16.0", "1.10.0"}, "openrlhf": {"0.11.2", "0.11.0"}}
-FAULTS = {"no α", "α of each micro-batch", "α of each process", "dynamic batch, ZeRO 2 (refused)"}
+FAULTS = {
+    "no α",
+    "α of each micro-batch",
+    "α of each process",
+    "dynamic batch, ZeRO 1 (refused)",
+    "dynamic batch, ZeRO 2 (refused)",
+    "batches of 48 of 64, 3 epochs (refused)",
+}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ OPENRLHF_VERSIONS = ("0.11", "0.12")
 
 
 def require_openrlhf() -> None:
-    """Check that OpenRLHF is one that this adapter was written for.
+    """Check that the installed OpenRLHF version is supported.
 
     Raises:
         ImportError: Another version, or one that lacks what is wrapped.

@@ -20,7 +20,7 @@ ESTIMATORS = ("group_norm", "dr_grpo")
 
 
 def check_arguments(args: SimpleNamespace) -> None:
-    """Refuse arguments under which the loss is not HPO's.
+    """Refuse arguments under which the loss is not HPO's, or the gradient is not that of the loss.
 
     Args:
         args: OpenRLHF's arguments, as its ``hierarchize`` nests them.
@@ -69,15 +69,52 @@ def check_arguments(args: SimpleNamespace) -> None:
             not clip or clip[0] < 0 < clip[1],
             "OpenRLHF clips the advantages to this range, which would change signs. Set limits on both sides of 0",
         ),
-        (
-            "train.dynamic_batch_enable",
-            f"with --ds.zero_stage {args.ds.zero_stage}",
-            not (args.train.dynamic_batch_enable and args.ds.zero_stage in (1, 2)),
-            "DeepSpeed keeps the gradient of the last micro-batch only. Remove it, or set --ds.zero_stage 3",
-        ),
     ):
         if not accepted:
             raise ConfigError(f"--{option} {value} is not HPO: {remedy}.")
+    _check_accumulation(args)
+
+
+def _check_accumulation(args: SimpleNamespace) -> None:
+    """Refuse arguments under which OpenRLHF's gradient is not that of its loss, whatever the advantages are."""
+    stage = args.ds.zero_stage
+    if args.train.dynamic_batch_enable:
+        if stage in (1, 2):
+            raise ConfigError(
+                f"--train.dynamic_batch_enable with --ds.zero_stage {stage} loses gradients: DeepSpeed keeps the "
+                "gradient of the last micro-batch only. Remove it, or set --ds.zero_stage 3."
+            )
+        return
+    rollout, batch = args.rollout, args.train.batch_size
+    # OpenRLHF generates once for each rollout batch. It sets the second one, if it is not given, after this check.
+    prompts, option = min(
+        (rollout.batch_size, "batch_size"),
+        (rollout.vllm_generate_batch_size or rollout.batch_size, "vllm_generate_batch_size"),
+    )
+    responses = prompts * rollout.n_samples_per_prompt
+    gpus = args.actor.num_nodes * args.actor.num_gpus_per_node
+    processes = max(gpus // args.ds.ring_attn_size // args.ds.tensor_parallel_size, 1)
+    trained, generated = args.train.micro_batch_size * processes, rollout.micro_batch_size * processes
+    if responses % batch:
+        raise ConfigError(
+            f"--train.batch_size {batch} does not divide --rollout.{option} {prompts} × "
+            f"--rollout.n_samples_per_prompt {rollout.n_samples_per_prompt} = {responses}: OpenRLHF normalizes the "
+            "rest by its own tokens, and DeepSpeed accumulates it into the next optimizer step. Set it to a divisor "
+            f"of {responses}."
+        )
+    if batch % trained:
+        raise ConfigError(
+            f"--train.batch_size {batch} is not a multiple of --train.micro_batch_size "
+            f"{args.train.micro_batch_size} × {processes} data-parallel processes = {trained}: an optimizer step "
+            "accumulates the same number of whole micro-batches in each process. Change one of them."
+        )
+    # OpenRLHF sends whole micro-batches of the rollout to the processes.
+    if processes > 1 and responses % generated:
+        raise ConfigError(
+            f"--rollout.micro_batch_size {rollout.micro_batch_size} × {processes} data-parallel processes = "
+            f"{generated} does not divide the {responses} responses of a rollout batch: the processes would get "
+            "different numbers of responses. Change one of them."
+        )
 
 
 def apply_alpha(
@@ -86,33 +123,49 @@ def apply_alpha(
     """Multiply the negative advantages of a rollout batch by α, in place.
 
     The advantages are OpenRLHF's own, but exactly 0 where a reward equals the mean of its group up to rounding.
+    Responses without a token in the loss are counted nowhere; OpenRLHF keeps their rewards in the mean of their group.
 
     Args:
-        experiences: OpenRLHF's micro-batches, all of one rollout batch, with its advantages; rewards are those that the
-            advantages were computed from, after length penalties. ``info`` gets the metrics, which OpenRLHF logs.
-        group_size: Responses for each prompt.
+        experiences: OpenRLHF's micro-batches, B responses and A token positions each, all of one rollout batch.
+            ``index`` has B positions in the rollout batch, where the responses to a prompt are consecutive.
+            ``action_mask`` is (B, A), ``rewards`` (B,): those that the advantages were computed from, after length
+            penalties. ``advantages`` is (B, A), equal at all tokens of a response; it is replaced. ``info`` gets each
+            metric as (B,), which OpenRLHF logs.
+        group_size: Responses to each prompt.
         alpha: The rule: sign counts of the batch to α.
 
     Returns:
         The metrics of the batch.
 
     Raises:
-        RewardError: A reward is NaN or infinite.
+        RewardError: A reward is NaN or infinite; ``rows`` are positions in the rollout batch.
+        ValueError: The rule gives an α outside of [0, 1].
     """
-    rewards = torch.cat([experience.rewards for experience in experiences])
-    groups = torch.tensor([i // group_size for experience in experiences for i in experience.index])
+    index = torch.tensor([i for experience in experiences for i in experience.index])
+    # Dynamic batching permutes the responses; here they are in the order of the rollout batch.
+    order = index.argsort()
+    groups = torch.arange(len(order)) // group_size
+    rewards = torch.cat([experience.rewards for experience in experiences])[order]
+    lengths = torch.cat([experience.action_mask.sum(dim=1) for experience in experiences])[order]
     # OpenRLHF's advantages are returns: one reward, at the last token, that all tokens before it have, too.
-    advantages = torch.cat([experience.advantages[:, 0] for experience in experiences]).float()
-    at_the_mean = group_relative_advantage(rewards, groups).advantage == 0
+    advantages = torch.cat([experience.advantages[:, 0] for experience in experiences])[order].float()
+    own = group_relative_advantage(rewards, groups)
+    valid = lengths > 0
     result = hysteretic_advantage(
         rewards,
         groups,
         alpha,
-        lengths=torch.cat([experience.action_mask.sum(dim=1) for experience in experiences]),
-        base=advantages.masked_fill(at_the_mean, 0.0),
+        valid=valid,
+        lengths=lengths,
+        base=advantages.masked_fill(own.advantage == 0, 0.0),
+        # It is, but in groups of all responses, and not of those that are valid.
+        base_is_zero_without_signal=False,
     )
-    metrics = step_metrics([result.statistics])
-    rows = result.weighted.split([len(experience.index) for experience in experiences])
+    statistics = result.statistics._replace(
+        groups=len(groups[valid].unique()), degenerate_groups=len(groups[valid & own.degenerate].unique())
+    )
+    metrics = step_metrics([statistics])
+    rows = result.weighted[index].split([len(experience.index) for experience in experiences])
     for experience, weighted in zip(experiences, rows, strict=True):
         mask = experience.action_mask.bool()
         experience.advantages = torch.where(mask, weighted.to(experience.advantages.dtype).unsqueeze(1), 0.0)
@@ -136,6 +189,8 @@ def compute_advantages_and_returns(
 
     Raises:
         ConfigError: See :func:`check_arguments`.
+        RewardError: See :func:`apply_alpha`.
+        ValueError: See :func:`apply_alpha`.
     """
     check_arguments(maker.args)
     experiences = wrapped(*args, **kwargs)

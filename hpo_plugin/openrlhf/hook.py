@@ -13,7 +13,7 @@ MAKER, METHOD = "openrlhf.trainer.ppo_utils.experience_maker", "RemoteExperience
 
 
 def install() -> None:
-    """Have α applied in this process, from when it imports OpenRLHF's experience maker."""
+    """Apply α in this process once it imports OpenRLHF's experience maker."""
     wrapt.register_post_import_hook(_wrap, MAKER)
 
 

@@ -4,7 +4,7 @@
 
 Instead of models and vLLM engines, which need GPUs, ``PPOTrainer`` and the asynchronous ``TrainingActor`` get a
 stand-in for the group of actors. It answers with log-probabilities of 0; OUT gets the experiences that it was sent, and
-what else the tests look at. The variant ``tenth`` is registered here.
+what else the tests look at. The variant ``tenth`` is that of ``tenth_hpo.py``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import openrlhf.utils
 import openrlhf_harness
 import ray
+import tenth_hpo  # noqa: F401
 import torch
 
-from hpo_plugin import variants
 from hpo_plugin.openrlhf import command
 
 OUT = sys.argv.pop(1)
@@ -79,14 +79,5 @@ def instead_of_training(args: SimpleNamespace) -> Any:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    variants.register_variant(
-        variants.Variant(
-            name="tenth",
-            title="Tenth",
-            formula="α = share / 10",
-            alpha=lambda counts, values: values["share"] / 10,
-            settings=(variants.VariantSetting("share", 1.0, "of a tenth"),),
-        )
-    )
     openrlhf.utils.get_strategy = instead_of_training
     command.main()

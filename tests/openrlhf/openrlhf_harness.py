@@ -14,7 +14,7 @@ import json
 import os
 import runpy
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,9 @@ from openrlhf.utils import get_strategy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hpo_plugin.algorithm import adaptive_alpha, count_signs, group_relative_advantage, hpo_loss
+from hpo_plugin.errors import ConfigError
 from hpo_plugin.openrlhf import hook
+from hpo_plugin.openrlhf.experience import check_arguments
 from hpo_plugin.variants import resolve
 
 #: OpenRLHF adds it to a group's standard deviation.
@@ -104,6 +106,22 @@ def without_cuda() -> Any:
         mock.patch.object(module, "init_device_mesh", lambda _, *shape, **names: mesh("cpu", *shape, **names)),
     ):
         yield
+
+
+@contextmanager
+def refused(args: SimpleNamespace) -> Any:
+    """What the adapter does not accept runs nevertheless.
+
+    Raises:
+        AssertionError: The adapter accepts it.
+    """
+    try:
+        check_arguments(args)
+    except ConfigError:
+        with mock.patch("hpo_plugin.openrlhf.experience.check_arguments"):
+            yield
+    else:
+        raise AssertionError("the adapter accepts these arguments")
 
 
 def build_model() -> Qwen2ForCausalLM:
@@ -183,18 +201,24 @@ class Reference:
         logits = model(self.sequences, attention_mask=self.attention).logits[:, :-1]
         return logits.log_softmax(-1).gather(-1, self.sequences[:, 1:].unsqueeze(-1)).squeeze(-1)
 
-    def gradient(self, model: Any, old: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Of the loss of some rows, and how far their ratios are from 1."""
+    def gradient(
+        self, model: Any, old: torch.Tensor, base: torch.Tensor | None, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, float]:
+        """Of the loss of some rows, with a KL loss (k3) where there is a base; and how far their ratios are from 1."""
         model.zero_grad()
         new = self.log_probs(model)
-        hpo_loss(
+        loss = hpo_loss(
             new[rows],
             old[rows],
             self.advantages[rows].unsqueeze(1).expand(len(rows), new.shape[1]),
             self.mask[rows],
             alpha=self.alpha,
             clip_dual=self.args.actor.dual_clip,
-        ).backward()
+        )
+        if base is not None:
+            difference = (base - new)[rows][self.mask[rows]]
+            loss = loss + self.args.algo.kl.init_coef * (difference.exp() - 1 - difference).mean()
+        loss.backward()
         ratios = (new - old)[rows][self.mask[rows]].exp()
         return torch.cat([p.grad.flatten() for p in model.parameters()]), float((ratios.detach() - 1).abs().max())
 
@@ -228,7 +252,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     samples = rollout(args.rollout.batch_size * args.rollout.n_samples_per_prompt, case.get("graded", False))
     reference = Reference(samples, args, policy, settings)
     with torch.no_grad():
-        old = reference.log_probs(model) + 0.25 * torch.randn(reference.mask.shape)
+        log_probs = reference.log_probs(model)
+        old, base = log_probs + 0.25 * torch.randn(reference.mask.shape), None
+        if args.algo.kl.use_loss:
+            base = log_probs + 0.25 * torch.randn(reference.mask.shape)
 
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
@@ -237,8 +264,11 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     experiences = maker.split_rollout_samples(samples)
     for experience in experiences:
         experience.action_log_probs = old[experience.index, : experience.action_mask.shape[1]]
+        if base is not None:
+            experience.base_action_log_probs = base[experience.index, : experience.action_mask.shape[1]]
         experience.kl = torch.zeros_like(experience.action_log_probs)
-    experiences = maker.compute_advantages_and_returns(experiences)
+    with refused(args) if case.get("refused") else nullcontext():
+        experiences = maker.compute_advantages_and_returns(experiences)
     for experience in experiences:
         experience.info["row"] = torch.tensor(experience.index)
     if fault is not None:
@@ -249,8 +279,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
     actor, twin = Actor(model), copy.deepcopy(model)
     actor.packing_samples = False
-    stage = case.get("engine_stage", args.ds.zero_stage)
-    dynamic = args.train.dynamic_batch_enable
+    stage, dynamic = args.ds.zero_stage, args.train.dynamic_batch_enable
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
@@ -295,7 +324,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             with torch.no_grad():
                 for copied, p in zip(twin.parameters(), model.parameters(), strict=True):
                     copied.copy_(safe_get_full_fp32_param(p) if stage else p)
-            wanted, ratio = reference.gradient(twin, old, torch.tensor(list(itertools.chain(*rows))))
+            wanted, ratio = reference.gradient(twin, old, base, torch.tensor(list(itertools.chain(*rows))))
             errors.append(float((found - wanted).norm() / wanted.norm()))
             largest.append(ratio)
         optimizer_step(*arguments, **names)

@@ -58,7 +58,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.timeout(600)
 def test_alpha_is_applied_in_rays_workers_by_the_command(model, tmp_path):
-    """Both trainers, a variant that the driver registered, a job's runtime environment, the arguments as they were."""
+    """Both trainers, a variant from a module, a job's runtime environment, the arguments as they were."""
     arguments = harness.words(
         harness.OPTIONS
         | {
@@ -138,6 +138,14 @@ def test_ray_without_the_hook_is_refused(monkeypatch):
         {"train.dynamic_batch_enable": True, "ds.zero_stage": 3},
         # OpenRLHF sets it to 1 for both estimators.
         {"algo.advantage.gamma": 0.9},
+        {"train.batch_size": 32, "actor.num_gpus_per_node": 4, "actor.num_nodes": 2},
+        {"train.batch_size": 16, "actor.num_gpus_per_node": 8, "ds.ring_attn_size": 2},
+        # OpenRLHF keeps what it does not train on for the next rollout batch.
+        {"rollout.vllm_generate_batch_size": 12, "train.async_enable": True},
+        # One process gets all micro-batches, the last of which is shorter.
+        {"rollout.micro_batch_size": 5},
+        # OpenRLHF leaves out what does not fill an optimizer step.
+        {"train.batch_size": 48, "train.dynamic_batch_enable": True, "ds.zero_stage": 3},
     ],
 )
 def test_what_is_hpo_is_accepted(changes):
@@ -159,9 +167,36 @@ def test_what_is_hpo_is_accepted(changes):
         ({"actor.loss_agg_mode": "seq-mean-token-mean"}, r"--actor\.loss_agg_mode seq-mean.*token-mean"),
         ({"actor.policy_loss_type": "gspo"}, r"--actor\.policy_loss_type gspo is not HPO.*Set it to ppo"),
         ({"reward.clip_range": (0, 10)}, r"--reward\.clip_range \[0\.0, 10\.0\] is not HPO"),
+        *(
+            (
+                {"train.dynamic_batch_enable": True, "ds.zero_stage": stage},
+                rf"--train\.dynamic_batch_enable with --ds\.zero_stage {stage} loses gradients.*last micro-batch",
+            )
+            for stage in (1, 2)
+        ),
+        *(
+            (
+                {"train.batch_size": size},
+                rf"--train\.batch_size {size} does not divide --rollout\.batch_size 8 × "
+                r"--rollout\.n_samples_per_prompt 8 = 64.*Set it to a divisor of 64",
+            )
+            for size in (48, 128)
+        ),
         (
-            {"train.dynamic_batch_enable": True, "ds.zero_stage": 2},
-            r"--train\.dynamic_batch_enable with --ds\.zero_stage 2 is not HPO.*last micro-batch",
+            {"rollout.vllm_generate_batch_size": 5},
+            r"--train\.batch_size 64 does not divide --rollout\.vllm_generate_batch_size 5 × .* 8 = 40",
+        ),
+        (
+            {"train.micro_batch_size": 3},
+            r"--train\.batch_size 64 is not a multiple of --train\.micro_batch_size 3 × 1 .* = 3: .*Change one",
+        ),
+        (
+            {"train.batch_size": 16, "actor.num_gpus_per_node": 16, "ds.ring_attn_size": 2},
+            r"--train\.batch_size 16 is not a multiple of --train\.micro_batch_size 4 × 8 data-parallel processes = 32",
+        ),
+        (
+            {"rollout.micro_batch_size": 5, "actor.num_gpus_per_node": 2},
+            r"--rollout\.micro_batch_size 5 × 2 data-parallel processes = 10 does not divide the 64 responses",
         ),
     ],
 )

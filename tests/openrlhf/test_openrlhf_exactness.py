@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ZeRO 3, 2 updates, 2 epochs": {"options": TWO_UPDATES | {"ds.zero_stage": 3}},
     "dynamic batch, 2 updates": {"options": DYNAMIC},
     "dynamic batch, ZeRO 3, 2 updates": {"options": DYNAMIC | {"ds.zero_stage": 3}},
+    "KL loss": {"options": {"algo.kl.init_coef": 0.1, "algo.kl.use_loss": True, "algo.kl.estimator": "k3"}},
     "dual clip": {"options": {"actor.dual_clip": 1.1}},
     "overlong penalty": {
         "policy": "hpo",
@@ -48,8 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 FAULTS: dict[str, dict[str, Any]] = {
-    # The adapter refuses it, because DeepSpeed keeps the gradient of the last micro-batch only.
-    "dynamic batch, ZeRO 2 (refused)": {"options": DYNAMIC, "engine_stage": 2},
+    # DeepSpeed keeps the gradient of the last micro-batch only.
+    "dynamic batch, ZeRO 1 (refused)": {"options": DYNAMIC | {"ds.zero_stage": 1}, "refused": True},
+    "dynamic batch, ZeRO 2 (refused)": {"options": DYNAMIC | {"ds.zero_stage": 2}, "refused": True},
+    # The first step is exact; the others begin and end in the middle of OpenRLHF's.
+    "batches of 48 of 64, 3 epochs (refused)": {
+        "options": {"train.batch_size": 48, "train.max_epochs": 3},
+        "refused": True,
+    },
     "no α": {"fault": "no alpha"},
     "α of each micro-batch": {"fault": "alpha of each micro-batch"},
     "α of each process": {"fault": "alpha of each process"},
@@ -91,6 +98,13 @@ def test_openrlhf_logs_the_metrics(results: Any, name: str) -> None:
         assert status["hpo/alpha"] == pytest.approx(max(0.1, min(1, ratio)), rel=1e-3)
     # What OpenRLHF logs itself is there, too.
     assert {"reward", "return", "group_reward_std", "policy_loss"} <= status.keys()
+
+
+def test_only_the_first_step_is_exact_if_batches_do_not_divide(results: Any) -> None:
+    errors = results["batches of 48 of 64, 3 epochs (refused)"]["errors"]
+    assert len(errors) == 64 * 3 // 48
+    assert errors[0] < 1e-6
+    assert min(errors[1:]) > 1e-2
 
 
 def test_micro_batches_were_permuted(results: Any) -> None:

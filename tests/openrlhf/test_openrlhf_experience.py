@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def arguments():
-    return harness.parse(harness.REQUIRED + harness.words(harness.OPTIONS | {"rollout.n_samples_per_prompt": 4}))
+    changes = {"rollout.n_samples_per_prompt": 4, "train.batch_size": 32}
+    return harness.parse(harness.REQUIRED + harness.words(harness.OPTIONS | changes))
 
 
 @pytest.fixture
@@ -110,16 +111,30 @@ def test_rewards_are_those_after_length_penalties(weighted):
     assert info["hpo/share_degenerate_groups"][0] == 0
 
 
-def test_a_response_without_a_token_has_no_sign(weighted):
+def test_a_response_without_a_token_is_not_counted(weighted):
     """OpenRLHF keeps it in the mean of its group."""
     found, info = weighted([1.0, 0.0, 0.0, 0.0], lengths=[3, 3, 3, 0])
     assert found == pytest.approx([1.5, -0.25, -0.25, 0.0])
     assert info["hpo/alpha"][0] == pytest.approx(1 / 2)
+    assert info["hpo/share_positive"][0] == pytest.approx(1 / 3)
+    assert info["hpo/share_negative"][0] == pytest.approx(2 / 3)
+    assert info["hpo/response_length"][0] == 3
 
 
-def test_an_infinite_reward_stops_the_run(weighted):
-    with pytest.raises(RewardError, match="inf"):
-        weighted([math.inf, 0.0, 0.0, 0.0])
+def test_groups_are_those_that_openrlhf_normalizes(weighted):
+    """Three equal rewards have a sign because of a response without a token; a group of such responses is no group."""
+    found, info = weighted([1.0, 1.0, 1.0, 0.0] + [0.0] * 4, lengths=[3, 3, 3, 0] + [0] * 4)
+    assert found == pytest.approx([0.5] * 3 + [0.0] * 5)
+    assert info["hpo/share_degenerate_groups"][0] == 0
+
+
+def test_an_infinite_reward_stops_the_run_and_the_error_has_its_place_in_the_rollout_batch(weighted):
+    with pytest.raises(RewardError, match="inf") as error:
+        weighted([0.0, 0.0, math.inf, 0.0], order=[3, 2, 0, 1])
+    assert error.value.rows == [2]
+    # It is in the mean of its group.
+    with pytest.raises(RewardError, match="nan"):
+        weighted([0.0, 0.0, math.nan, 0.0], lengths=[3, 3, 0, 3])
 
 
 def test_the_worker_checks_the_arguments_too(weighted):
