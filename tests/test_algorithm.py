@@ -782,6 +782,6 @@ def test_the_loss_of_weighted_advantages_is_the_loss_of_the_paper_in_value_and_g
 def test_the_mathematics_imports_torch_alone(module):
     with open(module.__file__, encoding="utf-8") as source:
         imports = [line.strip() for line in source if line.startswith(("import ", "from "))]
-    standard = {"__future__", "collections", "dataclasses", "typing"}
+    standard = {"__future__", "collections", "dataclasses", "numbers", "typing"}
     assert {line.split()[1].split(".")[0] for line in imports} - standard <= {"torch", "hpo_plugin"}
-    assert {line.split()[1] for line in imports if "hpo_plugin" in line} <= {"hpo_plugin.algorithm"}
+    assert {line.split()[1] for line in imports if "hpo_plugin" in line} <= {"hpo_plugin.algorithm", "hpo_plugin.errors"}
