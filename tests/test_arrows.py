@@ -27,6 +27,7 @@ EXTRAS = {
     "hpo_plugin/runs/launch.py": {"verl"},
     "hpo_plugin/cpu": {"cpu", "cpu-vllm"},
     "hpo_plugin/quickstart": {"cpu"},
+    "hpo_plugin/preview": {"preview"},
     "hpo_plugin/study": {"study"},
     "hpo_plugin/study/inputs.py": {"verl", "study"},
     "hpo_plugin/tasks/sources.py": {"hub"},
