@@ -39,6 +39,7 @@ def test_a_report_has_the_form_of_an_issue(path: Path):
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("path", issues.reports(), ids=lambda path: path.stem)
 def test_verl_has_the_bug_of_a_report(path: Path, tmp_path: Path):
     report = issues.read(path)
