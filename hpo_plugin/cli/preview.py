@@ -21,7 +21,8 @@ def preview(
         "preview"
     ),
     reward: Annotated[
-        list[str] | None, typer.Option(help="Column of the reward; more than once: their sum.", show_default=False)
+        list[str] | None,
+        typer.Option(help="Column of the reward, NAME or NAME=WEIGHT; more than once: their sum.", show_default=False),
     ] = None,
     group: Annotated[str | None, typer.Option(help="Column that tells the prompt.", show_default=False)] = None,
     length: Annotated[str | None, typer.Option(help="Column of lengths in tokens.", show_default=False)] = None,
@@ -48,14 +49,17 @@ def preview(
     from hpo_plugin.console import stage_bars, stopped
 
     require("preview", "preview")
-    from hpo_plugin.files import atomic_write
+    from hpo_plugin.check.signals import interruptible
+    from hpo_plugin.files import atomic_write, check_output
     from hpo_plugin.preview.report import Preview, picture, sentences, table, web_page
     from hpo_plugin.preview.rollouts import PreviewError, open_rollouts
     from hpo_plugin.preview.steps import preview_step
 
     console, alpha_mins = Console(), tuple(dict.fromkeys(alpha_min or [0.1]))
     try:
+        check_output(output, {})
         with (
+            interruptible(),
             stage_bars(Console(stderr=True), transient=True) as progress,
             open_rollouts(
                 rollouts, rewards=reward or (), group=group, length=length, tokenizer=tokenizer, progress=progress
@@ -68,7 +72,6 @@ def preview(
                 progress("rows", rows, read.rows)
         found = Preview(read, steps, alpha, alpha_mins)
         drawn = picture(found)
-        output.mkdir(parents=True, exist_ok=True)
         atomic_write(output / "preview.png", drawn)
         atomic_write(output / "preview.html", web_page(found, drawn, [str(path) for path in rollouts]).encode())
         # JSON has no NaN.
@@ -78,6 +81,11 @@ def preview(
         atomic_write(output / "steps.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     except (PreviewError, OSError) as error:
         raise stopped(error) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    console.print(
+        f"{read.rows:,} responses: {read.columns}", style="dim", markup=False, highlight=False, soft_wrap=True
+    )
     console.print(table(found))
     console.print()
     for sentence in sentences(found):

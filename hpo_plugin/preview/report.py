@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,54 +58,57 @@ def _percent(share: float) -> str:
 
 def sentences(preview: Preview) -> list[str]:
     """The summary: what the rollouts show, what A-HPO would have done, and what nobody can know from them."""
-    steps, lowest = preview.steps, preview.alpha_mins[0]
+    run, lowest = preview.steps, preview.alpha_mins[0]
+    steps = [step for step in run if step.has_signal]
+    silent = _percent(_mean(run, lambda step: step.degenerate_groups / step.groups))
+    if not steps:
+        alone = all(step.groups == step.responses for step in run)
+        return [
+            "No response has a signal: all rewards of a group are equal. None of the algorithms would learn anything.",
+            *(
+                [
+                    f"Every group has a single response: is {preview.rollouts.columns.group} the prompt? --group "
+                    "names another."
+                ]
+                if alone
+                else []
+            ),
+        ]
     early = steps[: min(40, max(1, len(steps) // 3))]
-    first = f"In the first {len(early)} steps" if len(steps) > 1 else "In the only step"
-    said = []
-    alphas = [step.alpha[lowest] for step in early if step.share_negative > 0]
-    if not alphas:
-        said.append(f"{first}, no response has a signal: all rewards of a group are equal.")
-    else:
-        signal = _mean(early, lambda step: step.share_positive + step.share_negative)
-        negative = _percent(_mean(early, lambda step: step.share_negative) / signal)
-        low, high = np.quantile(alphas, [0.05, 0.95])
-        weights = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
-        said.append(
-            f"{first}, {negative} of the responses with a signal are negative; A-HPO (α_min {lowest:g}) would have "
-            f"multiplied them by {weights}."
-        )
-    silent, at_first = (
-        _percent(_mean(part, lambda step: step.degenerate_groups / step.groups)) for part in (steps, early)
+    first = (
+        "In the only step" if len(steps) == 1 else f"In the first {len(early)} steps" if len(early) > 1 else "At first"
     )
-    said.append(f"{silent} of the groups have no signal ({at_first} at the beginning). α does not change them.")
-    all_alphas = [step.alpha[lowest] for step in steps]
-    smoothed = smooth(all_alphas)
+    negative = _percent(_mean(early, lambda step: step.share_negative / (step.share_positive + step.share_negative)))
+    low, high = np.quantile([step.alpha[lowest] for step in early], [0.05, 0.95])
+    weights = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+    said = [
+        f"{first}, {negative} of the responses with a signal are negative; A-HPO (α_min {lowest:g}) would have "
+        f"multiplied them by {weights}.",
+        f"{silent} of the groups have no signal. α does not change them.",
+    ]
+    alphas = [step.alpha[lowest] for step in steps]
+    smoothed = smooth(alphas)
     agree = next((i for i in range(len(steps), 0, -1) if smoothed[i - 1] <= NEARLY_ONE), 0)
     near = "A-HPO nearly agrees with the same loss without α"
+    over = f" (mean of {SMOOTHED_OVER} steps)" if len(steps) > 1 else ""
     if agree == 0:
-        said.append(f"α is above {NEARLY_ONE:g} throughout (mean of {SMOOTHED_OVER} steps): {near}.")
+        said.append(f"α is above {NEARLY_ONE:g} throughout{over}: {near}.")
     elif agree < len(steps):
-        said.append(
-            f"From step {steps[agree].step} on, α stays above {NEARLY_ONE:g} (mean of {SMOOTHED_OVER} steps): {near}."
-        )
+        said.append(f"From step {steps[agree].step} on, α stays above {NEARLY_ONE:g}{over}: {near}.")
     else:
-        said.append(f"At the end, α is {smoothed[-1]:.2f} (mean of {SMOOTHED_OVER} steps).")
-    if at_limit := sum(alpha <= lowest for alpha in all_alphas):
-        said.append(f"α is at its limit α_min = {lowest:g} in {at_limit} of {len(steps)} steps.")
-    ratio = _mean(steps, lambda step: step.length_negative / step.length_positive)
+        said.append(f"At the end, α is {smoothed[-1]:.2f}{over}.")
+    # α is computed in fp32.
+    if at_limit := sum(alpha <= lowest + 1e-6 for alpha in alphas):
+        said.append(f"α is at its limit α_min = {lowest:g} in {at_limit} of {len(steps)} steps with a signal.")
+    ratio = _mean(steps, lambda step: step.length_negative / step.length_positive if step.length_positive else math.nan)
     if not math.isnan(ratio):
-        before, after, own = (
+        before, after = (
             _percent(_mean(steps, share))
-            for share in (
-                lambda step: step.update_share(1.0),
-                lambda step: step.update_share(step.alpha[lowest]),
-                lambda step: step.update_share(1.0, per_response=True),
-            )
+            for share in (lambda step: step.update_share(1.0), lambda step: step.update_share(step.alpha[lowest]))
         )
         said.append(
-            f"Negative responses are {ratio:.2f} times as long as positive ones ({preview.rollouts.unit}). They have "
-            f"{own} of the update with each response divided by its own length (GRPO), {before} with all divided by "
-            f"the mean length or a constant, and {after} with A-HPO."
+            f"Negative responses are {ratio:.2f} times as long as positive ones ({preview.rollouts.unit}). If every "
+            f"token counts the same, they have {before} of the update, and {after} with A-HPO."
         )
     shaped = _mean(steps, lambda step: step.shaped_positive)
     if not math.isnan(shaped):
@@ -188,7 +192,7 @@ def picture(preview: Preview) -> bytes:
         line(shares, lambda s: 1 - s.share_positive - s.share_negative, _GRAY, "no signal", ":")
 
         alpha.set_title("α that A-HPO would have used")
-        for alpha_min, color in zip(preview.alpha_mins, (_BLUE, _ORANGE, _GREEN, _RED, _GRAY), strict=False):
+        for alpha_min, color in zip(preview.alpha_mins, itertools.cycle((_BLUE, _ORANGE, _GREEN, _RED)), strict=False):
             line(alpha, lambda s, low=alpha_min: s.alpha[low], color, f"α_min = {alpha_min:g}")  # type: ignore[misc]
 
         update.set_title("The negative responses' share of the update")

@@ -1,12 +1,12 @@
 """Rollouts as trainers write them: which column is what, and the rows of one step after another.
 
-DuckDB reads the files: it parses JSON lines and parquet in parallel, keeps what does not fit into memory in a file, and
-sorts there, so that ten million rows need no more memory than the largest step. Texts are not kept: of a prompt its
-hash, of a response its length.
+DuckDB reads the files: it parses JSON lines and parquet in parallel, and sorts in a file what does not fit into its
+share of memory. Texts are not kept: of a prompt its hash, of a response its length.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 import threading
@@ -26,29 +26,30 @@ if TYPE_CHECKING:
 
 __all__ = ["BadRow", "Columns", "PreviewError", "Rollouts", "StepRows", "open_rollouts"]
 
-#: Names by which a column is recognized, the first one there wins. verl's dumps: input, output, score, step, uid, acc
-#: (``_dump_generations`` in verl/trainer/ppo); TRL's: prompt, completion, step (``log_completions``).
+#: Names by which a column is recognized; the first one that is there is taken. verl's dumps: input, output, score,
+#: step, uid, acc (``_write_generations`` in verl/trainer/ppo); TRL's: prompt, completion, step (``log_completions``).
 STEP_NAMES = ("step", "global_step")
 GROUP_NAMES = ("uid", "group", "group_id", "prompt_id", "input", "prompt", "problem", "question")
 RESPONSE_NAMES = ("output", "response", "completion")
 REWARD_NAMES = ("score", "reward", "rewards")
 LENGTH_NAMES = ("response_length", "completion_length", "num_tokens", "length")
-#: Of TRL's table, what is no reward.
-_NO_REWARDS = {"step", "prompt", "completion", "advantage", *GROUP_NAMES, *LENGTH_NAMES, "filename", "acc"}
-#: Lines of a JSON file that are looked at to find its columns.
-_LOOKED_AT = 200
+#: Columns of TRL's table that are no reward.
+_NO_REWARDS = {"step", "prompt", "completion", "advantage", "acc", *GROUP_NAMES, *LENGTH_NAMES}
+#: Files, and lines of each, that are looked at to find the columns of JSON lines.
+_LOOKED_AT = (20, 200)
 #: Rows that are fetched at once.
 BATCH = 1 << 18
-#: Bad rows that are listed.
-LISTED = 20
-#: Characters that are shown of a bad row.
-SHOWN = 80
+#: Memory of DuckDB; beyond it, it works in files.
+MEMORY = "2GB"
+#: Bad rows that are listed, and characters that are shown of each.
+LISTED, SHOWN = 20, 80
+#: A reward beyond this is infinite in fp32, in which advantages are computed.
+LARGEST = float(np.finfo(np.float32).max)
 
-#: Whether a line is a JSON object; DuckDB does not stop at the first false part of an AND.
-_IS_OBJECT = "CASE WHEN json_valid(line) THEN json_type(line) = 'OBJECT' ELSE false END"
-
-#: ``{uid}_{rollout}_{output}``, the key under which verl's V1 trainer dumps a row.
-_V1_KEY = r"_\d+_\d+$"
+#: A name for the column with a row's file; none of the user's columns has it.
+_FILE = "__hpo_file"
+#: ``{uid}_{rollout}_{output}``: the key under which verl's V1 trainer dumps a row.
+_V1_KEY = r"^(.*)_(\d+)_(\d+)$"
 
 
 class PreviewError(ValueError):
@@ -61,19 +62,25 @@ class Columns:
 
     Attributes:
         group: Responses with an equal value in a step are a group.
-        rewards: Their sum is the reward.
-        response: The text; None if there are lengths only.
+        rewards: Columns and weights; the weighted sum is the reward.
+        response: A text, or a list of messages; None if there are lengths only.
         length: The length in tokens; None: of the text.
         step: None: the number in the file's name, or one step for all rows.
         acc: Success, where the rows have it beside a shaped reward.
     """
 
     group: str
-    rewards: tuple[str, ...]
+    rewards: tuple[tuple[str, float], ...]
     response: str | None
     length: str | None
     step: str | None
     acc: str | None
+
+    def __str__(self) -> str:
+        rewards = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in self.rewards)
+        length = self.length or f"of {self.response}"
+        step = self.step or "from the file names, or one for all rows"
+        return f"group {self.group}, reward {rewards}, length {length}, step {step}" + (", acc" if self.acc else "")
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of one step.
+    """The responses of one step.
 
     Attributes:
         step: Its number.
@@ -112,11 +119,11 @@ class StepRows:
 
 @dataclass
 class Rollouts:
-    """Rollouts, read and sorted.
+    """Rollouts, read and ready to be sorted.
 
     Attributes:
         columns: Which column is what.
-        rows: Rows that are used.
+        rows: Responses that are used.
         unit: Of lengths: ``tokens`` or ``characters``.
         bad: How many rows were left out, by reason.
         listed: The first of them.
@@ -130,32 +137,44 @@ class Rollouts:
     _connection: duckdb.DuckDBPyConnection = field(repr=False)
 
     def steps(self) -> Iterator[StepRows]:
-        """Each step's rows, in the order of the steps."""
-        query = "SELECT step, grp, reward, length, acc FROM every WHERE reason IS NULL ORDER BY step"
-        reader = self._connection.sql(query).to_arrow_reader(BATCH)
-        left: dict[str, npt.NDArray[Any]] | None = None
-        for batch in reader:
-            rows = {name: batch[name].to_numpy(zero_copy_only=False) for name in batch.schema.names}
-            if left is not None:
-                rows = {name: np.concatenate([left[name], rows[name]]) for name in rows}
-            (starts,) = np.nonzero(np.diff(rows["step"]))
-            ends = starts + 1
-            for first, end in zip([0, *ends[:-1]], ends, strict=True) if len(ends) else ():
-                yield _step({name: values[first:end] for name, values in rows.items()})
-            left = {name: values[ends[-1] if len(ends) else 0 :] for name, values in rows.items()}
+        """Each step's responses, in the order of the steps.
+
+        Raises:
+            PreviewError: DuckDB cannot sort them, for want of space for its files.
+        """
+        import duckdb
+
+        try:
+            query = "SELECT step, grp, reward, length, acc FROM responses ORDER BY step"
+            reader = self._connection.sql(query).to_arrow_reader(BATCH)
+            left: dict[str, npt.NDArray[Any]] | None = None
+            for batch in reader:
+                rows = {name: batch[name].to_numpy(zero_copy_only=False) for name in batch.schema.names}
+                if left is not None:
+                    rows = {name: np.concatenate([left[name], rows[name]]) for name in rows}
+                (starts,) = np.nonzero(np.diff(rows["step"]))
+                bounds = [0, *(starts + 1)]
+                for first, end in itertools.pairwise(bounds):
+                    yield _step({name: values[first:end] for name, values in rows.items()})
+                left = {name: values[bounds[-1] :] for name, values in rows.items()}
+        except duckdb.Error as error:
+            raise _unreadable(error) from error
         if left is not None and len(left["step"]):
             yield _step(left)
 
 
 def _step(rows: dict[str, npt.NDArray[Any]]) -> StepRows:
-    groups = np.unique(rows["grp"], return_inverse=True)[1].astype(np.int64)
     return StepRows(
         step=int(rows["step"][0]),
-        groups=groups,
+        groups=np.unique(rows["grp"], return_inverse=True)[1].astype(np.int64),
         rewards=rows["reward"].astype(np.float64),
         lengths=rows["length"].astype(np.float64),
         acc=rows["acc"].astype(np.float64),
     )
+
+
+def _unreadable(error: Exception) -> PreviewError:
+    return PreviewError(f"the rollouts cannot be read: {str(error).splitlines()[0]}")
 
 
 @contextmanager
@@ -168,11 +187,12 @@ def open_rollouts(
     tokenizer: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Rollouts]:
-    """Read rollouts into a temporary database.
+    """Read rollouts into a temporary database, in the folder that ``TMPDIR`` names.
 
     Args:
         paths: Files (``.jsonl``, ``.parquet``), or directories that hold them.
-        rewards: Columns whose sum is the reward; by default a column that is known by its name.
+        rewards: Columns whose sum is the reward, each ``NAME`` or ``NAME=WEIGHT``; by default one that is known by its
+            name. In a sum, a missing value counts as 0, unless all are missing.
         group: The column that tells the prompt.
         length: The column of lengths in tokens.
         tokenizer: A model's name or folder; responses are measured in its tokens.
@@ -190,34 +210,20 @@ def open_rollouts(
     with tempfile.TemporaryDirectory(prefix="hpo-preview-") as folder:
         connection = duckdb.connect(str(Path(folder) / "rollouts.duckdb"))
         try:
-            connection.execute(f"SET temp_directory = '{folder}'")
+            connection.execute(f"SET temp_directory = {_text(folder)}; SET memory_limit = '{MEMORY}'")
             columns = _columns(connection, files, rewards, group, length, with_text=tokenizer is not None)
             if tokenizer is not None:
                 _count_tokens(connection, tokenizer)
+            for macro in _MACROS:
+                connection.execute(macro)
             try:
                 _run(connection, _load(files, columns, tokens=tokenizer is not None), progress)
+                found = _loaded(connection, columns, files, tokenizer)
             except duckdb.Error as error:
-                raise PreviewError(f"the rollouts cannot be read: {str(error).splitlines()[0]}") from error
-            yield _loaded(connection, columns, tokenizer)
+                raise _unreadable(error) from error
+            yield found
         finally:
             connection.close()
-
-
-def _loaded(connection: duckdb.DuckDBPyConnection, columns: Columns, tokenizer: str | None) -> Rollouts:
-    bad = dict(
-        connection.execute(
-            "SELECT reason, count(*) FROM every WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
-        ).fetchall()
-    )
-    listed = connection.execute(
-        f"SELECT filename, reason, excerpt FROM every WHERE reason IS NOT NULL LIMIT {LISTED}"
-    ).fetchall()
-    (rows,) = connection.execute("SELECT count(*) FROM every WHERE reason IS NULL").fetchall()[0]
-    if not rows:
-        why = "; ".join(f"{reason}: {count:,}" for reason, count in bad.items()) or "the files are empty"
-        raise PreviewError(f"no row can be used: {why}")
-    unit = "characters" if tokenizer is None and columns.length is None else "tokens"
-    return Rollouts(columns, rows, unit, bad, [BadRow(*row) for row in listed], connection)
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
@@ -226,9 +232,11 @@ def _files(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise PreviewError(f"{path} does not exist")
         if path.is_dir():
-            inside = sorted(file for suffix in ("jsonl", "parquet") for file in path.rglob(f"*.{suffix}"))
+            inside = [file for file in sorted(path.iterdir()) if file.suffix in (".jsonl", ".parquet")]
             if not inside:
-                raise PreviewError(f"{path} holds no .jsonl and no .parquet file")
+                below = sorted({str(file.parent) for kind in ("jsonl", "parquet") for file in path.rglob(f"*.{kind}")})
+                hint = f"; these folders in it do: {', '.join(below[:5])}" if below else ""
+                raise PreviewError(f"{path} holds no .jsonl and no .parquet file{hint}")
             found += inside
         elif path.suffix in (".jsonl", ".parquet"):
             found.append(path)
@@ -236,18 +244,77 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             raise PreviewError(f"{path} is neither a .jsonl nor a .parquet file nor a directory")
     if len({file.suffix for file in found}) > 1:
         raise PreviewError("the rollouts are .jsonl and .parquet files: give those of one run")
-    return found
+    return list({file.resolve(): file for file in found}.values())
 
 
-def _source(files: Sequence[Path]) -> str:
-    """A table function of DuckDB: the lines of JSON files, or the columns of parquet files."""
-    names = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
+# --- SQL ------------------------------------------------------------------------------------------------------------
+
+
+def _text(value: str) -> str:
+    """A string of SQL."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _name(value: str) -> str:
+    """A column's name in SQL."""
+    return '"' + value.replace('"', '""') + '"'
+
+
+#: Of a JSON value: its text, the text of a response, which may be a list of messages, and its number.
+_MACROS = (
+    "CREATE MACRO plain(v) AS CASE WHEN json_type(v) <> 'NULL' THEN json_extract_string(v, '$') END",
+    "CREATE MACRO said(v) AS CASE WHEN json_type(v) = 'ARRAY' "
+    "THEN array_to_string(json_extract_string(v, '$[*].content'), '') ELSE plain(v) END",
+    # Success may be a boolean.
+    "CREATE MACRO number(v) AS CASE json_type(v) WHEN 'BOOLEAN' THEN CAST(plain(v) = 'true' AS DOUBLE) "
+    "ELSE TRY_CAST(plain(v) AS DOUBLE) END",
+)
+#: Whether a line is a JSON object; DuckDB does not stop at the first false part of an AND.
+_IS_OBJECT = "CASE WHEN json_valid(line) THEN json_type(line) = 'OBJECT' ELSE false END"
+
+
+def _source(files: Sequence[Path], *, count_rejects: bool = False) -> str:
+    """A table function of DuckDB: the lines of JSON files, or the columns of parquet files.
+
+    Args:
+        files: All of one kind.
+        count_rejects: Whether lines that are not text enter the table ``reject_errors``.
+    """
+    names = ", ".join(_text(str(file)) for file in files)
     if files[0].suffix == ".parquet":
-        return f"read_parquet([{names}], union_by_name = true, filename = true)"
+        return f"read_parquet([{names}], union_by_name = true, filename = '{_FILE}')"
     return (
         f"read_csv([{names}], columns = {{'line': 'VARCHAR'}}, delim = '\x01', quote = '', escape = '', "
-        "header = false, auto_detect = false, filename = true, max_line_size = 500000000)"
+        f"header = false, auto_detect = false, filename = '{_FILE}', max_line_size = 500000000, "
+        f"{'store_rejects' if count_rejects else 'ignore_errors'} = true)"
     )
+
+
+def _names(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> list[str]:
+    """The names of the columns: of all parquet files, or of some lines of some JSON files."""
+    import duckdb
+
+    looked_at = files
+    try:
+        if files[0].suffix == ".parquet":
+            described = connection.execute(f"SELECT column_name FROM (DESCRIBE SELECT * FROM {_source(files)})")
+            return [name for (name,) in described.fetchall() if name != _FILE]
+        number, lines = _LOOKED_AT
+        looked_at = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, number).round().astype(int))]
+        found: set[str] = set()
+        for file in looked_at:
+            objects = f"SELECT line FROM {_source([file])} WHERE {_IS_OBJECT} LIMIT {lines}"
+            found |= {
+                name
+                for (name,) in connection.execute(
+                    f"SELECT DISTINCT unnest(json_keys(line)) FROM ({objects})"
+                ).fetchall()
+            }
+    except duckdb.Error as error:
+        raise _unreadable(error) from error
+    if not found:
+        raise PreviewError(f"{looked_at[0]} has no row that is a JSON object")
+    return sorted(found)
 
 
 def _columns(
@@ -259,29 +326,25 @@ def _columns(
     *,
     with_text: bool,
 ) -> Columns:
-    import duckdb
-
-    source = _source(files[:1])
-    query = f"SELECT column_name FROM (DESCRIBE SELECT * FROM {source})"
-    if files[0].suffix == ".jsonl":
-        objects = f"SELECT line FROM {source} WHERE {_IS_OBJECT} LIMIT {_LOOKED_AT}"
-        query = f"SELECT DISTINCT unnest(json_keys(line)) AS name FROM ({objects}) ORDER BY name"
-    try:
-        there = [name for (name,) in connection.execute(query).fetchall()]
-    except duckdb.Error as error:
-        raise PreviewError(f"{files[0]} cannot be read: {str(error).splitlines()[0]}") from error
-    if not there:
-        raise PreviewError(f"{files[0]} has no row that is a JSON object")
+    there = _names(connection, files)
 
     def pick(given: str | None, known: Sequence[str]) -> str | None:
-        if given is not None:
-            if given not in there:
-                raise PreviewError(f"{files[0]} has no column {given!r}: it has {', '.join(there)}")
-            return given
-        return next((name for name in known if name in there), None)
+        if given is not None and given not in there:
+            raise PreviewError(f"{files[0]} has no column {given!r}: it has {', '.join(there)}")
+        return given or next((name for name in known if name in there), None)
 
-    names = tuple(name for name in (pick(reward, ()) for reward in rewards) if name is not None)
-    if not names:
+    summands: list[tuple[str, float]] = []
+    for reward in rewards:
+        name, _, weight = (reward, "", "") if reward in there else reward.rpartition("=")
+        try:
+            summands.append((pick(name or reward, ()) or reward, float(weight or 1)))
+        except ValueError as error:
+            raise (
+                error
+                if isinstance(error, PreviewError)
+                else PreviewError(f"--reward {reward}: {weight!r} is not a number; write NAME=WEIGHT")
+            ) from error
+    if not summands:
         known = pick(None, REWARD_NAMES)
         others = [name for name in there if name not in _NO_REWARDS]
         if known is None and "completion" in there and len(others) == 1:
@@ -291,11 +354,14 @@ def _columns(
                 f"which column of {files[0]} is the reward? It has {', '.join(there)}: give --reward NAME, more than "
                 "once for a sum"
             )
-        names = (known,)
-    group = pick(group, GROUP_NAMES)
-    if group is None:
+        summands = [(known, 1.0)]
+    found_group, response, found_length = (
+        pick(group, GROUP_NAMES),
+        pick(None, RESPONSE_NAMES),
+        pick(length, LENGTH_NAMES),
+    )
+    if found_group is None:
         raise PreviewError(f"which column of {files[0]} tells the prompt? It has {', '.join(there)}: give --group NAME")
-    response, found_length = pick(None, RESPONSE_NAMES), pick(length, LENGTH_NAMES)
     if with_text and response is None:
         raise PreviewError(f"--tokenizer needs the responses, and {files[0]} has no column {', '.join(RESPONSE_NAMES)}")
     if response is None and found_length is None:
@@ -304,8 +370,8 @@ def _columns(
             f"({', '.join(LENGTH_NAMES)}): give --length NAME"
         )
     return Columns(
-        group=group,
-        rewards=names,
+        group=found_group,
+        rewards=tuple(summands),
         response=response,
         length=None if with_text else found_length,
         step=pick(None, STEP_NAMES),
@@ -313,68 +379,104 @@ def _columns(
     )
 
 
+def _step_of_name(files: Sequence[Path]) -> str:
+    """The step where no column has it: the number after ``step``, or the only one, in the file's name; else 0."""
+    for pattern in (r"step[-_]?(\d{1,15})(?!\d)", r"^\D*(\d{1,15})\D*$"):
+        if all(re.search(pattern, file.stem) for file in files):
+            stems = [f"WHEN {_text(str(file))} THEN {re.search(pattern, file.stem)[1]}" for file in files]  # type: ignore[index]
+            return f"CAST(CASE {_FILE} {' '.join(stems)} END AS DOUBLE)"
+    return "0.0"
+
+
 def _load(files: Sequence[Path], columns: Columns, *, tokens: bool) -> str:
     """The statement that fills the table ``every``: a row's numbers, or why it is left out."""
-    is_json = files[0].suffix == ".jsonl"
     names = [name for name in (columns.step, columns.group, columns.response, columns.length, columns.acc) if name]
-    names = list(dict.fromkeys([*names, *columns.rewards]))
-    # Texts of the columns, a line of JSON parsed once.
-    if is_json:
-        paths = ", ".join("'$.\"" + name.replace("'", "''").replace('"', '\\"') + "\"'" for name in names)
-        texts = f"json_extract_string(CASE WHEN is_object THEN line ELSE '{{}}' END, [{paths}])"
-        source = (
-            f"(SELECT line, filename, {_IS_OBJECT} AS is_object FROM {_source(files)} "
-            "WHERE trim(coalesce(line, '')) <> '')"
-        )
+    names = list(dict.fromkeys([*names, *(name for name, _ in columns.rewards)]))
+    # The columns as JSON; a line is parsed once.
+    if files[0].suffix == ".jsonl":
+        paths = ", ".join(_text('$."' + name.replace('"', '\\"') + '"') for name in names)
+        values = f"json_extract(CASE WHEN {_IS_OBJECT} THEN line ELSE '{{}}' END, [{paths}])"
+        select = f"{_IS_OBJECT} AS is_object, line AS whole"
+        source = f"{_source(files, count_rejects=True)} WHERE trim(coalesce(line, '')) <> ''"
     else:
-        texts = "[" + ", ".join(f'CAST("{_quoted(name)}" AS VARCHAR)' for name in names) + "]"
-        source = f"(SELECT *, true AS is_object FROM {_source(files)})"
+        values = "[" + ", ".join(f"to_json({_name(name)})" for name in names) + "]"
+        select, source = f"true AS is_object, CAST({_name(columns.group)} AS VARCHAR) AS whole", _source(files)
 
-    def text(name: str) -> str:
-        return f"texts[{names.index(name) + 1}]"
+    def value(name: str) -> str:
+        return f"v[{names.index(name) + 1}]"
 
-    def number(name: str) -> str:
-        # Success may be a boolean.
-        found = text(name)
-        return f"CASE lower({found}) WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE TRY_CAST({found} AS DOUBLE) END"
-
-    if columns.step is not None:
-        step = number(columns.step)
-    elif all(re.search(r"\d", file.stem) for file in files):
-        step = r"CAST(regexp_extract(filename, '(\d+)[^/\\\d]*$', 1) AS DOUBLE)"
-    else:
-        step = "0.0"
-    group = text(columns.group)
-    if columns.group == "uid":
-        group = f"regexp_replace({group}, '{_V1_KEY}', '')"
-    response = "''" if columns.response is None else f"coalesce({text(columns.response)}, '')"
-    excerpt = "line" if is_json else f"coalesce({group}, '') || ' ' || {response}"
-    measured = f"{'tokens' if tokens else 'length'}({response})"
+    step = f"number({value(columns.step)})" if columns.step is not None else _step_of_name(files)
+    group = f"plain({value(columns.group)})"
+    summands = [(f"number({value(name)})", weight) for name, weight in columns.rewards]
+    reward = " + ".join(
+        f"{weight} * " + (summand if len(summands) == 1 else f"CASE WHEN isfinite({summand}) THEN {summand} ELSE 0 END")
+        for summand, weight in summands
+    )
+    any_reward = " OR ".join(f"coalesce(isfinite({summand}), false)" for summand, _ in summands)
+    said = "NULL" if columns.response is None else f"said({value(columns.response)})"
+    measured = f"{'tokens' if tokens else 'length'}({said})"
+    length = f"number({value(columns.length)})" if columns.length is not None else f"CAST({measured} AS DOUBLE)"
+    acc = "CAST(NULL AS DOUBLE)" if columns.acc is None else f"number({value(columns.acc)})"
     return f"""
-        CREATE TABLE every AS SELECT * EXCLUDE excerpt, CASE
+        CREATE TABLE every AS SELECT * EXCLUDE (excerpt, is_object, exact_step, any_reward), CASE
             WHEN NOT is_object THEN 'not a JSON object'
-            WHEN step IS NULL THEN 'no step'
-            WHEN grp IS NULL THEN 'no {columns.group}'
-            WHEN reward IS NULL OR NOT isfinite(reward) THEN 'the reward is missing or not finite'
-            WHEN length IS NULL OR NOT isfinite(length) OR length < 0 THEN 'the length is missing or not a number'
+            WHEN step IS NULL OR step <> exact_step THEN 'the step is missing or not a whole number'
+            WHEN key IS NULL THEN {_text("no " + columns.group)}
+            WHEN NOT any_reward OR abs(reward) > {LARGEST} THEN 'the reward is missing, or not finite in fp32'
+            WHEN length IS NULL OR NOT isfinite(length) OR length < 0 THEN 'the response or its length is missing'
             END AS reason, CASE WHEN reason IS NOT NULL THEN excerpt END AS excerpt
         FROM (
-            SELECT is_object, CAST({step} AS BIGINT) AS step,
-                CASE WHEN {group} IS NOT NULL THEN hash({group}) END AS grp,
-                {" + ".join(number(name) for name in columns.rewards)} AS reward,
-                CAST({number(columns.length) if columns.length is not None else measured} AS DOUBLE) AS length,
-                CAST({number(columns.acc) if columns.acc is not None else "NULL"} AS DOUBLE) AS acc,
-                filename, left({excerpt}, {SHOWN}) AS excerpt
-            FROM (
-                SELECT is_object, filename, {texts} AS texts{", line" if is_json else ""}
-                FROM {source}
-            )
+            SELECT is_object, {step} AS exact_step, TRY_CAST({step} AS BIGINT) AS step,
+                CASE WHEN {group} IS NOT NULL THEN hash({group}) END AS key,
+                regexp_matches({group}, '{_V1_KEY}') AS of_v1,
+                hash(regexp_extract({group}, '{_V1_KEY}', 1)) AS prompt,
+                TRY_CAST(regexp_extract({group}, '{_V1_KEY}', 2) AS BIGINT) AS rollout,
+                TRY_CAST(regexp_extract({group}, '{_V1_KEY}', 3) AS BIGINT) AS output,
+                {any_reward} AS any_reward, {reward} AS reward, {length} AS length, {acc} AS acc,
+                {_FILE} AS file, left(whole, {SHOWN}) AS excerpt
+            FROM (SELECT {select}, {_FILE}, {values} AS v FROM {source})
         )
     """
 
 
-def _quoted(name: str) -> str:
-    return name.replace('"', '""')
+def _loaded(
+    connection: duckdb.DuckDBPyConnection, columns: Columns, files: Sequence[Path], tokenizer: str | None
+) -> Rollouts:
+    """Make the view ``responses``, and count."""
+
+    def one(query: str) -> Any:
+        (row,) = connection.execute(query).fetchall()
+        return row
+
+    kept = "FROM every WHERE reason IS NULL"
+    # verl's V1 trainer names rows, not groups; elsewhere, rows of a group share the uid.
+    of_v1 = columns.group == "uid" and one(f"SELECT coalesce(bool_and(of_v1), false) {kept}")[0]
+    if of_v1:
+        of_v1 = one(f"SELECT count(*) = count(DISTINCT (step, key)) {kept}")[0]
+    if of_v1:
+        # A session may have several outputs: the last one has the reward, as in verl.
+        connection.execute(
+            f"CREATE VIEW responses AS SELECT step, prompt AS grp, arg_max(reward, output) AS reward, sum(length) AS "
+            f"length, arg_max(acc, output) AS acc {kept} GROUP BY step, prompt, rollout"
+        )
+    else:
+        connection.execute(f"CREATE VIEW responses AS SELECT step, key AS grp, reward, length, acc {kept}")
+    rows = one("SELECT count(*) FROM responses")[0]
+    bad = dict(
+        connection.execute(
+            "SELECT reason, count(*) FROM every WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
+        ).fetchall()
+    )
+    if files[0].suffix == ".jsonl" and (rejected := one("SELECT count(*) FROM reject_errors")[0]):
+        bad["not UTF-8, or longer than 500 MB"] = rejected
+    if not rows:
+        why = "; ".join(f"{reason}: {count:,}" for reason, count in bad.items()) or "the files are empty"
+        raise PreviewError(f"no row can be used: {why}")
+    listed = connection.execute(
+        f"SELECT file, reason, coalesce(excerpt, '') FROM every WHERE reason IS NOT NULL LIMIT {LISTED}"
+    ).fetchall()
+    unit = "characters" if tokenizer is None and columns.length is None else "tokens"
+    return Rollouts(columns, rows, unit, bad, [BadRow(*row) for row in listed], connection)
 
 
 def _count_tokens(connection: duckdb.DuckDBPyConnection, tokenizer: str) -> None:
@@ -408,11 +510,16 @@ def _run(connection: duckdb.DuckDBPyConnection, statement: str, progress: Progre
 
     thread = threading.Thread(target=execute)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-        if progress is not None:
-            # -1 before it is known.
-            progress("reading, %", max(0, round(connection.query_progress())), 100)
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+            if progress is not None:
+                # -1 before it is known.
+                progress("reading, %", max(0, round(connection.query_progress())), 100)
+    except BaseException:
+        connection.interrupt()
+        thread.join()
+        raise
     if progress is not None:
         progress("reading, %", 100, 100)
     if errors:

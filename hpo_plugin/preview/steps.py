@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,8 @@ class StepPreview:
         abs_advantage_negative: Share of Σ|A_i|: of the update where each response counts 1/T_i a token (GRPO).
         abs_advantage_tokens_negative: Share of Σ T_i |A_i|: of the update where each token counts the same (token mean,
             or a constant divisor).
-        shaped_positive: Of the positive responses, the share in groups without a success; NaN without ``acc``.
+        shaped_positive: Of the positive responses in groups whose rows all have ``acc``, the share in groups without a
+            success.
     """
 
     step: int
@@ -58,7 +60,13 @@ class StepPreview:
                 constant.
         """
         share = self.abs_advantage_negative if per_response else self.abs_advantage_tokens_negative
-        return alpha * share / (alpha * share + 1 - share)
+        total = alpha * share + 1 - share
+        return alpha * share / total if total else math.nan
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any response has an advantage."""
+        return self.share_positive + self.share_negative > 0
 
 
 def preview_step(rows: StepRows, alpha_mins: tuple[float, ...]) -> StepPreview:
@@ -82,7 +90,8 @@ def preview_step(rows: StepRows, alpha_mins: tuple[float, ...]) -> StepPreview:
     acc = torch.from_numpy(rows.acc)
     number = int(groups.max()) + 1
     succeeded = torch.zeros(number, dtype=torch.bool).index_put((groups[acc > 0],), torch.tensor(True))
-    shaped = float("nan") if acc.isnan().all() else float((~succeeded[groups[positive]]).double().mean())
+    unknown = torch.zeros(number, dtype=torch.bool).index_put((groups[acc.isnan()],), torch.tensor(True))
+    judged = groups[positive & ~unknown[groups]]
     return StepPreview(
         step=rows.step,
         responses=len(groups),
@@ -97,7 +106,7 @@ def preview_step(rows: StepRows, alpha_mins: tuple[float, ...]) -> StepPreview:
         tokens_negative=_share(lengths, negative, positive),
         abs_advantage_negative=_share(magnitude, negative, positive),
         abs_advantage_tokens_negative=_share(magnitude * lengths, negative, positive),
-        shaped_positive=shaped,
+        shaped_positive=float((~succeeded[judged]).double().mean()),
     )
 
 

@@ -96,7 +96,10 @@ def test_what_trl_logs(tmp_path):
     rows = []
     for i in range(8):
         question = [{"role": "user", "content": "p" if i < 4 else "q"}]
-        answer = [{"role": "assistant", "content": "x"}]
+        answer = [
+            {"role": "assistant", "content": "xx" if i == 0 else "xxx"},
+            {"role": "tool", "content": "yyy" * (i > 0)},
+        ]
         rows.append(
             {
                 "step": 5,
@@ -111,8 +114,9 @@ def test_what_trl_logs(tmp_path):
     pandas.DataFrame(rows).to_parquet(tmp_path / "completions" / "completions_00005.parquet")
     with pytest.raises(PreviewError, match=r"which column of .* is the reward\? It has .*right.*: give --reward NAME"):
         computed(tmp_path / "completions")
-    (step,), read = computed(tmp_path / "completions", rewards=["right", "short"])
-    assert read.columns.rewards == ("right", "short")
+    (step,), read = computed(tmp_path / "completions", rewards=["right", "short=0.5"])
+    assert read.columns.rewards == (("right", 1.0), ("short", 0.5))
+    assert (step.length_positive, step.length_negative) == (2, 6)
     assert (step.step, step.groups, step.share_positive, step.share_negative) == (5, 2, 1 / 8, 3 / 8)
 
 
@@ -162,7 +166,7 @@ def test_rows_that_cannot_be_used_are_counted_and_listed(tmp_path):
     ]
     steps, read = computed(write(tmp_path / "a.jsonl", [*ROLLOUT, *bad]))
     assert (read.rows, steps[0].responses) == (8, 8)
-    assert read.bad == {"not a JSON object": 2, "the reward is missing or not finite": 3, "no prompt": 1}
+    assert read.bad == {"not a JSON object": 2, "the reward is missing, or not finite in fp32": 3, "no prompt": 1}
     assert len(read.listed) == 6
     assert {row.excerpt for row in read.listed} >= {'{"prompt": "broken', "[1, 2]"}
     with pytest.raises(PreviewError, match="no row can be used: no prompt: 1"):
@@ -218,7 +222,7 @@ def made(count, **values):
     steps = [
         StepPreview(step=i, **first | {name: value(i) for name, value in values.items()}) for i in range(1, count + 1)
     ]
-    read = Rollouts(Columns("uid", ("score",), "output", None, "step", None), 8 * count, "tokens", {}, [], None)
+    read = Rollouts(Columns("uid", (("score", 1.0),), "output", None, "step", None), 8 * count, "tokens", {}, [], None)
     return Preview(read, steps, 0.6, (0.1,))
 
 
@@ -232,19 +236,23 @@ def test_the_summary():
     # The mean of 5 steps is above 0.9 when all five are.
     assert said[2].startswith("From step 85 on, α stays above 0.9")
     assert "2.00 times as long" in said[3]
-    assert "50 % of the update with each response divided by its own length (GRPO), 67 %" in said[3]
+    # 80 steps of (1/4 · 2/3) / (1/4 · 2/3 + 1/3) = 1/3, and 40 of 0.655.
+    assert "they have 67 % of the update, and 44 % with A-HPO" in said[3]
     assert "does not say what the rewards would have been" in said[-1]
 
 
 def test_the_summary_of_a_run_at_the_limit_without_signal_or_with_shaping():
-    said = sentences(made(6, alpha=lambda i: {0.1: 0.1}))
+    # As `float` gives the fp32 number that `adaptive_alpha` returns.
+    said = sentences(made(6, alpha=lambda i: {0.1: float(torch.tensor(0.1))}))
     assert "At the end, α is 0.10 (mean of 5 steps)." in said
-    assert "α is at its limit α_min = 0.1 in 6 of 6 steps." in said
+    assert "α is at its limit α_min = 0.1 in 6 of 6 steps with a signal." in said
     nothing = dict.fromkeys(("length_positive", "length_negative"), lambda i: math.nan)
     said = sentences(
         made(1, share_negative=lambda i: 0.0, share_positive=lambda i: 0.0, alpha=lambda i: {0.1: 1.0}, **nothing)
     )
-    assert said[0] == "In the only step, no response has a signal: all rewards of a group are equal."
+    assert said == [
+        "No response has a signal: all rewards of a group are equal. None of the algorithms would learn anything."
+    ]
     assert any(
         "25 % of the positive responses are in groups without a success" in s
         for s in sentences(made(4, shaped_positive=lambda i: 0.25))
@@ -270,5 +278,132 @@ def test_the_command_writes_its_files_and_says_what_was_left_out(tmp_path):
     (row,) = map(json.loads, (tmp_path / "out" / "steps.jsonl").read_text().splitlines())
     assert (row["step"], row["alpha"], row["shaped_positive"]) == (1, {"0.2": pytest.approx(1 / 3)}, None)
     assert "broken" in (tmp_path / "out" / "preview.html").read_text()
-    failed = CliRunner().invoke(app, ["preview", str(tmp_path / "nothing")])
-    assert failed.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], ["1.jsonl", "--reward", "score"], ["1.jsonl", "--output", "1.jsonl"]]
+)
+def test_the_command_says_in_one_line_why_it_stops(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "1.jsonl", ROLLOUT)
+    done = CliRunner().invoke(app, ["preview", *arguments])
+    assert isinstance(done.exception, SystemExit)
+    assert done.exit_code == 1
+    assert done.output.startswith("error: ")
+
+
+def test_a_session_of_several_outputs_is_one_response(tmp_path):
+    """As in verl: the reward of the last output; the length of all."""
+    rows = [
+        {"input": "p", "output": "xx", "score": float(s == 0 and o == 2), "step": 1, "uid": f"id-7_{s}_{o}"}
+        for s in range(4)
+        for o in range(3)
+    ]
+    (step,), read = computed(write(tmp_path / "1.jsonl", rows))
+    assert (read.rows, step.groups, step.share_positive, step.share_negative) == (4, 1, 1 / 4, 3 / 4)
+    assert (step.alpha[0.1], step.length) == (pytest.approx(1 / 3), 6)
+
+
+def test_a_uid_that_only_looks_like_a_key_of_verl_is_a_group(tmp_path):
+    rows = [{**ROLLOUT[i], "uid": f"math_{group}_7"} for group in range(3) for i in range(4)]
+    (step,), _ = computed(write(tmp_path / "1.jsonl", rows))
+    assert (step.groups, step.share_positive) == (3, 1 / 4)
+
+
+def test_a_missing_reward_counts_as_0_in_a_sum_unless_all_are_missing(tmp_path):
+    values = [(1.0, None), (0.0, None), (None, 1.0), (None, 0.0), (None, None)]
+    rows = [{"prompt": "p", "response": "x", "math": a, "code": b} for a, b in values]
+    (step,), read = computed(write(tmp_path / "1.jsonl", rows), rewards=["math", "code"])
+    assert (step.responses, step.share_positive, step.share_negative) == (4, 1 / 2, 1 / 2)
+    assert read.bad == {"the reward is missing, or not finite in fp32": 1}
+    with pytest.raises(PreviewError, match="'much' is not a number; write NAME=WEIGHT"):
+        computed(tmp_path / "1.jsonl", rewards=["math=much"])
+
+
+def test_columns_that_only_later_files_have(tmp_path):
+    (tmp_path / "0.jsonl").write_text("")
+    write(tmp_path / "1.jsonl", [{**row, "step": 7, "acc": row["reward"]} for row in ROLLOUT])
+    (step,), read = computed(tmp_path)
+    assert (step.step, read.columns.acc) == (7, "acc")
+
+
+def test_numbers_in_file_names(tmp_path):
+    for name in ("run2_step_10_rank0.jsonl", "run2_step_3_rank0.jsonl"):
+        write(tmp_path / "a" / name, ROLLOUT)
+    assert [step.step for step in computed(tmp_path / "a")[0]] == [3, 10]
+    for name in ("1_of_2.jsonl", "2_of_2.jsonl"):
+        write(tmp_path / "b" / name, ROLLOUT)
+    assert [step.step for step in computed(tmp_path / "b")[0]] == [0]
+
+
+def test_broken_steps_rewards_and_bytes_are_left_out_and_the_rest_is_used(tmp_path):
+    rows = [{**row, "step": 1} for row in ROLLOUT]
+    odd = [{**ROLLOUT[0], "step": step} for step in (0.5, 1e30, None)] + [{**rows[0], "reward": 1e39}]
+    file = write(tmp_path / "1.jsonl", [*rows, *odd, {**rows[0], "response": None}])
+    file.write_bytes(file.read_bytes() + '{"prompt": "é'.encode()[:-1])
+    (step,), read = computed(file)
+    assert step.responses == 8
+    assert read.bad == {
+        "the step is missing or not a whole number": 3,
+        "the reward is missing, or not finite in fp32": 1,
+        "the response or its length is missing": 1,
+        "not UTF-8, or longer than 500 MB": 1,
+    }
+
+
+def test_names_with_quotes_and_the_own_column_names(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {
+        "it's": ["p"] * 2,
+        'a "reward"': [1.0, 0.0],
+        "filename": ["f"] * 2,
+        "is_object": [False] * 2,
+        "length": [1, 2],
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "it's.parquet")
+    (step,), _ = computed(tmp_path / "it's.parquet", group="it's", rewards=['a "reward"'])
+    assert (step.share_positive, step.length) == (1 / 2, 1.5)
+    write(tmp_path / "1.jsonl", [{"it's": "p", 'a "reward"': 1.0, "length": 1}])
+    assert computed(tmp_path / "1.jsonl", group="it's", rewards=['a "reward"'])[1].rows == 1
+
+
+def test_success_in_part_of_the_groups_is_judged_where_it_is_known(tmp_path):
+    rows = [{**ROLLOUT[i], "acc": i == 0} for i in range(4)]
+    rows += [{**ROLLOUT[i], "prompt": "c"} for i in range(4)] + [
+        {**ROLLOUT[i], "prompt": "d", "acc": 0} for i in range(4)
+    ]
+    (step,), _ = computed(write(tmp_path / "1.jsonl", rows))
+    assert step.shaped_positive == 1 / 2
+
+
+def test_positive_responses_without_length(tmp_path):
+    rows = [{**row, "response": "" if row["reward"] == 1 else "xx"} for row in ROLLOUT]
+    (step,), read = computed(write(tmp_path / "1.jsonl", rows))
+    assert step.update_share(1.0) == 1
+    assert math.isnan(step.update_share(0.0))
+    assert sentences(Preview(read, [step], 0.0, (0.1,)))
+
+
+def test_the_hint_at_a_wrong_group(tmp_path):
+    rows = [{**row, "prompt": i} for i, row in enumerate(ROLLOUT)]
+    (step,), read = computed(write(tmp_path / "1.jsonl", rows))
+    assert sentences(Preview(read, [step], 0.6, (0.1,)))[1].startswith(
+        "Every group has a single response: is prompt the"
+    )
+
+
+def test_an_interrupt_while_reading_ends_the_query_and_removes_the_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(reading.tempfile, "tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    rows = [{"prompt": i // 8, "response_length": 1, "reward": i % 2} for i in range(300_000)]
+    file = write(tmp_path / "1.jsonl", rows)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        computed(file, progress=interrupted)
+    assert list((tmp_path / "tmp").iterdir()) == []
