@@ -501,24 +501,26 @@ def _count_tokens(connection: duckdb.DuckDBPyConnection, tokenizer: str) -> None
 def _run(connection: duckdb.DuckDBPyConnection, statement: str, progress: Progress | None) -> None:
     """Execute a statement in a thread, and report how far it is."""
     errors: list[Exception] = []
+    # Not Thread.join, which marks the thread as ended when a signal interrupts it.
+    ended = threading.Event()
 
     def execute() -> None:
         try:
             connection.execute(statement)
         except Exception as error:
             errors.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=execute)
-    thread.start()
+    threading.Thread(target=execute).start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not ended.wait(0.2):
             if progress is not None:
                 # -1 before it is known.
                 progress("reading, %", max(0, round(connection.query_progress())), 100)
     except BaseException:
         connection.interrupt()
-        thread.join()
+        ended.wait()
         raise
     if progress is not None:
         progress("reading, %", 100, 100)

@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -406,4 +411,27 @@ def test_an_interrupt_while_reading_ends_the_query_and_removes_the_files(tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         computed(file, progress=interrupted)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_and_removes_its_files(tmp_path, number):
+    rows = [{"prompt": i // 8, "response_length": 1, "reward": i % 2} for i in range(400_000)]
+    file = write(tmp_path / "1.jsonl", rows)
+    (tmp_path / "tmp").mkdir()
+    # A shell starts what runs in the background with SIGINT ignored, these tests too.
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heeded}; from hpo_plugin.cli.app import app; app()"
+    command = [sys.executable, "-c", code, "preview", str(file), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "tmp").glob("*/rollouts.duckdb")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
     assert list((tmp_path / "tmp").iterdir()) == []

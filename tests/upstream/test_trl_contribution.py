@@ -152,7 +152,8 @@ def facts(trl_tree, in_tree):
     """What :mod:`trl_facts` finds in a process with the patched TRL."""
     done = in_tree(trl_tree, str(HERE / "trl_facts.py"))
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout)
+    # Weights & Biases may print before it.
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["trl"].startswith(str(trl_tree)), found["trl"]
     return found
 
