@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hpo_plugin.algorithm import RewardError, SignCounts, adaptive_alpha, count_signs, group_relative_advantage
-from hpo_plugin.preview.rollouts import PreviewError, StepRows
+from hpo_plugin.algorithm import adaptive_alpha, count_signs, group_relative_advantage
+from hpo_plugin.preview.rollouts import StepRows
 
 __all__ = ["StepPreview", "preview_step"]
 
@@ -73,17 +73,11 @@ def preview_step(rows: StepRows, alpha_mins: tuple[float, ...]) -> StepPreview:
     """Compute a step's figures with the functions that training uses.
 
     Args:
-        rows: The step's rows.
+        rows: The step's rows; rewards are finite in fp32.
         alpha_mins: Values of α_min.
-
-    Raises:
-        PreviewError: A reward is too large for fp32, in which advantages are computed.
     """
     groups = torch.from_numpy(rows.groups)
-    try:
-        advantage, degenerate = group_relative_advantage(torch.from_numpy(rows.rewards).float(), groups)
-    except RewardError as error:
-        raise PreviewError(f"step {rows.step}: {error}") from error
+    advantage, degenerate = group_relative_advantage(torch.from_numpy(rows.rewards).float(), groups)
     counts = count_signs(advantage)
     lengths, positive, negative = torch.from_numpy(rows.lengths), advantage > 0, advantage < 0
     magnitude = advantage.abs().double()
@@ -99,7 +93,7 @@ def preview_step(rows: StepRows, alpha_mins: tuple[float, ...]) -> StepPreview:
         degenerate_groups=len(groups[degenerate].unique()),
         share_positive=float(counts.share_positive()),
         share_negative=float(counts.share_negative()),
-        alpha={alpha_min: _alpha(counts, alpha_min) for alpha_min in alpha_mins},
+        alpha={alpha_min: float(adaptive_alpha(counts, alpha_min)) for alpha_min in alpha_mins},
         length=float(lengths.mean()),
         length_positive=float(lengths[positive].mean()),
         length_negative=float(lengths[negative].mean()),
@@ -108,10 +102,6 @@ def preview_step(rows: StepRows, alpha_mins: tuple[float, ...]) -> StepPreview:
         abs_advantage_tokens_negative=_share(magnitude * lengths, negative, positive),
         shaped_positive=float((~succeeded[judged]).double().mean()),
     )
-
-
-def _alpha(counts: SignCounts, alpha_min: float) -> float:
-    return float(adaptive_alpha(counts, alpha_min))
 
 
 def _share(values: torch.Tensor, part: torch.Tensor, rest: torch.Tensor) -> float:
