@@ -62,18 +62,13 @@ def sentences(preview: Preview) -> list[str]:
     steps = [step for step in run if step.has_signal]
     silent = _percent(_mean(run, lambda step: step.degenerate_groups / step.groups))
     if not steps:
-        alone = all(step.groups == step.responses for step in run)
-        return [
-            "No response has a signal: all rewards of a group are equal. None of the algorithms would learn anything.",
-            *(
-                [
-                    f"Every group has a single response: is {preview.rollouts.columns.group} the prompt? --group "
-                    "names another."
-                ]
-                if alone
-                else []
-            ),
-        ]
+        nothing = (
+            "No response has a signal: all rewards of a group are equal. None of the algorithms would learn anything."
+        )
+        if any(step.groups < step.responses for step in run):
+            return [nothing]
+        group = preview.rollouts.columns.group
+        return [nothing, f"Every group has a single response: is {group} the prompt? --group names another."]
     early = steps[: min(40, max(1, len(steps) // 3))]
     first = (
         "In the only step" if len(steps) == 1 else f"In the first {len(early)} steps" if len(early) > 1 else "At first"
@@ -135,18 +130,8 @@ def table(preview: Preview) -> Table:
         f"negative responses in Σ T|A|, without α, with HPO's, and with that of A-HPO (α_min = {lowest:g})",
         caption_justify="left",
     )
-    for name in (
-        "steps",
-        "no signal",
-        "p̂⁺",
-        "p̂⁻",
-        "α",
-        "T +",
-        "T −",
-        "α = 1",
-        f"α = {preview.alpha:g}",
-        "A-HPO",
-    ):
+    measured = ("steps", "no signal", "p̂⁺", "p̂⁻", "α", "T +", "T −")
+    for name in (*measured, "α = 1", f"α = {preview.alpha:g}", "A-HPO"):
         view.add_column(name, justify="right", no_wrap=True)
     for index in np.array_split(np.arange(len(preview.steps)), min(TABLE_ROWS, len(preview.steps))):
         part = [preview.steps[i] for i in index]

@@ -217,8 +217,8 @@ def open_rollouts(
             for macro in _MACROS:
                 connection.execute(macro)
             try:
-                _run(connection, _load(files, columns, tokens=tokenizer is not None), progress)
-                found = _loaded(connection, columns, files, tokenizer)
+                _run(connection, _create_table(files, columns, tokens=tokenizer is not None), progress)
+                found = _open_table(connection, columns, files, tokenizer)
             except duckdb.Error as error:
                 raise _unreadable(error) from error
             yield found
@@ -304,12 +304,8 @@ def _names(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> list
         found: set[str] = set()
         for file in looked_at:
             objects = f"SELECT line FROM {_source([file])} WHERE {_IS_OBJECT} LIMIT {lines}"
-            found |= {
-                name
-                for (name,) in connection.execute(
-                    f"SELECT DISTINCT unnest(json_keys(line)) FROM ({objects})"
-                ).fetchall()
-            }
+            keys = connection.execute(f"SELECT DISTINCT unnest(json_keys(line)) FROM ({objects})").fetchall()
+            found |= {name for (name,) in keys}
     except duckdb.Error as error:
         raise _unreadable(error) from error
     if not found:
@@ -335,15 +331,14 @@ def _columns(
 
     summands: list[tuple[str, float]] = []
     for reward in rewards:
-        name, _, weight = (reward, "", "") if reward in there else reward.rpartition("=")
+        name, separator, weight = reward.rpartition("=")
+        if reward in there or not separator:
+            name, weight = reward, "1"
+        pick(name, ())
         try:
-            summands.append((pick(name or reward, ()) or reward, float(weight or 1)))
+            summands.append((name, float(weight)))
         except ValueError as error:
-            raise (
-                error
-                if isinstance(error, PreviewError)
-                else PreviewError(f"--reward {reward}: {weight!r} is not a number; write NAME=WEIGHT")
-            ) from error
+            raise PreviewError(f"--reward {reward}: {weight!r} is not a number; write NAME=WEIGHT") from error
     if not summands:
         known = pick(None, REWARD_NAMES)
         others = [name for name in there if name not in _NO_REWARDS]
@@ -355,11 +350,8 @@ def _columns(
                 "once for a sum"
             )
         summands = [(known, 1.0)]
-    found_group, response, found_length = (
-        pick(group, GROUP_NAMES),
-        pick(None, RESPONSE_NAMES),
-        pick(length, LENGTH_NAMES),
-    )
+    found_group, found_length = pick(group, GROUP_NAMES), pick(length, LENGTH_NAMES)
+    response = pick(None, RESPONSE_NAMES)
     if found_group is None:
         raise PreviewError(f"which column of {files[0]} tells the prompt? It has {', '.join(there)}: give --group NAME")
     if with_text and response is None:
@@ -388,7 +380,7 @@ def _step_of_name(files: Sequence[Path]) -> str:
     return "0.0"
 
 
-def _load(files: Sequence[Path], columns: Columns, *, tokens: bool) -> str:
+def _create_table(files: Sequence[Path], columns: Columns, *, tokens: bool) -> str:
     """The statement that fills the table ``every``: a row's numbers, or why it is left out."""
     names = [name for name in (columns.step, columns.group, columns.response, columns.length, columns.acc) if name]
     names = list(dict.fromkeys([*names, *(name for name, _ in columns.rewards)]))
@@ -439,7 +431,7 @@ def _load(files: Sequence[Path], columns: Columns, *, tokens: bool) -> str:
     """
 
 
-def _loaded(
+def _open_table(
     connection: duckdb.DuckDBPyConnection, columns: Columns, files: Sequence[Path], tokenizer: str | None
 ) -> Rollouts:
     """Make the view ``responses``, and count."""
