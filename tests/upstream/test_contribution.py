@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from checkouts import commit_all, git
 from typer.testing import CliRunner
 
 from contrib.upstream import contribution
@@ -32,13 +33,7 @@ def checkout(wheel, tmp_path):
     (tree / "examples").mkdir()
     (tree / "examples/README.md").write_text("| Dir |\n|---|\n| `sapo_trainer/` |\n| `otb_trainer/` |\n")
     (tree / "tests").mkdir()
-    for command in ("init", "config user.name A", "config user.email a@b.c", "add .", "commit --message verl"):
-        subprocess.run(["git", "-C", str(tree), *command.split()], check=True, capture_output=True)
-    return tree
-
-
-def git(tree, *arguments):
-    return subprocess.run(["git", "-C", str(tree), *arguments], check=True, capture_output=True, text=True).stdout
+    return commit_all(tree, "verl")
 
 
 def test_a_wheel_gets_the_code_and_the_configs_and_nothing_else(changes):

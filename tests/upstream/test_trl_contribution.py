@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkouts import commit_all, git
 from typer.testing import CliRunner
 
 from contrib.upstream import trl as contribution
@@ -39,13 +40,7 @@ def checkout(tmp_path):
     for name, text in SOURCES.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
-    for command in ("init", "config user.name A", "config user.email a@b.c", "add .", "commit --message trl"):
-        subprocess.run(["git", "-C", str(tree), *command.split()], check=True, capture_output=True)
-    return tree
-
-
-def git(tree, *arguments):
-    return subprocess.run(["git", "-C", str(tree), *arguments], check=True, capture_output=True, text=True).stdout
+    return commit_all(tree, "trl")
 
 
 def test_a_checkout_gets_one_commit_on_a_branch_and_a_second_call_changes_nothing(checkout):
