@@ -62,7 +62,7 @@ def ordinary_answers(layout: str, size: int = PROBLEMS) -> Answers:
             f" {_spaced(right)} = {problem.target}",
             wrong,
             f"{wrong}={problem.target}",
-            # A number too few, a parenthesis too many, words, a sign of another alphabet.
+            # A number too few, a parenthesis too many, words, another spelling or a sign.
             random_expression(problem.numbers[:-1], rng),
             f"{right})",
             f"We can make {problem.target} from the numbers",
@@ -134,6 +134,23 @@ def hostile_texts(rng: random.Random) -> Iterator[tuple[str, str]]:
         content = _hostile_expression(rng)
         yield "terse", content
         yield "public", f"{'<' * (size - 1000)}{opening}{content}{closing}"
+    for form in (
+        r"\frac{",
+        r"\frac{1}{",
+        r"\boxed{",
+        r"\left(",
+        r"\times",
+        "-",
+        "×",
+        r"\frac",
+        "}",
+        "x",
+        "1=",
+        "1.",
+        "$",
+    ):
+        for ending in ("", "1", "}" * 90, "}." * 50, "1" + "}{1}" * 60):
+            yield "terse", (form * MAX_ANSWER_CHARACTERS)[: MAX_ANSWER_CHARACTERS - len(ending)] + ending
     for blank in (" ", "\n", "\t \r\n"):
         yield "terse", f"1={blank * 600}"[:MAX_ANSWER_CHARACTERS]
         yield "terse", f"{blank * 600}"[: MAX_ANSWER_CHARACTERS - 3] + "1=x"

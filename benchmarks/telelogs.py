@@ -13,11 +13,14 @@ from benchmarks._table import Row, markdown, row
 from benchmarks._timing import rate, worst
 from hpo_plugin.tasks.telelogs import diagnose, generate, render_prompt
 from hpo_plugin.tasks.telelogs.reward import MAX_SEARCHED_CHARACTERS, compute_score
+from hpo_plugin.tasks.telelogs.tables import Cause
 
 SEED = 0
 ROWS = 3_000
-#: Bar: rows a second on one core.
-ROWS_BAR = 2_000
+#: Bars: rows a second on one core, milliseconds of the worst text.
+ROWS_BAR, WORST_TEXT_BAR = 2_000, 5.0
+#: Characters of a hostile text; the reward reads the last MAX_SEARCHED_CHARACTERS of them.
+HOSTILE_CHARACTERS = 262_144
 
 
 def make_rows(rows: int = ROWS) -> None:
@@ -29,7 +32,8 @@ def make_rows(rows: int = ROWS) -> None:
 def ordinary_responses(size: int = 5_000) -> list[str]:
     """Chains of thought of some 1,500 characters with a right, a wrong or a malformed box, or none."""
     rng = random.Random(SEED)
-    boxes = [r"\boxed{C3}", r"\boxed{3}", r"\boxed{C5}", r"\boxed{\text{C3}}", r"\boxed{the third}", "C3"]
+    boxes = [r"\boxed{C3}", r"\boxed{ 3. }", r"\boxed{C5}", r"\boxed{\textbf{c3}}", r"\boxed{the third}", "C3"]
+    boxes += [rf"\boxed{{C3: {Cause.C3.text}}}", rf"\boxed{{\text{{C5: {Cause.C5.text}}}}}"]
     thought = "The throughput at 15:03:{:02d} is {} Mbps, below 600, while the serving cell is {}.\n"
     return [
         "".join(thought.format(i % 60, rng.randint(100, 1500), rng.randint(1, 900)) for i in range(rng.randint(5, 30)))
@@ -39,15 +43,18 @@ def ordinary_responses(size: int = 5_000) -> list[str]:
 
 
 def hostile_texts(rng: random.Random) -> Iterator[str]:
-    """Texts of boxes and braces up to the bound: open, closed, nested, almost boxes."""
-    words = ["{", "}", "{}", "}{", "\\", r"\boxed", r"\\boxed{", "x"]
+    """Texts of boxes and braces, beyond the bound: open, closed, nested, almost boxes."""
+    words = ["{", "}", "{}", "}{", "\\", r"\boxed", r"\\boxed{", "x", "\\boxed \n{", r"\text {", "C ", r"\, "]
     words += [r"\boxed{", r"\boxed{}", r"\boxed{{", r"\boxed{C3}"]
     parts = [r"\boxed{", "{", "}", "\\", r"\boxed", "C3"]
     words += ["".join(rng.choices(parts, k=rng.randint(2, 8))) for _ in range(40)]
     for word in words:
-        repeated = word * (MAX_SEARCHED_CHARACTERS // len(word))
+        repeated = word * (HOSTILE_CHARACTERS // len(word))
         yield repeated
         yield f"\U0001f600{repeated}"
+        # In a box that begins where the search does.
+        yield rf"{repeated}\boxed{{{repeated[: MAX_SEARCHED_CHARACTERS - 8]}"
+        yield rf"{repeated}\boxed{{{repeated[: MAX_SEARCHED_CHARACTERS - 9]}}}"
     half = MAX_SEARCHED_CHARACTERS // 2
     yield "{" * half + "}" * half
     yield r"\boxed{" * (half // 4) + "}" * (half // 4)
@@ -73,7 +80,7 @@ def run() -> list[Row]:
     hostile = list(hostile_texts(random.Random(SEED)))
     milliseconds, text = worst(hostile, lambda text: compute_score("telelogs", text, "C3"))
     shown = f"{len(text):,} characters: {text[:20] + '…' + text[-15:]!r}"
-    rows.append(row("score, worst text found", milliseconds, "ms", note=shown))
+    rows.append(row("score, worst text found", milliseconds, "ms", at_most=WORST_TEXT_BAR, note=shown))
     return rows
 
 

@@ -1,10 +1,14 @@
-"""The Countdown reward: what counts, what does not, and that no text can hurt it."""
+"""The Countdown reward: what counts, what does not, and that no text can hurt it.
+
+The forms that models write have tests of their own, from the table of the docs: test_reward_forms.py.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -102,15 +106,24 @@ def test_precedence_and_exact_arithmetic(answer: str, target: int, numbers: tupl
     assert score(answer, target + 1, numbers) == 0.0
 
 
-def test_a_right_side_must_be_the_target() -> None:
+def test_one_side_of_an_equation_must_be_the_target() -> None:
     assert score("3*5+7=22") == 1.0
+    assert score("22=3*5+7") == 1.0
     assert score("3*5+7=23") == 0.0
+    assert score("23=3*5+7") == 0.0
     assert score("3*5+8=22") == 0.0
-    assert score("22=3*5+7") == 0.0
     assert score("3*5+7=22=22") == 0.0
+    assert score("22=3*5+7=22") == 0.0
     assert score("3*5+7=") == 0.0
     assert score("3*5+7=44/2") == 0.0
-    assert score("3*5+7=022") == 0.0
+    assert score("3*5+7=(22)") == 0.0
+    assert score("7+5=3*5-3", 12, (7, 5)) == 0.0
+    assert score("3-7=-4", -4, (3, 7)) == 1.0
+    assert score("3-7=4", -4, (3, 7)) == 0.0
+    # A single number is an answer, too.
+    assert score("22=22", 22, (22,)) == 1.0
+    assert score("22=11+11", 22, (22,)) == 0.0
+    assert score("22=22") == 0.0
 
 
 # --- the holes of public scorers, each refused ---
@@ -183,9 +196,74 @@ def test_a_number_given_twice_is_used_twice() -> None:
     assert score("4*5", 20, (4, 4, 5)) == 0.0
 
 
-@pytest.mark.parametrize("answer", ["３*５+７", "3*5+٧", "³*5+7", "3×5+7", "3*5+7\u2212 0", "3*5\u00a0+7", "3∗5+7"])
-def test_hole_only_ascii_exists_in_the_grammar(answer: str) -> None:
+@pytest.mark.parametrize(
+    "answer", ["３*５+７", "3*5+٧", "³*5+7", "3*5+7\u200b", "3*5\u2060+7", "3*5+7\x00", "3✕5+7", "𝟹*5+7"]
+)
+def test_hole_digits_are_ascii_and_nothing_is_hidden(answer: str) -> None:
     assert score(answer) == 0.0
+
+
+@pytest.mark.parametrize(
+    "between", [" ", "\n", "\u00a0", r"\,", r"\quad ", "$", "$$", "~", r"\(", r"\left", "{}", r"\text{}", ""]
+)
+def test_hole_nothing_joins_two_numbers(between: str) -> None:
+    assert score(f"1{between}5", 15, (1, 5)) == 0.0
+    assert score(f"1{between}5", 15, (15,)) == (0.0 if between else 1.0)
+    assert score(f"3{between}(5)+7") == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\frac{}{3}+22",
+        r"\frac{3}{}+22",
+        r"\frac{66}",
+        r"\frac{66}3",
+        r"\frac 66 3",
+        r"\frac(66)(3)",
+        r"\frac{66}{3",
+        r"\frac{66}{3)}",
+        r"\frac{(66}{3)}",
+        r"(\frac{66}{3)}",
+        r"\frac{66}{3}}",
+        r"\frac{66}+{3}",
+        r"\fraction{66}{3}",
+        r"\sqrt{66}{3}",
+        r"\frac{66}{3}{1}",
+        r"{66}/{3}",
+        r"\frac{66/3}",
+        r"\frac{66=22}{3}",
+    ],
+)
+def test_a_fraction_has_two_arguments_in_braces(answer: str) -> None:
+    assert score(answer, 22, (66, 3)) == 0.0
+    assert score(r"\frac{66}{3}", 22, (66, 3)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (r"\boxed{\boxed{3*5+7}}", 1.0),
+        (r"\boxed{3*5+7}=\boxed{22}", 1.0),
+        (r"\boxed{22}=\boxed{3*5+7}", 1.0),
+        (r"\boxed{\boxed{3*5+7}=22}", 1.0),
+        (r"\boxed{3*5+7.}.", 1.0),
+        (r"\boxed{3*5}+\boxed{7}", 0.0),
+        (r"\boxed{3*5+7", 0.0),
+        (r"3*5+7}", 0.0),
+        (r"\boxed{3*5+7}}", 0.0),
+        (r"\boxed{}", 0.0),
+        (r"\boxed{22}", 0.0),
+        (r"3*5+7 \boxed{22}", 0.0),
+        (r"\boxed{22=3*5}+7", 0.0),
+        (r"7+\boxed{3*5=22}", 0.0),
+        (r"5+\boxed{3*7=22}", 0.0),
+        (r"-\boxed{-3*5-7=22}", 0.0),
+        (r"\boxed 3*5+7", 0.0),
+    ],
+)
+def test_a_box_holds_the_answer_or_a_side(answer: str, expected: float) -> None:
+    assert score(answer) == expected
 
 
 def test_hole_nesting_is_bounded() -> None:
@@ -207,6 +285,8 @@ def test_hole_length_is_bounded() -> None:
 def test_hole_magnitude_is_bounded() -> None:
     assert score("9" * 9, 999_999_999, (999_999_999,)) == 1.0
     assert score("9" * 10 + "-" + "9" * 10 + "+22") == 0.0
+    assert score("0" * 400 + "3*5+7") == 1.0
+    assert score("3*5+7=1" + "0" * 400) == 0.0
 
 
 def test_hole_division_by_zero_is_wrong_and_does_not_raise() -> None:
@@ -218,15 +298,21 @@ def test_hole_division_by_zero_is_wrong_and_does_not_raise() -> None:
     assert judge("<answer>(4-4)/(3-3)</answer>", truth) is CountdownVerdict.DIVISION_BY_ZERO
 
 
-@pytest.mark.parametrize(
-    ("answer", "numbers"),
-    [("-3+25", (3, 25)), ("+3+19", (3, 19)), ("37+3*-5", (37, 3, 5)), ("--22", (22,)), ("-(3-25)", (3, 25))],
-)
-def test_there_is_no_unary_sign(answer: str, numbers: tuple[int, ...]) -> None:
-    assert score(answer, 22, numbers) == 0.0
+def test_signs_are_part_of_a_factor() -> None:
+    assert score("--22", 22, (22,)) == 1.0
+    assert score("-+-+22", 22, (22,)) == 1.0
+    assert score("-2*-11", 22, (2, 11)) == 1.0
+    assert score("-2*11", 22, (2, 11)) == 0.0
+    assert score("-44/-2", 22, (44, 2)) == 1.0
+    assert score("-(3-5)*11", 22, (3, 5, 11)) == 1.0
+    assert score("--(5-3)*11", 22, (3, 5, 11)) == 1.0
+    assert score("10-4--3", 9, (10, 4, 3)) == 1.0
+    assert score("22-", 22, (22,)) == 0.0
+    assert score("-", 0, (22,)) == 0.0
+    assert score("5/-(3-3)", 0, (5, 3, 3)) == 0.0
 
 
-@pytest.mark.parametrize("answer", ["", " ", "+", "3*5+", "*3", "3*5+7)", "(3*5+7", ")3*5+7(", "03*5+7", "(3*5)+()+7"])
+@pytest.mark.parametrize("answer", ["", " ", "+", "3*5+", "*3", "3*5+7)", "(3*5+7", ")3*5+7(", "3*5+7.0", "(3*5)+()+7"])
 def test_what_is_not_an_expression_earns_nothing(answer: str) -> None:
     assert judge(f"<answer>{answer}</answer>", TRUTH) is CountdownVerdict.MALFORMED
     assert score(answer) == 0.0
@@ -461,19 +547,21 @@ def test_fuzz_random_valid_expressions_agree_with_fractions(
 @given(st.text(alphabet="0123456789+-*/() ", max_size=24))
 @settings(max_examples=250, deadline=None)
 def test_fuzz_well_formed_means_what_python_means_less_its_extras(text: str) -> None:
-    """A text judged well-formed is a Python expression of binary + - * / over integers, and the reverse."""
+    """A text judged well-formed is a Python expression of signs and + - * / over integers, and the reverse."""
 
     def closed(node: ast.AST) -> bool:
         if isinstance(node, ast.BinOp):
             operations = (ast.Add, ast.Sub, ast.Mult, ast.Div)
             return isinstance(node.op, operations) and closed(node.left) and closed(node.right)
+        if isinstance(node, ast.UnaryOp):
+            return isinstance(node.op, (ast.UAdd, ast.USub)) and closed(node.operand)
         return isinstance(node, ast.Constant) and isinstance(node.value, int)
 
     try:
-        # Python reads 00 as 0; the grammar has no leading zeros.
-        well_formed = closed(ast.parse(text.strip(), mode="eval").body) and not any(
-            (len(run) > 1 and run[0] == "0") or len(run) > 9
-            for run in "".join(c if c.isdigit() else " " for c in text).split()
+        # Python refuses the leading zeros of 07, which the grammar ignores.
+        plain = re.sub("[0-9]+", lambda run: str(int(run[0])), text.strip())
+        well_formed = closed(ast.parse(plain, mode="eval").body) and all(
+            int(run) < 10**9 for run in re.findall("[0-9]+", text)
         )
     except (SyntaxError, ValueError):
         well_formed = False
@@ -501,6 +589,13 @@ ADVERSARIAL = {
     "large fractions": "<answer>" + "+".join(["1/999999999"] * 42) + "</answer>",
     "many operators": "<answer>" + "/".join(["9"] * 256) + "</answer>",
     "spaces": "<answer>" + " " * MEGABYTE + "</answer>",
+    "fractions": "<answer>" + r"\frac{" * 80 + "1" + "}{1}" * 8 + "</answer>",
+    "closed fractions": "<answer>" + r"\frac{1}{" * 45 + "1" + "}" * 45 + "</answer>",
+    "boxes": "<answer>" + r"\boxed{" * 63 + "}" * 63 + "</answer>",
+    "boxes and periods": "<answer>" + r"\boxed{" * 50 + "1" + "}." * 50 + "</answer>",
+    "signs": "<answer>" + "-" * 500 + "1</answer>",
+    "commands": "<answer>" + r"\left" * 100 + "</answer>",
+    "blanks after commands": "<answer>" + r"\frac" + " " * 490 + "</answer>",
     "unicode": "\U0001f600" * (MEGABYTE // 4) + "<answer>٣</answer>",
 }
 
@@ -511,8 +606,8 @@ def test_no_text_takes_more_than_a_few_milliseconds(name: str, data_source: str)
     text = ADVERSARIAL[name]
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()
         assert compute_score(data_source, text, TRUTH) == 0.0
-        times.append(time.perf_counter() - begin)
-    # The best of five, because other processes share the machine.
+        times.append(time.process_time() - begin)
+    # CPU time and the best of five, because other processes share the machine.
     assert min(times) < 0.005

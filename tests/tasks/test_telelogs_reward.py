@@ -1,9 +1,13 @@
-"""The TeleLogs reward: what counts, what does not, what verl makes of it, and that no text can hurt it."""
+"""The TeleLogs reward: what counts, what does not, what verl makes of it, and that no text can hurt it.
+
+The forms that models write have tests of their own, from the table of the docs: test_reward_forms.py.
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -16,8 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpo_plugin.tasks.telelogs.dataset import Question, to_row
 from hpo_plugin.tasks.telelogs.reward import (
     DATA_SOURCE,
+    MAX_BOX_CHARACTERS,
     MAX_SEARCHED_CHARACTERS,
     TeleLogsVerdict,
     compute_score,
@@ -26,6 +32,9 @@ from hpo_plugin.tasks.telelogs.reward import (
     read_answer,
     summarize,
 )
+from hpo_plugin.tasks.telelogs.synthetic import generate, relabeled
+from hpo_plugin.tasks.telelogs.tables import Cause
+from hpo_plugin.tasks.telelogs.task import TASK
 
 RIGHT = r"\boxed{C3}"
 WRONG = r"\boxed{C4}"
@@ -110,7 +119,6 @@ def test_every_label_is_answered_by_itself_only() -> None:
         "{}",
         r"\text{}",
         # Other spellings of a label.
-        "c3",
         "C03",
         "03",
         "C0",
@@ -125,16 +133,36 @@ def test_every_label_is_answered_by_itself_only() -> None:
         "C-3",
         "-3",
         "+3",
-        "C_3",
-        "C_{3}",
-        "C{3}",
-        "{C}3",
         "3.0",
         "three",
         # A label and more.
-        "C3.",
-        "C3:",
-        "C3: A neighboring cell provides higher throughput.",
+        "C3: a",
+        "C3: C3",
+        "C3: C3: A neighboring cell provides higher throughput.",
+        "C3: A neighboring cell provides higher throughput. A neighboring cell provides higher throughput.",
+        "C3: A neighboring cell provides",
+        "A neighboring cell provides higher throughput.: C3",
+        "A neighboring cell provides higher throughput.",
+        "C3: Frequent handovers degrade performance.",
+        "C3;",
+        "C3!",
+        "C3?",
+        "C3-C4",
+        "C3-4",
+        "C3 4",
+        "3 4",
+        "3.5",
+        "3,5",
+        "not C3",
+        "Answer: C3",
+        "**C3**",
+        "C__3",
+        "_3",
+        "._3",
+        "C,3",
+        "C.3",
+        "(C)3",
+        "((C3))",
         "C3, C4",
         "C3,C4",
         "C3 or C4",
@@ -143,48 +171,22 @@ def test_every_label_is_answered_by_itself_only() -> None:
         "{C3}{C4}",
         r"\text{C3}\text{C4}",
         r"\text{C3} or \text{C4}",
-        "C3{}",
-        "{}C3",
-        "$C3$",
-        "(C3)",
         "*C3*",
-        # Whitespace.
-        "C 3",
-        " C3",
-        "C3 ",
-        "\tC3",
-        "C3\t",
-        "\nC3",
-        "C3\n",
-        "C3\r",
-        "{ C3}",
-        "{C3 }",
-        "{C3\n}",
-        " {C3}",
-        "{C3} ",
-        "{C3}\n",
-        r"\text{ C3}",
-        r"\text{C3 }",
-        "\\text{C3\n}",
-        r"\text {C3}",
-        r" \text{C3}",
-        r"\text{C3} ",
-        r"C3\ ",
-        r"\,C3",
-        # Other wrappings.
-        "{{C3}}",
-        r"\text{{C3}}",
-        r"{\text{C3}}",
-        r"\text{\text{C3}}",
+        # Other commands.
+        r"C3\phantom{4}",
+        r"\color{red}C3",
+        r"\textcolor{red}{C3}",
+        r"\mathcal{C3}",
+        r"\neq C3",
+        r"\lnot C3",
+        r"C3\\",
+        r"C3 % C4",
+        r"C3\quadC4",
         r"\textC3",
         r"\text C3",
         r"text{C3}",
         r"\\text{C3}",
         r"\Text{C3}",
-        r"\mathbf{C3}",
-        r"\mathrm{C3}",
-        r"\textbf{C3}",
-        r"\mbox{C3}",
         r"\fbox{C3}",
         r"\text{C3",
         r"\{C3\}",
@@ -199,8 +201,10 @@ def test_every_label_is_answered_by_itself_only() -> None:
         "C³",
         "Ⅲ",
         "С3",  # a Cyrillic letter
-        "C3\u00a0",
         "C3\u200b",
+        "C\u200b3",
+        "C3\u2060",
+        "C3\u202e",
         "C3\x00",
         "Ç3",
         "C3\u0301",
@@ -226,8 +230,7 @@ def test_what_is_not_listed_is_not_an_answer(content: str, label: str) -> None:
         "C3",
         "The answer is C3.",
         "boxed{C3}",
-        r"\boxed {C3}",
-        "\\boxed\n{C3}",
+        r"\boxed\,{C3}",
         r"\boxed(C3)",
         r"\boxed[C3]",
         r"\boxed C3",
@@ -337,9 +340,73 @@ def test_boxes_are_searched_only_near_the_end_of_the_text() -> None:
 
 def test_a_box_may_be_closed_far_away() -> None:
     """Its size decides that it is malformed, not that it is absent: it hides the box before it."""
-    assert judge(RIGHT + r"\boxed{" + "x" * 100_000 + "}", "C3") is TeleLogsVerdict.MALFORMED
-    assert judge(RIGHT + r"\boxed{" + "{}" * 50_000 + "}", "C3") is TeleLogsVerdict.MALFORMED
-    assert judge(RIGHT + r"\boxed{" + "{}" * 50_000, "C3") is TeleLogsVerdict.CORRECT
+    assert judge(RIGHT + r"\boxed{" + "x" * 10_000 + "}", "C3") is TeleLogsVerdict.MALFORMED
+    assert judge(RIGHT + r"\boxed{" + "{}" * 5_000 + "}", "C3") is TeleLogsVerdict.MALFORMED
+    assert judge(RIGHT + r"\boxed{" + "{}" * 5_000, "C3") is TeleLogsVerdict.CORRECT
+
+
+def test_a_box_holds_a_bounded_text() -> None:
+    for length, expected in ((MAX_BOX_CHARACTERS, 1.0), (MAX_BOX_CHARACTERS + 1, 0.0)):
+        assert score(rf"\boxed{{{'C3'.ljust(length)}}}") == expected
+        assert score(rf"\boxed{{{'C3'.rjust(length)}}}") == expected
+        braces = "{" * (length // 2 - 1) + "C3" + "}" * (length // 2 - 1)
+        assert score(rf"\boxed{{{braces.ljust(length)}}}") == expected
+
+
+# --- option texts ---
+
+OWN, OTHER = Cause.C3.text, Cause.C5.text
+
+
+def explained(box: str, label: str, extra_info: Any) -> str:
+    return compute_score(DATA_SOURCE, rf"\boxed{{{box}}}", label, extra_info)["pred"]
+
+
+@pytest.mark.parametrize("separator", [": ", ":", " ", ". ", ", ", " - ", " – ", " — ", ") ", "\n"])
+def test_a_label_may_be_followed_by_its_own_option_text(separator: str) -> None:
+    for text in (OWN, OWN.rstrip("."), OWN.lower(), OWN.upper(), f"({OWN})", OWN.replace(" ", "\n")):
+        assert explained(f"C3{separator}{text}", "C3", {"cause": "C3"}) == "C3"
+        assert explained(f"M4{separator}{text}", "M4", {"cause": "C3"}) == "M4"
+        assert explained(f"4{separator}{text}", "M4", {"cause": "C3"}) == "M4"
+        assert explained(f"4{separator}{text}", "4", {"cause": "C3"}) == "4"
+
+
+def test_every_option_text_is_known_and_no_two_are_alike() -> None:
+    for cause, other in product(Cause, Cause):
+        text = cause.text.replace("'", "’")
+        assert explained(f"X1: {text}", "X1", {"cause": other.value}) == ("X1" if cause is other else "")
+
+
+def test_the_option_text_of_another_label_makes_a_box_contradict_itself() -> None:
+    assert explained(f"C3: {OTHER}", "C3", {"cause": "C3"}) == ""
+    # Under other labels, C3 may stand for C5, and its published text is then not its own.
+    assert explained(f"C3: {OTHER}", "C3", {"cause": "C5"}) == "C3"
+    assert explained(f"C3: {OWN}", "C3", {"cause": "C5"}) == ""
+
+
+def test_a_wrong_label_with_a_text_is_a_vote_unless_the_text_is_the_right_one() -> None:
+    assert explained(f"C5: {OTHER}", "C3", {"cause": "C3"}) == "C5"
+    assert explained(f"C5: {OWN}", "C3", {"cause": "C3"}) == ""
+    assert judge(rf"\boxed{{C5: {OTHER}}}", "C3") is TeleLogsVerdict.WRONG_LABEL
+    assert judge(rf"\boxed{{C5: {OWN}}}", "C3") is TeleLogsVerdict.MALFORMED
+
+
+@pytest.mark.parametrize("extra_info", [None, {}, {"cause": None}, {"cause": ""}, {"index": 1}, "no mapping"])
+def test_without_a_cause_only_the_published_labels_have_texts(extra_info: Any) -> None:
+    assert explained(f"C3: {OWN}", "C3", extra_info) == "C3"
+    assert explained(f"C3: {OTHER}", "C3", extra_info) == ""
+    assert explained(f"M4: {OWN}", "M4", extra_info) == ""
+    assert explained("M4", "M4", extra_info) == "M4"
+    assert explained(f"3: {OWN}", "3", extra_info) == ""
+
+
+def test_the_task_and_the_rows_of_the_package_carry_the_cause() -> None:
+    made = relabeled(generate(8, seed=0).rows, seed=1)
+    for index, question in enumerate(made):
+        row = to_row(Question(question.case, question.label, "drive"), "test", index)
+        box = rf"\boxed{{{question.label}: {question.case.cause_of(question.label).text}}}"
+        assert TASK.score(row, box)["score"] == 1.0
+        assert TASK.judge(row, box) == "correct"
 
 
 # --- votes ---
@@ -600,24 +667,49 @@ def test_importing_the_reward_imports_nothing_heavy() -> None:
 
 
 def reference_answer(text: str) -> str | None:
-    """Read the last closed box by trying each from the last, and its content by listing what it may be."""
-    opening = r"\boxed{"
-    for at in range(len(text) - 1, -1, -1):
-        if not text.startswith(opening, at):
-            continue
-        begin = at + len(opening)
+    """Read the last closed box by trying each from the last, and its content character by character."""
+    for opening in reversed(list(re.finditer(r"\\boxed\s*{", text))):
         depth = 1
-        for position in range(begin, len(text)):
+        for position in range(opening.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
-                return ACCEPTED.get(text[begin:position])
+                return reference_label(text[opening.end() : position])
     return None
 
 
-ANSWERS = [letter + str(number) for letter in ("", *map(chr, range(65, 91))) for number in range(1, 100)]
-ACCEPTED = {form % answer: answer for answer in ANSWERS for form in ("%s", "{%s}", r"\text{%s}")}
+def reference_label(content: str) -> str | None:
+    """Find the label that a box without an option text shows, by what is left without the rest."""
+    shown = re.sub(r"\\text\s*(?={)", "", content).translate(dict.fromkeys(map(ord, "{}$")))
+    shown = " ".join(shown.replace("\\ ", " ").split())
+    if shown.startswith("("):
+        shown = shown[1:].lstrip()
+    label = shown.rstrip(" .:,()-–—")
+    if label[:1].isascii() and label[:1].isalpha():
+        label = label[0].upper() + label[1:].lstrip(" ").removeprefix("_").lstrip(" ")
+    return label if label in ANSWERS else None
 
-PIECES = ["\\boxed{", "{", "}", "}", "\\text{", "C3", "3", "C4", "M3", "12", "0", " ", "\\", "boxed{", "c3", "x", "\n"]
+
+ANSWERS = {letter + str(number) for letter in ("", *map(chr, range(65, 91))) for number in range(1, 100)}
+
+PIECES = [
+    "\\boxed{",
+    "\\boxed {",
+    "{",
+    "}",
+    "}",
+    "\\text{",
+    "C3",
+    "3",
+    "C4",
+    "M3",
+    "12",
+    "0",
+    " ",
+    "\\",
+    "boxed{",
+    "c3",
+]
+PIECES += ["x", "\n", ".", "_", "(", ")", ":"]
 pieces_text = st.lists(st.sampled_from(PIECES), max_size=16).map("".join)
 any_text = st.one_of(
     st.text(),
@@ -641,19 +733,19 @@ def test_fuzz_the_answer_is_that_of_a_plain_search(text: str) -> None:
     assert read_answer(text + WRONG) == "C4"
 
 
-@given(st.text(alphabet="\\textCZ0129{} ", max_size=12))
-@settings(max_examples=300, deadline=None)
-def test_fuzz_the_grammar_is_a_list(content: str) -> None:
+@given(st.text(alphabet="\\textCZz0129{} _.(", max_size=12))
+@settings(max_examples=500, deadline=None)
+def test_fuzz_a_box_shows_what_a_plain_reading_finds(content: str) -> None:
     assert read_answer(rf"\boxed{{{content}}}") == reference_answer(rf"\boxed{{{content}}}")
 
 
-def test_the_grammar_is_a_list() -> None:
-    assert len(ACCEPTED) == 27 * 99 * 3
-    for content, answer in ACCEPTED.items():
-        assert read_answer(rf"\boxed{{{content}}}") == answer
-    # One character more, less or other makes something else, or another entry of the list.
+def test_every_label_is_read_and_a_character_more_less_or_other_makes_another_or_none() -> None:
+    forms = [form % answer for answer in sorted(ANSWERS) for form in ("%s", "{%s}", r"\text{%s}")]
+    assert len(forms) == 27 * 99 * 3
     rng = random.Random(0)
-    for content in rng.sample(sorted(ACCEPTED), 300):
+    for content in forms:
+        assert read_answer(rf"\boxed{{{content}}}") == content.removeprefix(r"\text").strip("{}")
+    for content in rng.sample(forms, 300):
         at = rng.randrange(len(content))
         for character in "\\ C3c0.\n":
             for changed in (
@@ -706,22 +798,23 @@ ADVERSARIAL = {
     "pairs of braces": BOX + "{}" * (WINDOW // 2),
     "nested braces": BOX + "{" * (WINDOW // 2) + "C3" + "}" * (WINDOW // 2 - 1),
     "nested text": BOX + r"\text{" * (WINDOW // 7 - 1) + "C3" + "}" * (WINDOW // 7),
+    "blanks between": r"\boxed" + " " * (WINDOW - 5) + "x",
+    "blanks in a box": BOX + "( C _ " + " " * 480 + "x}",
+    "fonts": (BOX + r"\text {" * 60 + "C4" + "}" * 61) * (WINDOW // 600),
+    "boxes with blanks": "\\boxed \t{" * (MEGABYTE // 9) + "}" * 5,
     "spaces": BOX + " " * (WINDOW - 1) + "}",
     "unicode": "\U0001f600" * (MEGABYTE // 4) + BOX + "٣}",
 }
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
-def test_no_text_takes_long(name: str) -> None:
-    """The bound is far above linear time (40 ms at worst) and far below quadratic time (minutes)."""
+def test_no_text_takes_more_than_a_few_milliseconds(name: str) -> None:
     text = ADVERSARIAL[name]
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()
         result = compute_score(DATA_SOURCE, text, "C3")
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
         assert result["score"] == 0.0
-        # The best of five counts, because other processes share the machine.
-        if times[-1] < 0.2:
-            break
-    assert min(times) < 0.2
+    # CPU time and the best of five, because other processes share the machine.
+    assert min(times) < 0.005

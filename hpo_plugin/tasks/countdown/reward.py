@@ -1,18 +1,22 @@
-"""The Countdown reward: a small closed grammar, exact arithmetic, and bounds on everything.
+r"""The Countdown reward: a small closed grammar, exact arithmetic, and bounds on everything.
 
 The text comes from a model that is being optimized against this function, so it is treated as hostile: nothing of it
 is ever executed, every size is bounded before work is done on it, and no text makes :func:`compute_score` raise.
 
-The grammar of an answer (spaces, tabs and line breaks may stand between tokens)::
+The grammar of an answer (blanks may stand between tokens)::
 
-    answer  = expr [ "=" target ]
-    expr    = term  { ("+" | "-") term }
-    term    = factor { ("*" | "/") factor }
-    factor  = integer | "(" expr ")"
-    integer = "0" | ASCII digits without a leading zero
+    answer   = box{ side } | box{ equation } | side | equation
+    equation = side "=" target | target "=" side
+    side     = expr | box{ expr }
+    expr     = term  { ("+" | "-") term }
+    term     = factor { ("*" | "/") factor }
+    factor   = ("+" | "-") factor | integer | "(" expr ")" | "\frac{" expr "}{" expr "}"
+    integer  = ASCII digits [ "." ]
 
-There is no unary sign, no decimal point, no power, no factorial, no floor division and no implicit multiplication, and
-only ASCII characters exist in it. Every given number must be used exactly once.
+The tokenizer reads the spellings of :data:`SPELLINGS` (``×``, ``\times``, ``−``, …) as the four operators, and skips
+what shows nothing or a blank: whitespace, ``$``, ``\(``, ``\,``, ``\left``. A period may end the answer. There is no
+decimal fraction, no power, no factorial, no floor division, no implicit multiplication and no grouping by braces. Every
+given number must be used exactly once. docs/countdown.md lists forms with the decision and the reason.
 
 This module imports the standard library only: verl loads it in each of its reward workers.
 """
@@ -26,28 +30,49 @@ from enum import Enum
 from operator import index
 from typing import Any
 
+from hpo_plugin.tasks.countdown.tinyzero import tinyzero_answer, tinyzero_close, tinyzero_uses, tinyzero_value
+
 #: ``data_source`` of a row in the public layout: the answer stands in ``<answer>`` tags.
 PUBLIC_DATA_SOURCE = "countdown"
 #: ``data_source`` of a row in the terse layout: the whole response is the answer.
 TERSE_DATA_SOURCE = "countdown_terse"
 #: Layout name -> the ``data_source`` its rows carry.
 DATA_SOURCES = {"public": PUBLIC_DATA_SOURCE, "terse": TERSE_DATA_SOURCE}
+#: ``exact``: the grammar of this module. ``tinyzero``: the decision of the public scorer.
+MODES = ("exact", "tinyzero")
 
 #: Only this many characters at the end of a response are searched for answer tags.
 MAX_SEARCHED_CHARACTERS = 262_144
 #: A longer answer is malformed.
 MAX_ANSWER_CHARACTERS = 512
-#: Deeper nesting of parentheses is malformed.
-MAX_DEPTH = 32
-#: Integers with more digits are malformed in an answer and refused in a ground truth.
+#: Deeper nesting of parentheses is malformed; Python's own limit. A fraction counts as two.
+MAX_DEPTH = 200
+#: Integers with more digits, leading zeros aside, are malformed in an answer and refused in a ground truth.
 MAX_DIGITS = 9
 #: A ground truth with more numbers is refused.
 MAX_NUMBERS = 16
 
+#: Other spellings of the operators.
+SPELLINGS = {
+    **dict.fromkeys(("×", "·", "⋅", "∙", "∗", "x", r"\times", r"\cdot", r"\ast"), "*"),
+    **dict.fromkeys(("÷", "∕", "⁄", r"\div"), "/"),
+    **dict.fromkeys(("−", "–"), "-"),
+    r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac",
+}
+
 _OPEN, _CLOSE = "<answer>", "</answer>"
-_ALPHABET = re.compile(r"[-0-9+*/() \t\r\n]+")
-_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
-_RIGHT_SIDE = re.compile(rf"[ \t\r\n]*(-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}}))[ \t\r\n]*")
+#: A blank, or else a token; the last alternative is any other character, such as an operator.
+_TOKEN = re.compile(
+    r"""
+    \s+ | [$~] | \\[,;:!()\[\]\ ] | \\q?quad(?![A-Za-z]) | \\left(?=\s*\() | \\right(?=\s*\))
+    | (
+        [0-9]+ (?:\.(?![0-9.]))?
+        | \\(?:times|cdot|ast|div)(?![A-Za-z]) | \\(?:[dt]?frac|boxed)(?=\s*\{)
+        | \S
+    )""",
+    re.VERBOSE,
+)
 #: A level of parentheses in which nothing has been read: 0 + 1 * (what comes first).
 _EMPTY_LEVEL = (0, 1, 1, 1, 1, False)
 _INTEGER_LIMIT = 10**MAX_DIGITS
@@ -77,6 +102,7 @@ def compute_score(
     *,
     format_score: float = 0.0,
     layout: str | None = None,
+    mode: str = "exact",
     **kwargs: Any,
 ) -> float:
     """Score one response, in verl's reward interface (``reward.custom_reward_function``).
@@ -94,17 +120,20 @@ def compute_score(
         extra_info: Not used; part of verl's interface.
         format_score: What a well-formed but incorrect answer earns, in [0, 1). Anything above 0 makes the reward
             non-binary and changes the sign counts of A-HPO. Set by
-            ``reward.custom_reward_function.reward_kwargs.format_score``.
+            ``reward.custom_reward_function.reward_kwargs.format_score``. In the mode ``tinyzero``, every answer that is
+            not correct earns it, malformed ones included.
         layout: ``public`` or ``terse``; overrides the layout that ``data_source`` implies, for data sets with names of
             their own. Set by ``reward.custom_reward_function.reward_kwargs.layout``.
+        mode: ``exact``, or ``tinyzero`` for the decision of the public scorer, which needs the public layout. Set by
+            ``reward.custom_reward_function.reward_kwargs.mode``.
         **kwargs: Other keywords of verl's reward managers; ignored.
 
     Returns:
         1.0, 0.0, or ``format_score``.
 
     Raises:
-        ValueError: If ``ground_truth`` is malformed, if ``data_source`` implies no layout and none is given, or if
-            ``format_score`` is outside [0, 1).
+        ValueError: If ``ground_truth`` is malformed, if ``data_source`` implies no layout and none is given, if
+            ``format_score`` is outside [0, 1), or if ``mode`` is unknown or does not apply to the layout.
         TypeError: If ``solution_str`` is not a string.
     """
     if not 0.0 <= format_score < 1.0:
@@ -112,15 +141,15 @@ def compute_score(
             f"reward.custom_reward_function.reward_kwargs.format_score={format_score!r} must be in [0, 1): "
             "a wrong answer may not earn as much as a correct one"
         )
-    verdict = judge(solution_str, ground_truth, layout=_layout_of(data_source, layout))
+    verdict = judge(solution_str, ground_truth, layout=_layout_of(data_source, layout), mode=mode)
     if verdict is CountdownVerdict.CORRECT:
         return 1.0
-    if verdict is CountdownVerdict.NO_ANSWER or verdict is CountdownVerdict.MALFORMED:
+    if verdict is CountdownVerdict.NO_ANSWER or (verdict is CountdownVerdict.MALFORMED and mode == "exact"):
         return 0.0
     return float(format_score)
 
 
-def judge(solution_str: str, ground_truth: Any, *, layout: str = "public") -> CountdownVerdict:
+def judge(solution_str: str, ground_truth: Any, *, layout: str = "public", mode: str = "exact") -> CountdownVerdict:
     """Say whether a response is correct, and if not, why.
 
     Args:
@@ -128,17 +157,32 @@ def judge(solution_str: str, ground_truth: Any, *, layout: str = "public") -> Co
         ground_truth: As in :func:`compute_score`.
         layout: ``public``: the last ``<answer>…</answer>`` counts, text around it is free. ``terse``: the whole
             response is the answer; one leading ``=`` is skipped.
+        mode: As in :func:`compute_score`. In the mode ``tinyzero``, ``CORRECT`` is the decision of the public scorer,
+            ``NO_ANSWER`` is where it finds no answer, and the other verdicts say why it is not correct.
 
     Returns:
         The verdict.
 
     Raises:
-        ValueError: If ``ground_truth`` is malformed or ``layout`` is unknown.
+        ValueError: If ``ground_truth`` is malformed, ``layout`` or ``mode`` is unknown, or the mode does not apply to
+            the layout.
         TypeError: If ``solution_str`` is not a string.
     """
     target, numbers = read_ground_truth(ground_truth)
     if not isinstance(solution_str, str):
         raise TypeError(f"solution_str must be the decoded response (str), got {type(solution_str).__name__}")
+    if mode not in MODES:
+        raise ValueError(
+            f"reward.custom_reward_function.reward_kwargs.mode={mode!r} is not one of {', '.join(MODES)}; "
+            "leave it out for exact"
+        )
+    if mode == "tinyzero":
+        if layout != "public":
+            raise ValueError(
+                f"reward.custom_reward_function.reward_kwargs.mode={mode!r} does not apply to layout={layout!r}: the "
+                "public scorer reads <answer> tags. Set mode=exact, or layout=public for data with tags"
+            )
+        return _judge_as_tinyzero(solution_str, target, numbers)
     if layout == "public":
         answer = last_answer(solution_str)
         if answer is None:
@@ -246,17 +290,32 @@ def _layout_of(data_source: str, layout: str | None) -> str:
     )
 
 
+def _judge_as_tinyzero(response: str, target: int, numbers: tuple[int, ...]) -> CountdownVerdict:
+    answer = tinyzero_answer(response)
+    if answer is None:
+        return CountdownVerdict.NO_ANSWER
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return CountdownVerdict.MALFORMED
+    if not tinyzero_uses(answer, numbers):
+        return CountdownVerdict.WRONG_NUMBERS
+    value = tinyzero_value(answer)
+    if value is None:
+        return CountdownVerdict.MALFORMED
+    return CountdownVerdict.CORRECT if tinyzero_close(value, target) else CountdownVerdict.WRONG_VALUE
+
+
 def _judge_answer(answer: str, target: int, numbers: tuple[int, ...]) -> CountdownVerdict:
     if len(answer) > MAX_ANSWER_CHARACTERS:
         return CountdownVerdict.MALFORMED
-    expression, equals, right_side = answer.partition("=")
-    right_value = target
-    if equals:
-        matched = _RIGHT_SIDE.fullmatch(right_side)
-        if matched is None:
-            return CountdownVerdict.MALFORMED
-        right_value = int(matched[1])
-    parsed = _parse(expression)
+    tokens = _unboxed([SPELLINGS.get(token, token) for token in _TOKEN.findall(answer) if token])
+    claimed: int | None = target
+    if "=" in tokens:
+        equals = tokens.index("=")
+        left, right = _unboxed(tokens[:equals]), _unboxed(tokens[equals + 1 :])
+        tokens, claimed = left, _integer_of(right)
+        if claimed is None:
+            tokens, claimed = right, _integer_of(left)
+    parsed = None if claimed is None else _parse(tokens)
     if parsed is None:
         return CountdownVerdict.MALFORMED
     numerator, denominator, literals = parsed
@@ -265,12 +324,79 @@ def _judge_answer(answer: str, target: int, numbers: tuple[int, ...]) -> Countdo
         return CountdownVerdict.WRONG_NUMBERS
     if denominator == 0:
         return CountdownVerdict.DIVISION_BY_ZERO
-    if numerator != target * denominator or right_value != target:
+    if numerator != target * denominator or claimed != target:
         return CountdownVerdict.WRONG_VALUE
     return CountdownVerdict.CORRECT
 
 
-def _parse(text: str) -> tuple[int, int, list[int]] | None:
+def _unboxed(tokens: list[str]) -> list[str]:
+    r"""Return tokens without a final period, and without the ``\boxed{…}`` that holds all of them."""
+    while tokens:
+        if tokens[-1] == ".":
+            tokens = tokens[:-1]
+        elif tokens[0] == r"\boxed" and _closing_brace(tokens) == len(tokens) - 1:
+            tokens = tokens[2:-1]
+        else:
+            break
+    return tokens
+
+
+def _closing_brace(tokens: list[str]) -> int:
+    """Return the position of the brace that closes the first one, or -1."""
+    depth = 0
+    for position, token in enumerate(tokens):
+        if token == "{":
+            depth += 1
+        elif token == "}":
+            depth -= 1
+            if depth == 0:
+                return position
+    return -1
+
+
+def _integer_of(tokens: list[str]) -> int | None:
+    """Return the value of an integer with at most one sign; None for anything else."""
+    negative = tokens[:1] == ["-"]
+    digits = tokens[1:] if negative or tokens[:1] == ["+"] else tokens
+    if len(digits) != 1 or digits[0][0] not in "0123456789":
+        return None
+    value = int(digits[0].rstrip("."))
+    return None if value >= _INTEGER_LIMIT else -value if negative else value
+
+
+def _expand_fractions(tokens: list[str]) -> list[str] | None:
+    r"""Write each ``\frac{a}{b}`` as ``((a)/(b))``; return None if its braces and the parentheses do not match."""
+    expanded: list[str] = []
+    # For each open parenthesis or brace what closes it: ")/(" ends a numerator, "))" a denominator.
+    closing: list[str] = []
+    following = iter(tokens)
+    for token in following:
+        if token == r"\frac":
+            next(following)  # The tokenizer saw the brace.
+            expanded += "(("
+            closing.append(")/(")
+        elif token == "(":
+            expanded.append(token)
+            closing.append(token)
+        elif token == ")":
+            if not closing or closing.pop() != "(":
+                return None
+            expanded.append(token)
+        elif token == "}":
+            if not closing or closing[-1] == "(":
+                return None
+            closed = closing.pop()
+            expanded += closed
+            if closed == ")/(":
+                if next(following, "") != "{":
+                    return None
+                closing.append("))")
+        else:
+            expanded.append(token)
+    return None if closing else expanded
+
+
+def _parse(tokens: list[str]) -> tuple[int, int, list[int]] | None:
     """Parse and evaluate an expression with a stack of its own, so that no text can exhaust Python's.
 
     Each level of parentheses holds a sum so far, the term being multiplied up, and the operations that are pending.
@@ -279,16 +405,19 @@ def _parse(text: str) -> tuple[int, int, list[int]] | None:
 
     Returns:
         Numerator, denominator (0 if the expression divides by zero anywhere) and the integers in the text; or None if
-        the text is not an expression of the grammar.
+        the tokens are not an expression of the grammar.
     """
-    if _ALPHABET.fullmatch(text) is None:
-        return None
+    if r"\frac" in tokens:
+        expanded = _expand_fractions(tokens)
+        if expanded is None:
+            return None
+        tokens = expanded
     literals: list[int] = []
     enclosing: list[tuple[int, int, int, int, int, bool]] = []
     divides_by_zero = False
     operand_expected = True
     sum_above, sum_below, sign, term_above, term_below, dividing = _EMPTY_LEVEL
-    for token in _TOKEN.findall(text):
+    for token in tokens:
         if operand_expected:
             if token == "(":
                 if len(enclosing) == MAX_DEPTH:
@@ -296,9 +425,17 @@ def _parse(text: str) -> tuple[int, int, list[int]] | None:
                 enclosing.append((sum_above, sum_below, sign, term_above, term_below, dividing))
                 sum_above, sum_below, sign, term_above, term_below, dividing = _EMPTY_LEVEL
                 continue
-            if token in "+-*/)" or len(token) > MAX_DIGITS or (token[0] == "0" and token != "0"):
+            if token == "-":
+                # The sign of a factor is a sign of its term.
+                term_above = -term_above
+                continue
+            if token == "+":
+                continue
+            if token[0] not in "0123456789":
                 return None
-            above, below = int(token), 1
+            above, below = int(token.rstrip(".")), 1
+            if above >= _INTEGER_LIMIT:
+                return None
             literals.append(above)
             operand_expected = False
         elif token == "*" or token == "/":

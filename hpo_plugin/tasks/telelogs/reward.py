@@ -3,15 +3,21 @@ r"""The TeleLogs reward: the label in the last ``\boxed{…}`` of a response, in
 The text comes from a model that is being optimized against this function, so it is treated as hostile: the work done
 for it is linear in its last :data:`MAX_SEARCHED_CHARACTERS` characters, and no text makes :func:`compute_score` raise.
 
-The grammar of what a box may hold, in which no spaces exist::
+A box is read as it is shown: braces, ``$``, font commands such as ``\textbf{…}`` and blank commands such as ``\,`` show
+nothing of their own. The grammar of what it shows::
 
-    content = answer | "{" answer "}" | "\text{" answer "}"
-    answer  = [ "A" … "Z" ] number
-    number  = "1" … "99", ASCII digits without a leading zero
+    shown       = [ "(" ] label [ punctuation ] [ option text [ punctuation ] ]
+    label       = [ letter [ "_" ] ] number, where blanks may stand between the parts
+    letter      = "A" … "Z" | "a" … "z"
+    number      = "1" … "99", ASCII digits without a leading zero
+    punctuation = any of ". : , ( ) - – —" and blanks
 
 A label is one letter and a number (``C3``) or a number alone (``7``). For a label with a letter, a number alone means
 that number with the label's letter: ``\boxed{3}`` and ``\boxed{C3}`` are the same answer where the label is ``C5``. For
-a label without a letter, ``C7`` is not ``7``.
+a label without a letter, ``C7`` is not ``7``. The option text is one of the eight sentences of the root causes,
+compared without case and blanks, and it must be the label's own: the row's ``extra_info["cause"]`` says which that is.
+Anything else in the box, a second label included, makes it malformed. docs/telelogs.md lists forms with the decision
+and the reason.
 
 What verl makes of the results: ``score`` is the reward. With ``actor_rollout_ref.rollout.val_kwargs.n=4``, validation
 logs ``val-core/telelogs/acc/mean@4``, the mean over prompts of the mean over samples, which is the papers' pass@1; and,
@@ -31,15 +37,34 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from hpo_plugin.tasks.telelogs.tables import Cause
+
 #: ``data_source`` of the rows that this package writes.
 DATA_SOURCE = "telelogs"
 #: Only this many characters at the end of a response are searched for boxes.
-MAX_SEARCHED_CHARACTERS = 262_144
+MAX_SEARCHED_CHARACTERS = 16_384
+#: A box that holds more is malformed; the longest option text has 88 characters.
+MAX_BOX_CHARACTERS = 512
 
-_BOX = r"\boxed{"
-_BRACE = re.compile(r"\\boxed\{|[{}]")
 _ANSWER = re.compile(r"[A-Z]?[1-9][0-9]?")
-_CONTENT = re.compile(rf"((?:\\text)?\{{)?({_ANSWER.pattern})(?(1)\}})")
+_BOX_COMMAND = r"\boxed"
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(rf"{_BOX.pattern}|[{{}}]")
+#: What shows nothing of its own.
+_INVISIBLE = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:bf|it|rm|sf|tt|normal)|emph|underline|mbox|boldsymbol|bm"
+    r"|operatorname)\s*(?=\{)|[{}$]"
+)
+_BLANKS = re.compile(r"(?:\\[,;:! ]|\\q?quad(?![A-Za-z])|[~\s])+")
+_LABEL = re.compile(r" ?\(? ?(?:([A-Za-z]) ?_? ?)?([1-9][0-9]?)(?![0-9])")
+_PUNCTUATION = ".:,()-–—"
+
+
+def _compared(text: str) -> str:
+    return "".join(text.split()).lower().replace("’", "'").strip(_PUNCTUATION)
+
+
+_CAUSE_OF_TEXT = {_compared(cause.text): cause for cause in Cause}
 
 
 class TeleLogsVerdict(str, Enum):
@@ -71,7 +96,8 @@ def compute_score(
             verl's interface, and of the names of its metrics.
         solution_str: The decoded response, without the prompt.
         ground_truth: The label: ``C3``, ``M4``, ``7``.
-        extra_info: Not used; part of verl's interface.
+        extra_info: Of the row. ``cause``, as this package writes it, is the root cause behind the label: its sentence
+            may follow the label in the box. Without it, the labels ``C1`` to ``C8`` have their published sentences.
         **kwargs: Other keywords of verl's reward managers; ignored.
 
     Returns:
@@ -83,18 +109,18 @@ def compute_score(
         TypeError: If ``solution_str`` is not a string.
     """
     label = _checked_label(ground_truth)
-    answer = read_answer(solution_str)
-    pred = "" if answer is None else _with_letter_of(label, answer)
+    pred = _pred(_read_box(_last_box(solution_str)), label, extra_info)
     score = 1.0 if pred == label else 0.0
     return {"score": score, "acc": score, "pred": pred}
 
 
-def judge(solution_str: str, ground_truth: Any) -> TeleLogsVerdict:
+def judge(solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None) -> TeleLogsVerdict:
     """Say whether a response is correct, and if not, why.
 
     Args:
         solution_str: The decoded response, without the prompt.
         ground_truth: As in :func:`compute_score`.
+        extra_info: As in :func:`compute_score`.
 
     Returns:
         The verdict.
@@ -104,14 +130,17 @@ def judge(solution_str: str, ground_truth: Any) -> TeleLogsVerdict:
         TypeError: If ``solution_str`` is not a string.
     """
     label = _checked_label(ground_truth)
-    answer = read_answer(solution_str)
-    if answer is None:
-        return TeleLogsVerdict.NO_ANSWER if _last_box(solution_str) is None else TeleLogsVerdict.MALFORMED
-    return TeleLogsVerdict.CORRECT if _with_letter_of(label, answer) == label else TeleLogsVerdict.WRONG_LABEL
+    box = _last_box(solution_str)
+    if box is None:
+        return TeleLogsVerdict.NO_ANSWER
+    pred = _pred(_read_box(box), label, extra_info)
+    if not pred:
+        return TeleLogsVerdict.MALFORMED
+    return TeleLogsVerdict.CORRECT if pred == label else TeleLogsVerdict.WRONG_LABEL
 
 
 def read_answer(text: str) -> str | None:
-    r"""Return the answer in the last closed ``\boxed{…}`` of a text, as it is written there.
+    r"""Return the answer in the last closed ``\boxed{…}`` of a text, in upper case.
 
     The last box that is closed counts, up to the brace that closes it; one that is never closed is not an answer and
     does not hide an earlier one. A box inside of a box begins later than the outer one, so it is the one that counts.
@@ -121,16 +150,14 @@ def read_answer(text: str) -> str | None:
         text: The decoded response, without the prompt.
 
     Returns:
-        The answer (``C3``, ``3``), or None if there is no closed box or the last one holds anything else.
+        The answer (``C3``, ``3``), or None if there is no closed box or the last one holds anything else. An option
+        text after the label must be the published one of the label.
 
     Raises:
         TypeError: If ``text`` is not a string.
     """
-    if not isinstance(text, str):
-        raise TypeError(f"the response must be decoded text (str), got {type(text).__name__}")
-    box = _last_box(text)
-    matched = None if box is None else _CONTENT.fullmatch(text, *box)
-    return None if matched is None else matched[2]
+    read = _read_box(_last_box(text))
+    return None if read is None or read[1] not in (None, Cause.__members__.get(read[0])) else read[0]
 
 
 def majority_vote(preds: Sequence[str]) -> str:
@@ -185,25 +212,63 @@ def summarize(predictions: Sequence[Sequence[str]], labels: Sequence[str]) -> di
     return {"pass@1": correct_samples / (len(labels) * sizes[0]), f"maj@{sizes[0]}": correct_votes / len(labels)}
 
 
-def _last_box(text: str) -> tuple[int, int] | None:
-    """Return begin and end of what the last closed box holds, or None."""
-    first = text.find(_BOX, max(0, len(text) - MAX_SEARCHED_CHARACTERS))
+def _last_box(text: str) -> str | None:
+    """Return what the last closed box holds, or None; of a long one, the first MAX_BOX_CHARACTERS + 1 characters."""
+    if not isinstance(text, str):
+        raise TypeError(f"the response must be decoded text (str), got {type(text).__name__}")
+    first = text.find(_BOX_COMMAND, max(0, len(text) - MAX_SEARCHED_CHARACTERS))
     if first < 0:
         return None
-    # For each open brace where its content begins if it opens a box, else -1, which is never later than the last box.
-    opened: list[int] = []
-    last_begin = last_end = -1
-    for match in _BRACE.finditer(text, first):
-        token = match[0]
-        if token == "{":
-            opened.append(-1)
-        elif token == _BOX:
-            opened.append(match.end())
-        elif opened:
-            begin = opened.pop()
-            if begin > last_begin:
-                last_begin, last_end = begin, match.start()
-    return None if last_begin < 0 else (last_begin, last_end)
+    # Read backward, an opening brace takes a closing brace that is still free. The first box that gets one is the last
+    # closed box.
+    boxes = free = 0
+    for token in reversed(_BRACE.findall(text, first)):
+        if token == "}":
+            free += 1
+        elif token == "{":
+            if free:
+                free -= 1
+        else:
+            boxes += 1
+            if free:
+                break
+    else:
+        return None
+    begin = [match.end() for match in _BOX.finditer(text, first)][-boxes]
+    depth = 1
+    for match in _BRACE.finditer(text, begin, begin + MAX_BOX_CHARACTERS + 1):
+        depth += -1 if match[0] == "}" else 1
+        if depth == 0:
+            return text[begin : match.start()]
+    return text[begin : begin + MAX_BOX_CHARACTERS + 1]
+
+
+def _read_box(box: str | None) -> tuple[str, Cause | None] | None:
+    """Return the label that a box shows and the cause whose text follows it; None if it shows anything else."""
+    if box is None or len(box) > MAX_BOX_CHARACTERS:
+        return None
+    shown = _BLANKS.sub(" ", _INVISIBLE.sub("", box))
+    matched = _LABEL.match(shown)
+    if matched is None:
+        return None
+    rest = _compared(shown[matched.end() :])
+    if rest and rest not in _CAUSE_OF_TEXT:
+        return None
+    return ((matched[1] or "") + matched[2]).upper(), _CAUSE_OF_TEXT.get(rest)
+
+
+def _pred(read: tuple[str, Cause | None] | None, label: str, extra_info: Mapping[str, Any] | None) -> str:
+    """Return the answer with the label's letter; "" without an answer, or if label and option text contradict."""
+    if read is None:
+        return ""
+    answer, named = _with_letter_of(label, read[0]), read[1]
+    if named is not None:
+        cause = extra_info.get("cause") if isinstance(extra_info, Mapping) else None
+        own = Cause.__members__.get(str(cause or label))
+        # Of the other options only one thing is known: their text is not that of the right option.
+        if own is None or (named is own) != (answer == label):
+            return ""
+    return answer
 
 
 def _with_letter_of(label: str, answer: str) -> str:

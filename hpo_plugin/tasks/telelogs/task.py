@@ -108,11 +108,11 @@ class TeleLogs(Task):
 
     def score(self, row: Row, response: str) -> Mapping[str, Any]:
         """Score a response as the reward does."""
-        return compute_score(row["data_source"], response, row["reward_model"]["ground_truth"])
+        return compute_score(row["data_source"], response, row["reward_model"]["ground_truth"], row.get("extra_info"))
 
     def judge(self, row: Row, response: str) -> str:
         """Return the :class:`~hpo_plugin.tasks.telelogs.reward.TeleLogsVerdict` of a response."""
-        return judge(response, row["reward_model"]["ground_truth"]).value
+        return judge(response, row["reward_model"]["ground_truth"], row.get("extra_info")).value
 
     def demonstrate(self, row: Row, rng: random.Random) -> Demonstration:
         r"""Return the oracle's chain of thought, and a random label of the case in a box.
