@@ -29,7 +29,9 @@ EXTRAS = {
     "hpo_plugin/quickstart": {"cpu"},
     "hpo_plugin/preview": {"preview"},
     "hpo_plugin/study": {"study"},
+    "hpo_plugin/simulator": {"verl", "cpu"},
     "hpo_plugin/study/inputs.py": {"verl", "study"},
+    "hpo_plugin/study/simulated.py": {"verl", "study"},
     "hpo_plugin/tasks/sources.py": {"hub"},
     "hydra_plugins": {"verl"},
 }

@@ -433,13 +433,17 @@ class _Batch:
         tokens: int64 [batch, length], padded on the right.
         starts: int64 [batch], position of the first response token.
         lengths: int64 [batch], tokens of prompt and response.
-        calculated_first: int64 [batch], first token of a calculated answer.
-        guessed_first: int64 [batch], first token of a guessed answer.
+        rows: int64 [decisions], row of each token that decides between a calculated and a guessed answer.
+        positions: int64 [decisions], its position.
+        calculated_first: int64 [decisions], the token if the answer is calculated.
+        guessed_first: int64 [decisions], the token if it is guessed.
     """
 
     tokens: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
     calculated_first: torch.Tensor
     guessed_first: torch.Tensor
 
@@ -469,7 +473,8 @@ class _Batches:
         Raises:
             ValueError: If a demonstration does not fit the model, or its two answers begin alike.
         """
-        rows, starts, calculated_first, guessed_first = [], [], [], []
+        rows, starts = [], []
+        decisions: list[tuple[int, int, int, int]] = []
         for row, shown in zip(range(self._config.batch_size), self._lesson, strict=False):
             if not shown.solution.startswith(self._prefix) or shown.guess.startswith(self._prefix):
                 raise ValueError(
@@ -478,37 +483,44 @@ class _Batches:
                 )
             prompt = self._encode(shown.prompt)
             calculated, guessed = self._encode(shown.solution), self._encode(shown.guess)
-            rows.append([*prompt, *(guessed if row < self._guessed else calculated), self._end])
+            guesses = row < self._guessed
+            rows.append([*prompt, *(guessed if guesses else calculated), self._end])
             starts.append(len(prompt))
-            calculated_first.append(calculated[0])
-            guessed_first.append(guessed[0])
+            decisions.append((row, len(prompt), calculated[0], guessed[0]))
+            for offset, begins in shown.decisions if guesses else ():
+                position = len(prompt) + len(self._encode(shown.guess[:offset]))
+                decisions.append((row, position, calculated[0], self._encode(begins)[0]))
         longest = max(map(len, rows))
         if longest > self._config.max_positions:
             raise ValueError(
                 f"max_positions={self._config.max_positions}: a demonstration has {longest} tokens; raise it"
             )
+        deciding_rows, positions, calculated_first, guessed_first = torch.tensor(decisions).T
         return _Batch(
             tokens=torch.tensor([[*row, *[self._pad] * (longest - len(row))] for row in rows]),
             starts=torch.tensor(starts),
             lengths=torch.tensor([len(row) for row in rows]),
-            calculated_first=torch.tensor(calculated_first),
-            guessed_first=torch.tensor(guessed_first),
+            rows=deciding_rows,
+            positions=positions,
+            calculated_first=calculated_first,
+            guessed_first=guessed_first,
         )
 
 
 def _loss(model: Qwen2ForCausalLM, batch: _Batch, calculated_share: float) -> torch.Tensor:
-    """Return the mean cross-entropy of the response tokens, the first one taken against the mixture of first tokens."""
+    """Return the mean cross-entropy of the response tokens, deciding ones taken against the mixture of first tokens."""
     # Padding is on the right and attention is causal, so no mask is needed (and torch takes its fast path).
     hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-    rows = torch.arange(len(batch.tokens))
-    first = torch.log_softmax(model.lm_head(hidden[rows, batch.starts - 1]), dim=-1)
+    first = torch.log_softmax(model.lm_head(hidden[batch.rows, batch.positions - 1]), dim=-1)
+    decision = torch.arange(len(first))
     first_loss = -(
-        calculated_share * first[rows, batch.calculated_first]
-        + (1 - calculated_share) * first[rows, batch.guessed_first]
+        calculated_share * first[decision, batch.calculated_first]
+        + (1 - calculated_share) * first[decision, batch.guessed_first]
     )
     # Position p predicts token p + 1: the tokens after the first response token, the end token included.
     positions = torch.arange(batch.tokens.shape[1] - 1)
     later = (positions >= batch.starts[:, None]) & (positions < batch.lengths[:, None] - 1)
+    later[batch.rows, batch.positions - 1] = False
     later_loss = torch.nn.functional.cross_entropy(
         model.lm_head(hidden[:, :-1][later]), batch.tokens[:, 1:][later], reduction="none"
     )

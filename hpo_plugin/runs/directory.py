@@ -207,7 +207,11 @@ class Run:
 
     def wall_seconds(self) -> float:
         """How long its attempts took together, start-up and evaluations included, by the times of their files."""
-        spans = (a.log.stat().st_mtime - (a.directory / "attempt.json").stat().st_mtime for a in self.attempts())
+        spans = (
+            max(file.stat().st_mtime for file in attempt.directory.iterdir())
+            - (attempt.directory / "attempt.json").stat().st_mtime
+            for attempt in self.attempts()
+        )
         return sum(max(0.0, span) for span in spans)
 
     def finish(self, result: dict[str, Any]) -> None:

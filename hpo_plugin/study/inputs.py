@@ -20,7 +20,7 @@ from hpo_plugin.quickstart.inputs import make_inputs
 from hpo_plugin.runs.process import end_leftovers
 from hpo_plugin.runs.training import TrainingError
 from hpo_plugin.study.cells import Workspace
-from hpo_plugin.study.spec import Cell, Prepare, StudyError, setting_data
+from hpo_plugin.study.spec import SIMULATOR, Cell, Prepare, StudyError, setting_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,9 +83,10 @@ def compose_cells(cells: Sequence[Cell]) -> None:
     """Compose the config of each arm in each setting: an unknown name is found before anything is made.
 
     Raises:
-        StudyError: With the cell and what Hydra says.
+        StudyError: With the cell and what Hydra says, or what the simulator does not implement.
     """
     from hpo_plugin.check.compose import compose
+    from hpo_plugin.simulator.loop import check_simulated
     from hpo_plugin.verl.presets import preset_of
 
     for cell in {(cell.setting, cell.arm): cell for cell in reversed(cells)}.values():
@@ -94,12 +95,14 @@ def compose_cells(cells: Sequence[Cell]) -> None:
             raise StudyError(f"{cell.name}: {finding.found}: {finding.remedy}")
         try:
             preset_of(config)
+            if cell.trainer == SIMULATOR:
+                check_simulated(config)
         except ValueError as error:
             raise StudyError(f"{cell.name}: {error}") from error
 
 
 def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -> None:
-    """Check the installation once, and the config of each arm in each setting.
+    """Check the installation once, and the config of each arm in each setting that verl's trainer trains.
 
     Raises:
         StudyError: Something is wrong; it has been shown.
@@ -107,7 +110,9 @@ def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -
     from hpo_plugin.check.checks import check_config, quiet, run_checks
     from hpo_plugin.check.compose import compose
 
-    distinct = list({(cell.setting, cell.arm): cell for cell in cells}.values())
+    distinct = list({(cell.setting, cell.arm): cell for cell in cells if cell.trainer != SIMULATOR}.values())
+    if not distinct:
+        return
     for cell in distinct:
         # Before verl is imported; the environment is the same for all cells.
         os.environ.update(cell.environment)

@@ -32,7 +32,7 @@ from hpo_plugin.study.data import (
     check_inputs,
 )
 from hpo_plugin.study.figures import STRONG, Panel, Series, colors, line_figure, save, score_figure
-from hpo_plugin.study.spec import Experiment, Study, StudyError, paper_numbers
+from hpo_plugin.study.spec import SIMULATOR, VERL, Cell, Experiment, Study, StudyError, Sweep, paper_numbers
 from hpo_plugin.study.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Points of a curve over time.
 _TIME_POINTS = 100
+#: Updates over which :func:`collapsed` takes means.
+COLLAPSE_WINDOW = 10
 
 Floats = npt.NDArray[np.float64]
 #: Seed -> value.
@@ -189,9 +191,16 @@ def build_report(study: Study, data: Mapping[str, CellData]) -> StudyReport:
         raise StudyError("no cell of this study is in the data: run it, and `hpo-plugin study collect`")
     check_inputs(used)
     results = {name: Results.of(study, experiment, data) for name, experiment in study.experiments.items()}
+    swept = {name for sweep in study.sweeps.values() for name in sweep.experiments}
     sections = [_what_was_run(study, data, used)]
-    sections += [_experiment(study, name, result) for name, result in results.items() if result.runs]
-    sections += [*_overall(study, results), _how_to_read(study)]
+    sections += [_sweep(study, name, sweep, results) for name, sweep in study.sweeps.items()]
+    sections += [
+        _experiment(study, name, result, data, pictures=name not in swept)
+        for name, result in results.items()
+        if result.runs
+    ]
+    sections += _overall(study, {name: result for name, result in results.items() if name not in swept})
+    sections.append(_how_to_read(study))
     return StudyReport(study.name, study.title, study.text.strip(), sections)
 
 
@@ -262,11 +271,17 @@ def _what_was_run(study: Study, data: Mapping[str, CellData], used: Sequence[Cel
     paragraphs = [
         f"{len(used)} of {len(cells)} runs are finished. Trained for {training:.1f} hours in all, "
         f"{hours:.1f} with start-up, evaluations and interruptions; hours of runs at the same time are added. Every "
-        f"run is verl's own trainer with the config `{study.config_name}`; in a setting all runs begin from the same "
+        f"run is {_trainers(cells)} with the config `{study.config_name}`; in a setting all runs begin from the same "
         "data and the same start model, and a seed decides the order of the problems and the samples.",
         f"Run on: {_distinct(_machine(run) for run in used)}. With: {_distinct(_versions(run) for run in used)}.",
     ]
     return Section("What was run", paragraphs, [table])
+
+
+def _trainers(cells: Sequence[Cell]) -> str:
+    names = {VERL: "verl's own trainer", SIMULATOR: "[the simulator](../simulator.md)"}
+    used = {cell.trainer for cell in cells}
+    return " or ".join(text for trainer, text in names.items() if trainer in used)
 
 
 def _machine(run: CellData) -> str:
@@ -289,7 +304,7 @@ def _distinct(texts: Iterable[str]) -> str:
 # --- one experiment ------------------------------------------------------------------------------------------------
 
 
-def _experiment(study: Study, name: str, results: Results) -> Section:
+def _experiment(study: Study, name: str, results: Results, data: Mapping[str, CellData], *, pictures: bool) -> Section:
     experiment, scores = results.experiment, study.scores
     arms = list(results.runs)
     finals = {arm: results.finals(arm, scores.final_evaluations) for arm in arms}
@@ -314,6 +329,10 @@ def _experiment(study: Study, name: str, results: Results) -> Section:
         section.notes.append(f"Not finished, and so not in these figures: {missing} of this experiment's runs.")
     if experiment.compare in arms:
         section.tables.append(_comparison(study, experiment.compare, finals, earlies))
+    if experiment.against is not None:
+        section.tables.append(_against(study, experiment.against, results, data))
+    if not pictures:
+        return section
 
     palette = _palette(experiment)
     section.pictures = [
@@ -344,29 +363,164 @@ def _palette(experiment: Experiment) -> dict[str, str]:
     return {arm: palette.get(arm, STRONG) for arm in experiment.arms}
 
 
-def _comparison(
-    study: Study, ours: str, finals: Mapping[str, BySeed], earlies: Mapping[str, BySeed], title: str = ""
-) -> Table:
+def _comparison(study: Study, ours: str, finals: Mapping[str, BySeed], earlies: Mapping[str, BySeed]) -> Table:
+    rows, differences = [], []
+    for which, scores in (("final", finals), ("early", earlies)):
+        for arm in scores:
+            if arm != ours:
+                improvement = statistics.probability_of_improvement([_array(scores[ours])], [_array(scores[arm])])
+                differences.append(statistics.paired_difference([scores[ours]], [scores[arm]]))
+                pairs = len(set(scores[arm]) & set(scores[ours]))
+                rows.append([which, study.arms[arm].title, str(pairs), _shown(improvement, digits=2)])
+    header = ["score", "compared with", "pairs", "probability of improvement", *_TESTED]
+    title = f"{study.arms[ours].title} against the others"
+    return Table(header, [[*row, *tested] for row, tested in zip(rows, _tested(differences), strict=True)], title)
+
+
+def _against(study: Study, setting: str, results: Results, data: Mapping[str, CellData]) -> Table:
+    """Each arm compared with itself in another setting."""
+    keys = {(cell.setting, cell.arm, cell.seed): cell.key for cell in study.cells()}
+    rows, differences = [], []
+    for which in ("final", "early"):
+        for arm, runs in results.runs.items():
+            there = {seed: data[key] for seed in runs if (key := keys.get((setting, arm, seed), "")) in data}
+            if not there:
+                continue
+            other = Results(results.experiment, {arm: there})
+            if which == "final":
+                ours, theirs = (r.finals(arm, study.scores.final_evaluations) for r in (results, other))
+            else:
+                ours, theirs = (r.earlies(arm, study.scores.early_fraction) for r in (results, other))
+            differences.append(statistics.paired_difference([ours], [theirs]))
+            rows.append([which, study.arms[arm].title, str(len(there))])
+    title = f"The same arms with {study.settings[setting].title}"
+    header = ["score", "arm", "pairs", *_TESTED]
+    return Table(header, [[*row, *tested] for row, tested in zip(rows, _tested(differences), strict=True)], title)
+
+
+#: Columns of :func:`_tested`.
+_TESTED = ("difference", "p, Holm", "detectable")
+
+
+def _tested(differences: Sequence[Estimate | None]) -> list[list[str]]:
+    """Difference, adjusted p value and detectable difference of each comparison of a family."""
+    adjusted = iter(statistics.holm([found.p for found in differences if found is not None and found.p is not None]))
     rows = []
-    for arm in finals:
-        if arm == ours:
-            continue
-        row = [study.arms[arm].title, str(len(set(finals[arm]) & set(finals[ours])))]
-        for scores in (finals, earlies):
-            row.append(
-                _shown(statistics.probability_of_improvement([_array(scores[ours])], [_array(scores[arm])]), digits=2)
-            )
-            row.append(_difference([scores[ours]], [scores[arm]]))
-        rows.append(row)
-    header = [
-        "compared with",
-        "pairs",
-        "final: probability of improvement",
-        "final: difference",
-        "early: probability of improvement",
-        "early: difference",
-    ]
-    return Table(header, rows, f"{study.arms[ours].title} against the others")
+    for found in differences:
+        if found is None:
+            rows.append(["no seed in common", "–", "–"])
+        elif found.p is None or found.detectable is None:
+            rows.append([_shown(found, digits=4, sign=True), "–", "–"])
+        else:
+            rows.append([_shown(found, digits=4, sign=True), _p_value(next(adjusted)), f"{found.detectable:.3f}"])
+    return rows
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+# --- a sweep -------------------------------------------------------------------------------------------------------
+
+
+def collapsed(run: CellData) -> bool:
+    """Whether a run has lost what it had learned.
+
+    Its mean reward over the last :data:`COLLAPSE_WINDOW` updates is below half of its best over as many, or its last
+    evaluation is below the one before training.
+    """
+    rewards = run.values[REWARD][1:].astype(float)
+    window = min(COLLAPSE_WINDOW, len(rewards))
+    means = np.convolve(rewards, np.full(window, 1 / window), mode="valid")
+    tested = run.values[HELD_OUT][~np.isnan(run.values[HELD_OUT])]
+    return bool(means[-1] < means.max() / 2 or tested[-1] < tested[0])
+
+
+def _sweep(study: Study, name: str, sweep: Sweep, results: Mapping[str, Results]) -> Section:
+    by_value = {value: results[experiment] for experiment, value in sweep.experiments.items()}
+    first = next(iter(by_value.values())).experiment
+    arms = [arm for arm in first.arms if all(arm in result.runs for result in by_value.values())]
+    last = study.scores.final_evaluations
+    finals = {arm: {value: result.finals(arm, last) for value, result in by_value.items()} for arm in arms}
+    fallen = {
+        arm: {value: sum(map(collapsed, result.runs[arm].values())) for value, result in by_value.items()}
+        for arm in arms
+    }
+    means = {arm: {value: float(_array(scores).mean()) for value, scores in finals[arm].items()} for arm in arms}
+    best = {arm: max(means[arm], key=means[arm].__getitem__) for arm in arms}
+    # The mean over the values, of the runs with a seed that all have.
+    areas = {
+        arm: {
+            seed: float(np.mean([scores[seed] for scores in finals[arm].values()]))
+            for seed in set.intersection(*(set(scores) for scores in finals[arm].values()))
+        }
+        for arm in arms
+    }
+    rows = []
+    for arm in arms:
+        runs = sum(len(scores) for scores in finals[arm].values())
+        row = [study.arms[arm].title, *(f"{means[arm][value]:.3f}" for value in by_value)]
+        row += [f"{means[arm][best[arm]]:.3f} at {best[arm]:g}", f"{_array(areas[arm]).mean():.3f}"]
+        rows.append([*row, f"{sum(fallen[arm].values())} of {runs} ({', '.join(map(str, fallen[arm].values()))})"])
+    header = ["arm", *(f"{sweep.quantity} {value:g}" for value in by_value), "best", "area", "collapsed runs"]
+    section = Section(
+        sweep.title,
+        [text for text in [sweep.text.strip()] if text],
+        [Table(header, rows, "Final score, mean over seeds")],
+        [
+            f"**Best** is the highest mean over the values of {sweep.quantity}, **area** the mean over them. A run has "
+            f"**collapsed** if its mean reward over the last {COLLAPSE_WINDOW} updates is below half of its best over "
+            "as many, or if it ends below the success of the start model; in brackets for each value."
+        ],
+    )
+    ours = first.compare
+    if ours in arms:
+        section.tables.append(_sweep_comparison(study, ours, finals, best, areas, fallen))
+    palette = _palette(first)
+    x = np.log10(list(by_value))
+    lines = []
+    for arm in arms:
+        mean, low, high = statistics.mean_band(
+            np.array([[scores[seed] for scores in finals[arm].values()] for seed in sorted(areas[arm])])
+        )
+        lines.append(Series(study.arms[arm].title, palette[arm], x, mean, low, high, strong=arm == ours))
+    section.pictures.append(
+        _line_picture(f"{name}-final", "Final score", f"log₁₀ of the {sweep.quantity}", "held-out success", lines)
+    )
+    return section
+
+
+def _sweep_comparison(
+    study: Study,
+    ours: str,
+    finals: Mapping[str, Mapping[float, BySeed]],
+    best: Mapping[str, float],
+    areas: Mapping[str, BySeed],
+    fallen: Mapping[str, Mapping[float, int]],
+) -> Table:
+    others = [arm for arm in finals if arm != ours]
+    at_best = {arm: finals[arm][best[arm]] for arm in finals}
+    rows: list[list[str]] = []
+    p_values: list[float] = []
+    tests = [("best", arm, at_best) for arm in others] + [("area", arm, areas) for arm in others]
+    found = [statistics.paired_difference([scores[ours]], [scores[arm]]) for _, arm, scores in tests]
+    for (what, arm, _), difference in zip(tests, found, strict=True):
+        assert difference is not None
+        p_values.append(1.0 if difference.p is None else difference.p)
+        detectable = "–" if difference.detectable is None else f"{difference.detectable:.3f}"
+        rows.append([what, study.arms[arm].title, _shown(difference, digits=4, sign=True), detectable])
+    counts = {arm: (sum(fallen[arm].values()), sum(map(len, finals[arm].values()))) for arm in finals}
+    for arm in others:
+        (a, runs), (b, of) = counts[ours], counts[arm]
+        p_values.append(statistics.fisher(counts[ours], counts[arm]))
+        rows.append(["collapsed runs", study.arms[arm].title, f"{a} of {runs} against {b} of {of}", "–"])
+    adjusted = statistics.holm(p_values)
+    header = ["measure", "compared with", "difference", "detectable", "p", "p, Holm"]
+    tested = [[*row, _p_value(p), _p_value(q)] for row, p, q in zip(rows, p_values, adjusted, strict=True)]
+    return Table(header, tested, f"{study.arms[ours].title} against the others, {len(rows)} comparisons")
+
+
+# --- pictures of an experiment -------------------------------------------------------------------------------------
 
 
 def _curves(study: Study, name: str, results: Results, palette: Mapping[str, str]) -> list[Picture]:
@@ -533,7 +687,12 @@ def _how_to_read(study: Study) -> Section:
             "all pairs of runs, ties half. The difference is not significant where the interval holds 0.5.\n"
             "- **Difference**: mean of the differences between runs with the same seed, with the 95 % interval of "
             "Student's t. It is significant where the interval excludes 0. That happens to equals in one of "
-            "twenty comparisons, and is not corrected for their number.\n"
+            "twenty comparisons.\n"
+            "- **p, Holm**: p value of the paired t test (of collapsed runs: Fisher's exact test), adjusted by Holm's "
+            "procedure for the number of comparisons in the table. Below 0.05, a difference is significant among all "
+            "of them.\n"
+            "- **Detectable**: the true difference that one such test, with as many pairs and their spread, would "
+            f"find significant in {100 * statistics.POWER:.0f} % of studies. Smaller ones may have been missed.\n"
             f"- **Curves**: trailing mean over {SMOOTHED_OVER} updates (held-out success: as measured), mean over "
             "seeds, band: 95 % interval of that mean.\n"
             "- **Time**: the trainer's own time for each step, evaluations and start-up not included, on the machine "

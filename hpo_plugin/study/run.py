@@ -8,19 +8,22 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hpo_plugin.runs.directory import Attempt, RunBusyError
+from hpo_plugin.runs.directory import Attempt, Run, RunBusyError
 from hpo_plugin.runs.process import end_leftovers
 from hpo_plugin.runs.training import Training, TrainingError, outcome, train_in_turns, write_metrics
 from hpo_plugin.runs.verl_log import MetricsFile, StepView, held_out_success
 from hpo_plugin.study.cells import CellStatus, State, Workspace, status, submitted_file
 from hpo_plugin.study.inputs import full_overrides
-from hpo_plugin.study.spec import Cell, Study, StudyError
+from hpo_plugin.study.simulated import simulate_cell, simulators
+from hpo_plugin.study.spec import SIMULATOR, Cell, Study, StudyError
 
 #: Seconds between two looks at all running cells.
 INTERVAL = 0.5
@@ -132,11 +135,11 @@ class StudyRun:
         """
         waiting = deque(self.unfinished)
         active: dict[Cell, Generator[None, None, None]] = {}
-        with self._shown() as show, contextlib.ExitStack() as stack:
+        with self._shown() as show, simulators(jobs) as pool, contextlib.ExitStack() as stack:
             while waiting or active:
                 while waiting and len(active) < jobs:
                     cell = waiting.popleft()
-                    active[cell] = self._turns(cell)
+                    active[cell] = self._turns(cell, pool)
                     # Ends its trainer when this call is interrupted.
                     stack.callback(active[cell].close)
                 for cell, turns in list(active.items()):
@@ -166,21 +169,45 @@ class StudyRun:
             self._tell(f"{cell.name}: failed: {_cause(str(error))}")
         return True
 
-    def _turns(self, cell: Cell) -> Generator[None, None, None]:
-        begin = time.monotonic()
-        run, _ = self._workspace.start(cell)
+    def _screen(self, cell: Cell, attempt: Attempt) -> CellScreen:
+        self._screens[cell] = CellScreen(cell, attempt.resumed_from or 0, self._tell)
+        return self._screens[cell]
+
+    def _trained(self, cell: Cell, run: Run, overrides: list[str]) -> Generator[None, None, None]:
+        """Train a cell with verl's trainer."""
         training = Training(
             config_name=cell.config_name,
-            overrides=tuple(full_overrides(self._workspace, cell)),
+            overrides=tuple(overrides),
             steps=cell.steps,
             environment=cell.environment,
             save_every=self._workspace.study.save_every,
         )
+        tell = lambda text: self._tell(f"{cell.name}: {text}")  # noqa: E731
+        yield from train_in_turns(
+            run, training, stall=self._stall, screen=lambda attempt: self._screen(cell, attempt), tell=tell
+        )
 
-        def screen(attempt: Attempt) -> CellScreen:
-            self._screens[cell] = CellScreen(cell, attempt.resumed_from or 0, self._tell)
-            return self._screens[cell]
+    def _simulated(
+        self, cell: Cell, run: Run, overrides: list[str], pool: ProcessPoolExecutor
+    ) -> Generator[None, None, None]:
+        """Train a cell with the simulator, from its start: it takes seconds, and there are no checkpoints."""
+        attempt = run.new_attempt(None)
+        metrics = MetricsFile(attempt.metrics)
+        work = pool.submit(simulate_cell, cell.config_name, overrides, cell.environment, attempt.metrics)
+        with self._screen(cell, attempt) as screen:
+            while not work.done():
+                screen.show(metrics)
+                yield
+            try:
+                work.result()
+            except BrokenProcessPool as error:
+                raise TrainingError("the simulator's process was ended (often: out of memory)") from error
+            screen.show(metrics)
 
+    def _turns(self, cell: Cell, pool: ProcessPoolExecutor) -> Generator[None, None, None]:
+        begin = time.monotonic()
+        run, _ = self._workspace.start(cell)
+        overrides = full_overrides(self._workspace, cell)
         with run.locked():
             left = end_leftovers(run.processes)
             if left:
@@ -188,8 +215,10 @@ class StudyRun:
             # It may have been finished since this call looked.
             if not run.finished:
                 done = (run.resume_step() or 0) / cell.steps
-                tell = lambda text: self._tell(f"{cell.name}: {text}")  # noqa: E731
-                yield from train_in_turns(run, training, stall=self._stall, screen=screen, tell=tell)
+                if cell.trainer == SIMULATOR:
+                    yield from self._simulated(cell, run, overrides, pool)
+                else:
+                    yield from self._trained(cell, run, overrides)
                 write_metrics(run, cell.steps)
                 run.finish(outcome(run, cell.steps))
                 if done < 1:

@@ -36,6 +36,9 @@ _RESERVED = {
     "hydra.run.dir": None,
 }
 _INPUTS = ("data.train_files", "data.val_files", "actor_rollout_ref.model.path")
+VERL, SIMULATOR = "verl", "simulator"
+#: What trains a cell: verl's own trainer, or :mod:`hpo_plugin.simulator`.
+TRAINERS = (VERL, SIMULATOR)
 
 
 class StudyError(ValueError):
@@ -77,12 +80,14 @@ class Setting:
         prepare: Inputs to make; without it, the overrides name data and model.
         overrides: Hydra overrides.
         steps: Training steps, where they differ from the study's.
+        trainer: What trains, where it differs from the study's.
     """
 
     title: str = MISSING
     prepare: Prepare | None = None
     overrides: list[str] = field(default_factory=list)
     steps: int | None = None
+    trainer: str | None = None
 
 
 @dataclass
@@ -112,6 +117,7 @@ class Experiment:
         compare: The arm whose probability of improvement over each other arm is reported.
         paper: Key of the paper's numbers that belong beside ours (``hpo_plugin/study/paper.yaml``).
         ordered: The arms are values of one quantity: their colors are in order too.
+        against: Another setting: each arm is compared with itself there.
         text: What the experiment asks, in Markdown, above its results.
     """
 
@@ -122,6 +128,24 @@ class Experiment:
     compare: str | None = None
     paper: str | None = None
     ordered: bool = False
+    against: str | None = None
+    text: str = ""
+
+
+@dataclass
+class Sweep:
+    """Experiments with the same arms and seeds that differ in one quantity, such as the learning rate.
+
+    Attributes:
+        title: For people.
+        quantity: Name of the quantity.
+        experiments: Experiment -> value of the quantity, a positive number.
+        text: What the sweep asks, in Markdown, above its results.
+    """
+
+    title: str = MISSING
+    quantity: str = MISSING
+    experiments: dict[str, float] = MISSING
     text: str = ""
 
 
@@ -152,6 +176,8 @@ class Study:
         settings: By name.
         arms: By name.
         experiments: By name.
+        sweeps: By name.
+        trainer: What trains the cells, of :data:`TRAINERS`.
         text: What the study asks, in Markdown, above the report.
         save_every: Steps between checkpoints: an interruption costs at most so many.
         environment: What the trainer needs beside the environment of the command.
@@ -169,6 +195,8 @@ class Study:
     settings: dict[str, Setting] = MISSING
     arms: dict[str, Arm] = MISSING
     experiments: dict[str, Experiment] = MISSING
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    trainer: str = VERL
     text: str = ""
     save_every: int = 10
     environment: dict[str, str] = field(default_factory=dict)
@@ -220,6 +248,7 @@ class Study:
             overrides=tuple(overrides),
             environment=dict(self.environment),
             inputs=None if setting.prepare is None else asdict(setting.prepare),
+            trainer=setting.trainer or self.trainer,
         )
 
     def validate(self) -> None:
@@ -248,6 +277,8 @@ class Study:
             self._validate_setting(name, setting)
         for name, experiment in self.experiments.items():
             self._validate_experiment(name, experiment)
+        for name, sweep in self.sweeps.items():
+            self._validate_sweep(name, sweep)
         for what, declared, used in (
             ("settings", self.settings, {experiment.setting for experiment in self.experiments.values()}),
             ("arms", self.arms, {arm for experiment in self.experiments.values() for arm in experiment.arms}),
@@ -264,6 +295,11 @@ class Study:
 
     def _validate_setting(self, name: str, setting: Setting) -> None:
         where = f"settings.{name}"
+        for key, trainer in (("trainer", self.trainer), (f"{where}.trainer", setting.trainer)):
+            if trainer is not None and trainer not in TRAINERS:
+                raise StudyError(f"{key}={trainer!r} is not one of {', '.join(TRAINERS)}")
+        if (setting.trainer or self.trainer) == SIMULATOR and setting.prepare is None:
+            raise StudyError(f"{where} has no prepare: the simulator trains start models that the study makes")
         if setting.steps is not None:
             _at_least_one(f"{where}.steps", setting.steps)
         steps = self.steps if setting.steps is None else setting.steps
@@ -306,8 +342,30 @@ class Study:
             raise StudyError(f"{where}.seeds: {negative[0]} must not be negative")
         if experiment.compare is not None and experiment.compare not in experiment.arms:
             raise StudyError(f"{where}.compare={experiment.compare!r} is not among its arms")
+        if experiment.against is not None and not any(
+            other.setting == experiment.against and set(other.arms) & set(experiment.arms)
+            for other in self.experiments.values()
+            if other is not experiment
+        ):
+            raise StudyError(f"{where}.against={experiment.against!r}: no other experiment has an arm of it there")
         if experiment.paper is not None and experiment.paper not in paper_numbers():
             raise StudyError(f"{where}.paper={experiment.paper!r} is not one of {', '.join(paper_numbers())}")
+
+    def _validate_sweep(self, name: str, sweep: Sweep) -> None:
+        where = f"sweeps.{name}.experiments"
+        unknown = [other for other in sweep.experiments if other not in self.experiments]
+        if unknown:
+            raise StudyError(f"{where}: {unknown[0]!r} is not among experiments: {', '.join(self.experiments)}")
+        if len(sweep.experiments) < 2:
+            raise StudyError(f"{where} names {len(sweep.experiments)} experiments: name at least two")
+        first, *others = (self.experiments[other] for other in sweep.experiments)
+        for other in others:
+            for key in ("arms", "seeds", "compare"):
+                if getattr(other, key) != getattr(first, key):
+                    raise StudyError(f"{where}: the experiments differ in {key}: {getattr(other, key)!r}")
+        wrong = [value for value in sweep.experiments.values() if not value > 0]
+        if wrong or len(set(sweep.experiments.values())) < len(sweep.experiments):
+            raise StudyError(f"{where}: {list(sweep.experiments.values())} must be positive numbers, each once")
 
     def _validate_overrides(self, setting: str, arm: str) -> None:
         """No key is set twice in a cell, and none that the study sets itself."""
@@ -344,6 +402,7 @@ class Cell:
         overrides: All but the paths of inputs that the study makes.
         environment: Of the trainer.
         inputs: The declaration of inputs that the study makes; None if the overrides name them.
+        trainer: What trains it, of :data:`TRAINERS`.
     """
 
     setting: str
@@ -354,6 +413,7 @@ class Cell:
     overrides: tuple[str, ...]
     environment: Mapping[str, str] = field(hash=False)
     inputs: Mapping[str, Any] | None = field(hash=False)
+    trainer: str = VERL
 
     @property
     def name(self) -> str:
@@ -367,6 +427,8 @@ class Cell:
             "overrides": list(self.overrides),
             "environment": dict(self.environment),
             "inputs": self.inputs,
+            # Absent, the trainer is verl's, as in data collected before there was another one.
+            **({} if self.trainer == VERL else {"trainer": self.trainer}),
         }
 
     @property

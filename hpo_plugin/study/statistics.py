@@ -20,6 +20,7 @@ from scipy import stats
 #: Of the bootstrap.
 RESAMPLES = 5_000
 CONFIDENCE = 0.95
+POWER = 0.8
 #: Share left out at either end by the interquartile mean. Of fewer than four values none is left out.
 TRIMMED = 0.25
 
@@ -37,12 +38,17 @@ class Estimate:
         low: Lower end of the interval; None if there is none.
         high: Upper end.
         note: Why there is no interval; empty if there is one.
+        p: Of a difference, the p value of the two-sided test against 0.
+        detectable: Of a difference, the true difference that such a test would call significant with probability
+            :data:`POWER`, given the spread that was observed.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
     note: str = ""
+    p: float | None = None
+    detectable: float | None = None
 
 
 def interquartile_mean(strata: Strata) -> Estimate:
@@ -78,7 +84,7 @@ def probability_of_improvement(ours: Strata, theirs: Strata) -> Estimate:
 
 
 def paired_difference(ours: Sequence[Mapping[int, float]], theirs: Sequence[Mapping[int, float]]) -> Estimate | None:
-    """Mean difference of scores with the same seed, over all pairs, with the interval of Student's t.
+    """Mean difference of scores with the same seed, over all pairs, with interval and p value of Student's t.
 
     Args:
         ours: Seed -> score, for each setting.
@@ -98,8 +104,38 @@ def paired_difference(ours: Sequence[Mapping[int, float]], theirs: Sequence[Mapp
         return Estimate(value, note="no interval: one pair")
     if np.ptp(pairs) < 1e-12:
         return Estimate(value, note="no interval: all pairs differ by the same")
-    interval = stats.ttest_1samp(pairs, 0.0).confidence_interval(CONFIDENCE)
-    return Estimate(value, float(interval.low), float(interval.high))
+    test = stats.ttest_1samp(pairs, 0.0)
+    interval = test.confidence_interval(CONFIDENCE)
+    quantiles = stats.t.ppf([(1 + CONFIDENCE) / 2, POWER], len(pairs) - 1)
+    detectable = float(quantiles.sum() * stats.sem(pairs))
+    return Estimate(value, float(interval.low), float(interval.high), p=float(test.pvalue), detectable=detectable)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p values for their number by Holm's step-down procedure (Holm, 1979).
+
+    Args:
+        p_values: Of all comparisons of one family.
+
+    Returns:
+        Adjusted p values in the same order: comparisons below 0.05 are significant together.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=lambda number: p_values[number])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
+
+
+def fisher(ours: tuple[int, int], theirs: tuple[int, int]) -> float:
+    """The p value of Fisher's exact test, two-sided.
+
+    Args:
+        ours: How many of how many runs of ours.
+        theirs: Of theirs.
+    """
+    table = [[count, total - count] for count, total in (ours, theirs)]
+    return float(stats.fisher_exact(table).pvalue)
 
 
 def mean_band(runs: Floats) -> tuple[Floats, Floats | None, Floats | None]:

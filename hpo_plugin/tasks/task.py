@@ -92,11 +92,14 @@ class Demonstration:
         prompt: Text of the prompt, as the model reads it.
         solution: The answer that is usually correct. It begins with :attr:`LaptopForm.solution_prefix`.
         guess: A well-formed answer that is rarely correct. It does not begin with that prefix.
+        decisions: Further places in ``guess`` at which the model decides between solving and guessing, for a task whose
+            answers contain several attempts: offset in characters, and what a guess begins with there.
     """
 
     prompt: str
     solution: str
     guess: str
+    decisions: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
