@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-slime test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all bench install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-slime test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all gpu-proof bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -104,6 +104,10 @@ test-training: install-vllm  ## Train a few steps with verl's trainer and A-HPO,
 
 test-all: install-vllm  ## Run all tests, with the training runs of both rollout backends.
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+# In the environment that has CUDA and vLLM, not in .venv, whose torch is the CPU build.
+gpu-proof:  ## Prove on one GPU that this is right, fast and trains (docs/gpu.md): PYTHON=<with CUDA, verl and vLLM>.
+	PYTHONPATH=$(CURDIR)$(PYTHONPATH:%=:%) $(PYTHON) scripts/gpu_proof.py $(ARGS)
 
 bench: install-dev  ## Measure what docs/benchmarks.md promises; with ARGS=--whole-step, training runs too.
 	$(BIN)/python -m benchmarks $(ARGS)

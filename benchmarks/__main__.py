@@ -42,13 +42,16 @@ DISTRIBUTIONS = ("hpo-plugin", "verl", "torch", "transformers", "tensordict", "r
 Result = dict[str, Any]
 
 
-def measure(name: str, *, package: str = "benchmarks", limit: float | None = None) -> Result:
+def measure(
+    name: str, *, package: str = "benchmarks", limit: float | None = None, arguments: Sequence[str] = ()
+) -> Result:
     """Run one benchmark in a process of its own.
 
     Args:
         name: Module in ``package``.
         package: Where it is.
         limit: Seconds it may take; default by :data:`LIMIT`.
+        arguments: Of its ``run``.
 
     Returns:
         ``status`` (``ok``, ``missing`` or ``failed``), ``rows``, ``error`` (None where it is ok), ``seconds``, and
@@ -62,7 +65,7 @@ def measure(name: str, *, package: str = "benchmarks", limit: float | None = Non
     seconds = limit or LIMIT.get(name, DEFAULT_LIMIT)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "benchmarks", "--child", module, str(answer)]
+        command = [sys.executable, "-m", "benchmarks", "--child", module, str(answer), *arguments]
         try:
             # What it prints must not come between the tables.
             status = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=seconds).returncode
@@ -78,10 +81,10 @@ def measure(name: str, *, package: str = "benchmarks", limit: float | None = Non
     return result
 
 
-def child(module: str, answer: Path) -> None:
+def child(module: str, answer: Path, arguments: Sequence[str]) -> None:
     """Run a benchmark in this process and write what it returns, or why it could not, to a file."""
     try:
-        rows = importlib.import_module(module).run()
+        rows = importlib.import_module(module).run(*arguments)
         if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
             raise TypeError(f"{module}.run() returned no list of rows: {rows!r:.200}")
         # Numbers of numpy and torch become Python's.
@@ -109,10 +112,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Python's and those of :data:`DISTRIBUTIONS`."""
+def versions(distributions: Sequence[str] = DISTRIBUTIONS) -> dict[str, str]:
+    """Python's and those of distributions."""
     found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
+    for name in distributions:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -185,10 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(every)}")
     parser.add_argument("--whole-step", action="store_true", help="add the training runs (some ten minutes)")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "bench.json", help="default: runs/bench.json")
-    parser.add_argument("--child", nargs=2, metavar=("MODULE", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", metavar="MODULE FILE ARGUMENT", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
-        child(given.child[0], Path(given.child[1]))
+        child(given.child[0], Path(given.child[1]), given.child[2:])
         return 0
     for name in given.names:
         if name not in every:

@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
-def medians(functions: dict[str, Callable[[], Any]], *, seconds: float, at_least: int = 7) -> dict[str, float]:
-    """Seconds of each function: medians of repeats that take turns, so that all of them meet the same machine.
+def rounds(
+    functions: dict[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    at_least: int = 7,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round. In a round all of them take turns, so that all meet the same machine.
 
     Args:
-        functions: by name.
+        functions: by name; each is called once before it is timed.
         seconds: no round is started later than this.
         at_least: rounds, however long they take.
+        synchronize: waits for an accelerator; called before each call, and after it within the measured time.
+
+    Returns:
+        As many values for each name as there were rounds.
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
     for function in functions.values():
         function()
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < at_least or time.perf_counter() < end:
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+    end, done = time.perf_counter() + seconds, 0
+    while done < at_least or time.perf_counter() < end:
+        for name in names[done % len(names) :] + names[: done % len(names)]:
+            synchronize()
             start = time.perf_counter()
             result = functions[name]()
+            synchronize()
             times[name].append(time.perf_counter() - start)
             del result
-        rounds += 1
+        done += 1
+    return times
+
+
+def medians(functions: dict[str, Callable[[], Any]], *, seconds: float, at_least: int = 7) -> dict[str, float]:
+    """Seconds of each function: medians over :func:`rounds`."""
+    times = rounds(functions, seconds=seconds, at_least=at_least)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """How many times longer one function takes than another, round by round.
+
+    Args:
+        times: of the one, at least six values of :func:`rounds`.
+        others: of the other, in the same rounds.
+
+    Returns:
+        The median of the rounds' ratios, and the ends of its 95 % interval. The ends are order statistics, so the
+        interval assumes independent rounds and no distribution.
+
+    Raises:
+        ValueError: there are fewer than six rounds.
+    """
+    ratios = sorted(one / other for one, other in zip(times, others, strict=True))
+    n, tail, k = len(ratios), 0.0, 0
+    while tail + math.comb(n, k) / 2**n <= 0.025:
+        tail += math.comb(n, k) / 2**n
+        k += 1
+    if not k:
+        raise ValueError(f"{n} rounds are too few for a 95 % interval: six are needed")
+    return statistics.median(ratios), ratios[k - 1], ratios[n - k]
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
