@@ -460,9 +460,9 @@ def _sweep(study: Study, name: str, sweep: Sweep, results: Mapping[str, Results]
     for arm in arms:
         runs = sum(len(scores) for scores in finals[arm].values())
         row = [study.arms[arm].title, *(f"{means[arm][value]:.3f}" for value in by_value)]
-        row += [f"{means[arm][best[arm]]:.3f} at {best[arm]:g}", f"{_array(areas[arm]).mean():.3f}"]
+        row += [f"{means[arm][best[arm]]:.3f} at {_value(best[arm])}", f"{_array(areas[arm]).mean():.3f}"]
         rows.append([*row, f"{sum(fallen[arm].values())} of {runs} ({', '.join(map(str, fallen[arm].values()))})"])
-    header = ["arm", *(f"{sweep.quantity} {value:g}" for value in by_value), "best", "area", "collapsed runs"]
+    header = ["arm", *(f"{sweep.quantity} {_value(value)}" for value in by_value), "best", "area", "collapsed runs"]
     section = Section(
         sweep.title,
         [text for text in [sweep.text.strip()] if text],
@@ -484,10 +484,21 @@ def _sweep(study: Study, name: str, sweep: Sweep, results: Mapping[str, Results]
             np.array([[scores[seed] for scores in finals[arm].values()] for seed in sorted(areas[arm])])
         )
         lines.append(Series(study.arms[arm].title, palette[arm], x, mean, low, high, strong=arm == ours))
+    ends = "; ".join(f"{line.title} {', '.join(f'{score:.3f}' for score in line.mean)}" for line in lines)
     section.pictures.append(
-        _line_picture(f"{name}-final", "Final score", f"log₁₀ of the {sweep.quantity}", "held-out success", lines)
+        Picture(
+            f"{name}-final",
+            f"Final score at {sweep.quantity} {', '.join(map(_value, by_value))}, mean over seeds with its 95 % band. "
+            f"{ends}.",
+            line_figure("Final score", f"log₁₀ of the {sweep.quantity}", [Panel("held-out success", lines)]),
+        )
     )
     return section
+
+
+def _value(value: float) -> str:
+    """A value of a swept quantity: ``16``, or ``3e-4`` for a learning rate."""
+    return f"{value:g}" if value >= 0.01 else np.format_float_scientific(value, trim="-", exp_digits=1)
 
 
 def _sweep_comparison(

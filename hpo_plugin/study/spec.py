@@ -218,7 +218,7 @@ class Study:
                 for arm in experiment.arms if seed in experiment.seeds else []:
                     if (experiment.setting, arm, seed) in named:
                         continue
-                    cell = self._cell(experiment.setting, arm, seed)
+                    cell = self.cell(experiment.setting, arm, seed)
                     if cell.key in cells:
                         raise StudyError(
                             f"{cell.name} and {cells[cell.key].name} are the same training: name one arm or setting "
@@ -228,7 +228,8 @@ class Study:
                     named.add((experiment.setting, arm, seed))
         return list(cells.values())
 
-    def _cell(self, setting_name: str, arm: str, seed: int) -> Cell:
+    def cell(self, setting_name: str, arm: str, seed: int) -> Cell:
+        """The training of an arm in a setting with a seed, whether or not an experiment names it."""
         setting = self.settings[setting_name]
         steps = self.steps if setting.steps is None else setting.steps
         overrides = [

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hpo_plugin.study import report as module
-from hpo_plugin.study.data import write_data
+from hpo_plugin.study.data import HELD_OUT, REWARD, write_data
 from hpo_plugin.study.figures import Panel, Series, line_figure
-from hpo_plugin.study.report import build_report, early_score, final_score, to_markdown, write_report
+from hpo_plugin.study.report import build_report, collapsed, early_score, final_score, to_markdown, write_report
 from hpo_plugin.study.spec import StudyError, paper_numbers
 
 
@@ -61,6 +61,65 @@ def test_the_table_of_an_experiment(page):
     assert grpo[3].startswith("0.160 [0.15")
     comparison = page.partition("**A-HPO against the others**")[2]
     assert "| GRPO | 3 | 1.00 (no interval: resamples do not differ) | +0.0500 " in comparison
+
+
+def test_comparisons_of_a_table_are_corrected_together(declared, load, data):
+    page = to_markdown(build_report(load(declared), data))
+    header, _, *rows = page.partition("**A-HPO against the others**")[2].partition("\n\n!")[0].strip().splitlines()
+    assert header.endswith("| difference | p, Holm | detectable |")
+    # Final and early score against the one other arm.
+    assert [row.split(" | ")[0] for row in rows] == ["| final", "| early"]
+
+
+def test_a_run_collapses_where_it_ends_below_half_of_its_best_or_below_its_start(data):
+    (run, *_) = data.values()
+    rising = np.concatenate([[np.nan], np.linspace(0.1, 0.4, 30)]).astype(np.float32)
+    kept = np.concatenate([[0.1], np.full(29, np.nan), [0.2]]).astype(np.float32)
+
+    def with_values(rewards, success):
+        return collapsed(replace(run, values={**run.values, REWARD: rewards, HELD_OUT: success}))
+
+    assert not with_values(rising, kept)
+    fallen = np.concatenate([rising[:21], np.full(10, 0.1)]).astype(np.float32)
+    assert with_values(fallen, kept)
+    below = kept.copy()
+    below[-1] = 0.05
+    assert with_values(rising, below)
+
+
+def test_a_sweep_reports_best_area_and_collapsed_runs_in_place_of_curves(declared, load, made_up, tmp_path):
+    declared["experiments"]["two"]["seeds"] = [0, 1, 2]
+    declared["sweeps"] = {
+        "lr": {"title": "Rates", "quantity": "learning rate", "experiments": {"one": 1e-4, "two": 3e-4}}
+    }
+    study = load(declared)
+    better = {("easy", "ahpo"): 0.05, ("hard", "grpo"): 0.02}
+    data = {
+        cell.key: made_up(cell, held_out=0.2 + 0.01 * cell.seed + better.get((cell.setting, cell.arm), 0.0))
+        for cell in study.cells()
+    }
+    report = build_report(study, data)
+    page = to_markdown(report)
+    grpo, ahpo = rows_of(page.replace("**Final score, mean over seeds**\n", ""), "Rates")
+    assert grpo[1:5] == ["0.260", "0.280", "0.280 at 3e-4", "0.270"]
+    assert ahpo[1:5] == ["0.310", "0.260", "0.310 at 1e-4", "0.285"]
+    assert grpo[5] == ahpo[5] == "0 of 6 (0, 0)"
+    assert "against the others, 3 comparisons" in page
+    assert "| collapsed runs | GRPO | 0 of 6 against 0 of 6 | – | 1.000 | 1.000 |" in page
+    assert [picture.name for section in report.sections for picture in section.pictures] == ["lr-final"]
+    assert "Over all settings" not in page
+    write_report(report, tmp_path, png=False)
+    assert (tmp_path / "small/lr-final.svg").exists()
+
+
+def test_arms_are_compared_with_themselves_in_another_setting(declared, load, made_up):
+    declared["experiments"]["one"]["against"] = "hard"
+    study = load(declared)
+    data = {cell.key: made_up(cell, held_out=0.3 if cell.setting == "easy" else 0.2) for cell in study.cells()}
+    page = to_markdown(build_report(study, data))
+    table = page.partition("**The same arms with Hard**")[2]
+    assert "| final | GRPO | 2 | +0.1000 (no interval: all pairs differ by the same) | – | – |" in table
+    assert "| early | A-HPO | 2 | +0.0000 (no interval: all pairs differ by the same) | – | – |" in table
 
 
 def test_the_settings_together(page):

@@ -84,6 +84,7 @@ def test_a_renamed_arm_or_setting_is_the_same_cell(declared, load):
 
 
 TELELOGS = {"task": "telelogs", "train_size": 8, "test_size": 8}
+SWEEP = {"title": "S", "quantity": "learning rate", "experiments": {"one": 1e-4, "two": 3e-4}}
 PREPARE = {"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "test_size": 8}
 
 
@@ -129,6 +130,13 @@ PREPARE = {"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "t
         ("scores.final_evaluations", 3, "settings.easy has 2 evaluations"),
         ("scores.early_fraction", 0, "scores.early_fraction=0.0 must be in"),
         ("submit", "sbatch job.sh", "must contain {arguments}"),
+        ("trainer", "ray", "trainer='ray' is not one of verl, simulator"),
+        ("settings.easy.trainer", "ray", "settings.easy.trainer='ray' is not one of"),
+        ("settings.easy.trainer", "simulator", "settings.easy has no prepare"),
+        ("experiments.one.against", "odd", "experiments.one.against='odd': no other experiment"),
+        ("sweeps", {"s": SWEEP | {"experiments": {"one": 1}}}, "sweeps.s.experiments names 1 experiments"),
+        ("sweeps", {"s": SWEEP | {"experiments": {"one": 1, "three": 2}}}, "'three' is not among experiments"),
+        ("sweeps", {"s": SWEEP}, r"the experiments differ in seeds: \[0, 1\]"),
     ],
 )
 def test_a_study_that_contradicts_itself_names_key_and_value(declared, load, where, value, said):
@@ -139,6 +147,26 @@ def test_a_study_that_contradicts_itself_names_key_and_value(declared, load, whe
     node[last] = value
     with pytest.raises(StudyError, match=said):
         load(declared)
+
+
+@pytest.mark.parametrize("values", [(1.0, -1.0), (2.0, 2.0)])
+def test_values_of_a_sweep_are_positive_and_differ(declared, load, values):
+    declared["experiments"]["two"]["seeds"] = [0, 1, 2]
+    declared["sweeps"] = {"s": SWEEP | {"experiments": dict(zip(("one", "two"), values, strict=True))}}
+    with pytest.raises(StudyError, match=r"must be positive numbers, each once"):
+        load(declared)
+
+
+def test_the_trainer_is_part_of_a_cell_unless_it_is_verls(declared, load):
+    for setting in declared["settings"].values():
+        setting["prepare"] = PREPARE
+    before = [cell.key for cell in load(declared).cells()]
+    assert [cell.key for cell in load({**declared, "trainer": "verl"}).cells()] == before
+    declared["settings"]["easy"]["trainer"] = "simulator"
+    cells = load(declared).cells()
+    assert [cell.trainer for cell in cells[:4]] == ["simulator", "simulator", "verl", "verl"]
+    assert [cell.key for cell in cells] != before
+    assert cells[2].key == before[2]
 
 
 def test_a_missing_field_is_named(declared, load):

@@ -7,6 +7,8 @@ from scipy import stats
 from hpo_plugin.study.statistics import (
     CONFIDENCE,
     RESAMPLES,
+    fisher,
+    holm,
     interquartile_mean,
     mean_band,
     paired_difference,
@@ -117,3 +119,36 @@ def test_the_same_scores_give_the_same_interval():
     # So many different resamples that other ones would have other percentiles.
     scores = [np.random.default_rng(2).random(11)]
     assert interquartile_mean(scores) == interquartile_mean(scores)
+
+
+def test_holms_procedure_multiplies_by_the_comparisons_that_are_left_and_never_falls():
+    # Holm (1979): 4 x 0.01, 3 x 0.01 raised to that, 2 x 0.03, and 0.04 raised to that.
+    assert holm([0.03, 0.01, 0.04, 0.011]) == pytest.approx([0.06, 0.04, 0.06, 0.04])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_difference_has_the_p_value_of_the_paired_t_test():
+    ours, theirs = [0.5, 0.4, 0.9, 0.6], [0.4, 0.45, 0.7, 0.4]
+    found = paired_difference([dict(enumerate(ours))], [dict(enumerate(theirs))])
+    assert found.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+
+
+@pytest.mark.parametrize("pairs", [5, 10])
+def test_the_detectable_difference_is_found_in_about_four_of_five_studies(pairs):
+    rng, spread = np.random.default_rng(0), 0.02
+    noise = rng.normal(0, spread, (4_000, pairs))
+    detectable = np.mean(
+        [
+            paired_difference([dict(enumerate(row))], [dict.fromkeys(range(pairs), 0.0)]).detectable
+            for row in noise[:500]
+        ]
+    )
+    significant = stats.ttest_1samp(noise + detectable, 0.0, axis=1).pvalue < 0.05
+    assert 0.72 < significant.mean() < 0.88
+
+
+def test_fishers_test_of_two_counts():
+    assert fisher((2, 10), (7, 10)) == pytest.approx(stats.fisher_exact([[2, 8], [7, 3]]).pvalue)
+    assert fisher((0, 5), (0, 5)) == 1
