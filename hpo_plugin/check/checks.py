@@ -27,7 +27,7 @@ from hpo_plugin.errors import ConfigError
 from hpo_plugin.recipe.layout import KEY_RECIPE, check_layout
 from hpo_plugin.recipe.memory import GIB, MEMORY_ENGINES, Sizes
 from hpo_plugin.tasks.task import ROW_COLUMNS
-from hpo_plugin.verl.selection import alpha_batch
+from hpo_plugin.verl.selection import alpha_batch, describe_observation
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -227,12 +227,15 @@ def check_algorithm(config: DictConfig) -> list[Finding]:
         from hpo_plugin.verl.seams import prepare
 
         selection, lines = prepare(config)
+        observed = describe_observation(config)
     except (ConfigError, RegistrationError) as error:
         return [Finding("algorithm", "contradictory config", False, str(error))]
     except ImportError as error:
         return [Finding("algorithm", f"cannot be checked: {error}", False, "correct the cause named here")]
+    observation = [Finding("observe", observed)] if observed else []
     if selection is None:
-        return [Finding("algorithm", f"{config.algorithm.adv_estimator}, which verl provides and checks itself")]
+        provided = f"{config.algorithm.adv_estimator}, which verl provides and checks itself"
+        return [Finding("algorithm", provided), *observation]
     low, high, both = (
         OmegaConf.select(config, f"actor_rollout_ref.actor.{key}")
         for key in ("clip_ratio_low", "clip_ratio_high", "clip_ratio")
@@ -249,7 +252,7 @@ def check_algorithm(config: DictConfig) -> list[Finding]:
     ]
     if selection.variant is not None:
         findings.append(Finding("α", alpha_batch(config)))
-    return findings + [Finding("set", line) for line in lines]
+    return findings + observation + [Finding("set", line) for line in lines]
 
 
 def check_recipe(config: DictConfig) -> list[Finding]:

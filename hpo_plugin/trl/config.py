@@ -29,6 +29,7 @@ class HPOConfig(GRPOConfig):
             dataclass adds fields for the settings of such a variant.
         alpha: α of ``policy="hpo"``, in [0, 1]; 0.6 if None.
         alpha_min: Lower limit of α of ``policy="ahpo"``, in [0, 1]; 0.1 if None.
+        observe: Apply no α: the run is TRL's GRPO, with any loss, and logs what A-HPO would use as ``hpo/observe/…``.
 
     Raises:
         ConfigError: An unknown policy, a setting out of range or of another policy, or a loss that is not HPO's. The
@@ -45,6 +46,9 @@ class HPOConfig(GRPOConfig):
     alpha_min: float | None = field(
         default=None, metadata={"help": "Lower limit of alpha for policy='ahpo', in [0, 1]. Default: 0.1."}
     )
+    observe: bool = field(
+        default=False, metadata={"help": "Train with TRL's GRPO, and log what A-HPO would use as hpo/observe/..."}
+    )
 
     def __post_init__(self) -> None:
         """Check the settings of HPO, after TRL has checked its own."""
@@ -54,6 +58,15 @@ class HPOConfig(GRPOConfig):
             raise ConfigError(
                 f"policy={self.policy!r} has a setting {name!r}, which is a field of GRPOConfig. Give it another name."
             )
+        if not isinstance(self.observe, bool):
+            raise ConfigError(f"observe={self.observe!r} is neither True nor False. Set observe=True, or remove it.")
+        if self.observe:
+            if self.policy != "ahpo":
+                raise ConfigError(
+                    f"policy={self.policy!r} has no effect with observe=True, which applies no α and logs that of "
+                    "A-HPO. Remove one of the two."
+                )
+            return
         if self.loss_type != "dapo":
             raise ConfigError(
                 f"loss_type={self.loss_type!r} is not HPO's objective, which clips ratios as GRPO does and divides by "

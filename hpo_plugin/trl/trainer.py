@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,9 +12,9 @@ from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer
 
-from hpo_plugin.algorithm import HystereticAdvantage, group_relative_advantage, hysteretic_advantage
+from hpo_plugin.algorithm import HystereticAdvantage, RewardError, group_relative_advantage, hysteretic_advantage
 from hpo_plugin.errors import ConfigError
-from hpo_plugin.metrics import step_metrics
+from hpo_plugin.metrics import observation_metrics, observe, step_metrics
 from hpo_plugin.trl.config import HPOConfig
 from hpo_plugin.variants import VARIANTS
 
@@ -42,7 +43,8 @@ class HPOTrainer(GRPOTrainer):
     The advantages are TRL's own. α is a statistic of the generation batch: all prompts, completions and processes
     of one generation. It is computed and applied once per generation, in training and in evaluation, so that every
     update of ``num_iterations`` and ``steps_per_generation`` uses the same weights. Metrics are logged as
-    ``hpo/…``.
+    ``hpo/…``. With ``observe=True`` no α is applied: the run is that of ``trl.GRPOTrainer``, bit for bit, and logs
+    ``hpo/observe/…`` only.
 
     Args:
         model: See ``trl.GRPOTrainer``.
@@ -70,6 +72,9 @@ class HPOTrainer(GRPOTrainer):
     # GRPOTrainer's.
     _calculate_rewards: Callable[..., Tensor]
 
+    # A batch that cannot be observed is named once.
+    _warned = False
+
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: HPOConfig | None = None, *more: Any, **kwargs: Any
     ) -> None:
@@ -82,7 +87,11 @@ class HPOTrainer(GRPOTrainer):
                 f"args is a {type(args).__name__}: HPOTrainer takes an HPOConfig, which has all fields of GRPOConfig "
                 "(from hpo_plugin.trl import HPOConfig)."
             )
-        if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+        if args.observe:
+            # The model is GRPO's, and its card says so.
+            for name in ("_tag_names", "_name", "_paper"):
+                setattr(self, name, getattr(GRPOTrainer, name))
+        elif args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
             raise ConfigError(
                 f"use_liger_kernel=True: the loss of Liger in trl {trl.__version__} divides by the tokens of a "
                 "micro-batch, which is not HPO's mean length. Set use_liger_kernel=False, or install trl>=1.16."
@@ -114,10 +123,22 @@ class HPOTrainer(GRPOTrainer):
             trained = trained & ((output["importance_sampling_ratio"] != 0) & mask.bool()).any(dim=1)
         columns = torch.stack([local, mask.sum(dim=1).to(local), trained.to(local)], dim=1)
         advantages, lengths, valid = self.accelerator.gather(columns).unbind(dim=1)
-        result = self._hysteretic_advantage(rewards[-1], advantages, lengths, valid.bool(), mode)
-        start = self.accelerator.process_index * len(local)
-        output["advantages"] = result.weighted[start : start + len(local)]
-        for name, value in step_metrics([result.statistics]).items():
+        args: HPOConfig = self.args
+        try:
+            result = self._hysteretic_advantage(rewards[-1], advantages, lengths, valid.bool(), mode)
+        except RewardError as error:
+            if not args.observe:
+                raise
+            if not self._warned:
+                self._warned = True
+                logging.getLogger(__name__).warning(f"observe=True: a generation batch is not observed: {error}")
+            return output
+        metrics = observation_metrics([observe(result, lengths, args.settings_of_policy()["alpha_min"])])
+        if not args.observe:
+            start = self.accelerator.process_index * len(local)
+            output["advantages"] = result.weighted[start : start + len(local)]
+            metrics |= step_metrics([result.statistics])
+        for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         return output
 

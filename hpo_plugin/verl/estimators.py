@@ -19,12 +19,20 @@ from torch import Tensor
 
 from hpo_plugin import algorithm, fused
 from hpo_plugin.errors import ConfigError
+from hpo_plugin.metrics import Observation, observe
 from hpo_plugin.variants import VARIANTS
 from hpo_plugin.verl import metrics
 from hpo_plugin.verl import selection as keys
 from hpo_plugin.verl.selection import BASE_ESTIMATORS
 
-__all__ = ["estimator", "hysteretic_outcome_advantage", "last_rows", "record_built_in", "record_comparison"]
+__all__ = [
+    "estimator",
+    "hysteretic_outcome_advantage",
+    "last_rows",
+    "record_built_in",
+    "record_comparison",
+    "record_observation",
+]
 
 
 @functools.cache
@@ -54,6 +62,18 @@ def last_rows(batch_keys: Sequence[str]) -> Tensor:
         sessions.append(session)
         last[session] = max(last.get(session, (-1, -1)), (int(output), row))
     return torch.tensor([last[session][1] for session in sessions])
+
+
+def _sessions(last_row: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The row of each session's last output, the session of each row, and the tokens of each session."""
+    rows, session = torch.unique(last_row, return_inverse=True)
+    lengths = mask.sum(dim=1)
+    return rows, session, torch.zeros_like(lengths[rows]).index_add(0, session, lengths)
+
+
+def _getter(config: Any) -> Callable[[str, Any], Any]:
+    """``get(key, default)`` of verl's ``algorithm`` node, whichever class it has."""
+    return config.get if hasattr(config, "get") else lambda key, default: getattr(config, key, default)
 
 
 def _base_advantages(base: str, rewards: Tensor, mask: Tensor, index: np.ndarray, valid: Tensor, config: Any) -> Any:
@@ -122,7 +142,7 @@ def hysteretic_outcome_advantage(
             f"{keys.KEY_ESTIMATOR}={name} is group-relative and needs the prompt's uid of each response, but the batch "
             "has no `uid` (verl passes it as `index`)."
         )
-    get = config.get if hasattr(config, "get") else lambda key, default: getattr(config, key, default)
+    get = _getter(config)
     settings, base = keys.read_settings(get("hpo", None))
     if get("use_kl_in_reward", False) and token_level_scores is None:
         raise ConfigError(keys.kl_in_reward(name, "this trainer"))
@@ -130,8 +150,7 @@ def hysteretic_outcome_advantage(
         rewards, mask, lengths = token_level_rewards, response_mask, response_mask.sum(dim=1)
         session = None
         if last_row is not None:
-            rows, session = torch.unique(last_row, return_inverse=True)
-            lengths = torch.zeros_like(lengths[rows]).index_add(0, session, lengths)
+            rows, session, lengths = _sessions(last_row, response_mask)
             if len(rows) == len(last_row):
                 session = None
             else:
@@ -226,6 +245,48 @@ def record_built_in(name: str, data: Any, config: Any, batch_keys: Sequence[str]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     _warn_once(f"no hpo metrics are logged for a batch of verl's own {name}", reason)
+
+
+def record_observation(data: Any, config: Any, batch_keys: Sequence[str] | None = None) -> None:
+    """Record what A-HPO would count in a batch of verl (``DataProto``), if ``algorithm.hpo.observe`` is set.
+
+    The batch is left as it is, and no random number is drawn. A batch that cannot be counted is named in a warning, and
+    nothing is raised: a run must not stop for a metric.
+
+    Args:
+        data: the batch that the estimator will get, whichever estimator.
+        config: verl's ``algorithm`` node; None observes nothing.
+        batch_keys: see :func:`last_rows`; a session of several outputs counts as one response. None: each row does.
+
+    Raises:
+        ConfigError: if ``algorithm.hpo.observe`` is not valid.
+    """
+    node = _getter(config)("hpo", None)
+    if not keys.is_observed(node):
+        return
+    try:
+        metrics.record_observation(_observation(data, config, node, batch_keys))
+    except Exception as error:
+        _warn_once(f"{keys.KEY_OBSERVE}=True: a batch is not observed ({type(error).__name__})", str(error))
+
+
+def _observation(data: Any, config: Any, node: Any, batch_keys: Sequence[str] | None) -> Observation:
+    if "uid" not in data.non_tensor_batch:
+        raise ValueError("it has no `uid`, by which the responses to a prompt are known")
+    scores, mask = data.batch["token_level_scores"], data.batch["response_mask"]
+    index, lengths = data.non_tensor_batch["uid"], mask.sum(dim=1)
+    if batch_keys is not None:
+        rows, _, lengths = _sessions(last_rows(batch_keys), mask)
+        scores, mask, index = scores[rows], mask[rows], index[rows.numpy()]
+    groups, valid = _group_numbers(index), fused.responses_with_tokens(mask)
+    if batch_keys is None:
+        _require_single_outputs(groups, valid, index, config)
+    score, magnitude = fused.rewards_of_responses(scores)
+    with torch.no_grad():
+        result = algorithm.hysteretic_advantage(
+            score, groups, lambda counts: 1.0, valid=valid, magnitude=magnitude, lengths=lengths
+        )
+    return observe(result, lengths, keys.read_settings(node)[0]["alpha_min"])
 
 
 _warned: set[str] = set()

@@ -1,21 +1,27 @@
-"""From the estimator to verl's log: what each call of the estimator counted, until verl collects the step's metrics."""
+"""From the estimator to verl's log: what was counted in each batch, until verl collects the step's metrics."""
 
 from __future__ import annotations
 
 from collections import deque
 
 from hpo_plugin.algorithm import BatchStatistics
-from hpo_plugin.metrics import step_metrics
+from hpo_plugin.metrics import Observation, observation_metrics, step_metrics
 
-__all__ = ["drain", "drop_last", "record"]
+__all__ = ["drain", "drop_last", "record", "record_observation"]
 
 #: Of this process, oldest first. The limit is for a trainer that never collects metrics.
 _batches: deque[BatchStatistics] = deque(maxlen=1024)
+_observations: deque[Observation] = deque(maxlen=1024)
 
 
 def record(statistics: BatchStatistics) -> None:
     """Keep the statistics of a batch whose advantages were just estimated."""
     _batches.append(statistics)
+
+
+def record_observation(observation: Observation) -> None:
+    """Keep what was observed in a batch (``algorithm.hpo.observe``)."""
+    _observations.append(observation)
 
 
 def drop_last() -> None:
@@ -25,6 +31,7 @@ def drop_last() -> None:
 
 def drain() -> dict[str, float]:
     """The metrics of all batches since the last call, by their names in verl's log; empty if there were none."""
-    batches = list(_batches)
+    metrics = step_metrics(list(_batches)) | observation_metrics(list(_observations))
     _batches.clear()
-    return {f"actor/{name}": value for name, value in step_metrics(batches).items()}
+    _observations.clear()
+    return {f"actor/{name}": value for name, value in metrics.items()}

@@ -23,6 +23,7 @@ SEAM_MODULES = (
     "verl.utils.config",
     "verl.trainer.main_ppo",
     "verl.trainer.ppo.metric_utils",
+    "verl.trainer.ppo.ray_trainer",
     "verl.trainer.ppo.v1.utils",
 )
 

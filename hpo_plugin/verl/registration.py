@@ -16,6 +16,7 @@ __all__ = [
     "built_in",
     "describe_built_in",
     "register",
+    "require_loaded",
     "require_registered",
     "selects_built_in",
 ]
@@ -123,8 +124,7 @@ def require_registered(adv_estimator: str, loss_mode: str) -> None:
             f"{KEY_LOSS_MODE}={loss_mode} needs {KEY_ESTIMATOR}={loss_mode}, whose advantages have α applied, not "
             f"{adv_estimator}."
         )
-    plugin = sys.modules.get("hpo_plugin.verl.plugin")
-    failure = getattr(plugin, "FAILURE", None) if plugin else "verl did not load the entry point hpo of verl.plugins"
+    failure = _failure()
     for kind, registry, ours, name in (
         ("advantage estimator", core_algos.ADV_ESTIMATOR_REGISTRY, estimator, adv_estimator),
         ("policy loss", core_algos.POLICY_LOSS_REGISTRY, policy_loss, loss_mode),
@@ -138,5 +138,15 @@ def require_registered(adv_estimator: str, loss_mode: str) -> None:
                 "VERL_USE_EXTERNAL_PLUGINS must not exclude hpo. Where another package holds the name, uninstall one "
                 "of the two, or keep one out with VERL_USE_EXTERNAL_PLUGINS."
             )
-    if failure:
+    require_loaded()
+
+
+def _failure() -> str | None:
+    plugin = sys.modules.get("hpo_plugin.verl.plugin")
+    return getattr(plugin, "FAILURE", None) if plugin else "verl did not load the entry point hpo of verl.plugins"
+
+
+def require_loaded() -> None:
+    """Raise a RegistrationError, with the reason, unless the plugin was set up completely in this process."""
+    if failure := _failure():
         raise RegistrationError(f"hpo_plugin did not load completely in this process: {failure}")

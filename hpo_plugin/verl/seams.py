@@ -1,10 +1,12 @@
-"""The places where verl has no extension point. There are four; each is one plain function in place of verl's.
+"""The places where verl has no extension point. There are five; each is one plain function in place of verl's.
 
 1. ``verl.utils.config.validate_config`` and 2. ``verl.trainer.main_ppo.run_ppo``: every trainer of verl calls at least
    one of them in the driver, before the first rollout. Both call :func:`prepare` first.
 3. ``verl.trainer.ppo.metric_utils.compute_data_metrics``: what the estimator counted enters verl's log.
 4. ``verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories``: the one place that knows which rows belong to
    one session, and the task's scores apart from a KL penalty in the reward.
+5. ``verl.trainer.ppo.ray_trainer.compute_advantage``: in the other trainers, the one place that has both the batch and
+   the config, whichever the estimator. Only ``algorithm.hpo.observe`` needs it.
 
 ``tests/verl/test_seams.py`` fails when verl moves one of them. What verl itself provides of HPO is not replaced.
 """
@@ -13,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +31,7 @@ from hpo_plugin.verl.presets import apply_preset
 from hpo_plugin.verl.registration import (
     RegistrationError,
     built_in,
+    require_loaded,
     require_registered,
     selects_built_in,
 )
@@ -58,6 +62,8 @@ def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
         RegistrationError: if the config selects a variant that cannot be used in this process.
     """
     lines = apply_preset(config)
+    if keys.describe_observation(config) is not None:
+        _require_observable(config)
     estimator, loss_mode = (str(OmegaConf.select(config, key)) for key in (keys.KEY_ESTIMATOR, keys.KEY_LOSS_MODE))
     if selects_built_in(estimator, loss_mode):
         name = estimator if estimator in VARIANTS else loss_mode
@@ -83,6 +89,20 @@ def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
     return selection, lines
 
 
+def _require_observable(config: DictConfig) -> None:
+    """Raise a RegistrationError unless this package sees the batches of the config's trainer."""
+    require_loaded()
+    if keys.trainer_of(config).startswith("V1"):
+        return
+    from verl.trainer.ppo import ray_trainer
+
+    if not hasattr(getattr(ray_trainer, "compute_advantage", None), "__wrapped__"):
+        raise RegistrationError(
+            f"{keys.KEY_OBSERVE}=True: this verl has no verl.trainer.ppo.ray_trainer.compute_advantage, where the "
+            f"{keys.trainer_of(config)} trainer would be observed. Use verl's V1 trainer, or remove {keys.KEY_OBSERVE}."
+        )
+
+
 def _check_recipe(config: DictConfig) -> None:
     # Imported here: only runs of our recipes need it.
     if OmegaConf.select(config, "recipe") is not None:
@@ -92,7 +112,9 @@ def _check_recipe(config: DictConfig) -> None:
 
 
 def _prepare(config: DictConfig) -> None:
-    for line in prepare(config)[1]:
+    _, lines = prepare(config)
+    observed = keys.describe_observation(config)
+    for line in [*lines, observed] if observed else lines:
         print(f"[hpo_plugin] {line}")
 
 
@@ -170,6 +192,7 @@ def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *arg
             f"{keys.KEY_POLICY_LOSS}={preset} was not applied: this trainer calls neither verl's validate_config nor "
             f"run_ppo. Set {keys.KEY_ESTIMATOR}={preset} and {keys.KEY_AGGREGATION}={keys.MEAN_LENGTH} instead."
         )
+    estimators.record_observation(data, config, batch_keys)
     if core_algos.ADV_ESTIMATOR_REGISTRY.get(name) is estimators.estimator(name):
         batch = data.batch
         batch["advantages"], batch["returns"] = estimators.estimator(name)(
@@ -181,7 +204,8 @@ def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *arg
             token_level_scores=batch["token_level_scores"] if config.get("use_kl_in_reward") else None,
         )
         return data
-    data = original(*args, **kwargs)
+    with _v1_estimates():
+        data = original(*args, **kwargs)
     if "uid" in data.non_tensor_batch:
         if name in built_in(core_algos.ADV_ESTIMATOR_REGISTRY):
             estimators.record_built_in(name, data, config, batch_keys)
@@ -190,25 +214,55 @@ def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *arg
     return data
 
 
+_in_v1 = False
+
+
+@contextmanager
+def _v1_estimates() -> Iterator[None]:
+    """V1 calls verl's ``compute_advantage`` with a batch, or a part of it, that was observed before."""
+    global _in_v1
+    _in_v1 = True
+    try:
+        yield
+    finally:
+        _in_v1 = False
+
+
+def _compute_advantage(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from hpo_plugin.verl import estimators
+
+    if not _in_v1:
+        call = inspect.signature(original).bind(*args, **kwargs)
+        estimators.record_observation(call.arguments["data"], call.arguments.get("config"))
+    return original(*args, **kwargs)
+
+
 #: Modules of verl, what is called in place of the function of that name, and the parameters that it needs.
 SEAMS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "verl.utils.config": (_validate_config, {"config"}),
     "verl.trainer.main_ppo": (_run_ppo, {"config"}),
     "verl.trainer.ppo.metric_utils": (_compute_data_metrics, set()),
     "verl.trainer.ppo.v1.utils": (_compute_advantage_for_multi_trajectories, set(OF_SESSIONS)),
+    "verl.trainer.ppo.ray_trainer": (_compute_advantage, {"data", "config"}),
 }
+
+#: Not needed by any algorithm: a verl without it runs HPO, and refuses a run that needs it (:func:`prepare`).
+OPTIONAL = "verl.trainer.ppo.ray_trainer"
 
 
 def replace(module: ModuleType) -> None:
     """Put this package's function in the place of verl's, in a module of :data:`SEAMS`.
 
     What stands there then is a plain function of verl's name: pickle finds it by reference, and cloudpickle (Ray) takes
-    it by value where it stands in a class of ``__main__``. RegistrationError if verl's function is not there.
+    it by value where it stands in a class of ``__main__``. RegistrationError if verl's function is not there, unless
+    the module is :data:`OPTIONAL`.
     """
     around, needed = SEAMS[module.__name__]
     name = around.__name__.removeprefix("_")
     original = getattr(module, name, None)
     if original is None or not needed <= set(inspect.signature(original).parameters):
+        if module.__name__ == OPTIONAL:
+            return
         raise RegistrationError(f"{module.__name__}.{name} is not there: hpo_plugin was not made for this verl")
 
     @functools.wraps(original)

@@ -25,6 +25,11 @@ KEY_AGGREGATION = "actor_rollout_ref.actor.loss_agg_mode"
 KEY_KL_IN_REWARD = "algorithm.use_kl_in_reward"
 KEY_HPO = "algorithm.hpo"
 KEY_BASE = f"{KEY_HPO}.base_estimator"
+KEY_OBSERVE = f"{KEY_HPO}.observe"
+KEY_N = "actor_rollout_ref.rollout.n"
+
+#: The keys of ``algorithm.hpo`` beside the settings of the variants.
+OTHER_KEYS = ("base_estimator", "observe")
 
 #: verl's name for mean-length normalization: N·L̄ is the number of tokens of the optimizer's mini-batch.
 MEAN_LENGTH = "token-mean"
@@ -93,14 +98,15 @@ def read_settings(node: Any) -> tuple[dict[str, float], str]:
     """
     if node is None:
         node = {}
+    names = (*settings(), *OTHER_KEYS)
     if not isinstance(node, DictConfig | dict):
-        raise ConfigError(f"{KEY_HPO}={node!r} must be a mapping with {', '.join(settings())}, base_estimator.")
-    unknown = [] if verl_has_settings() else sorted(set(map(str, node)) - {*settings(), "base_estimator"})
+        raise ConfigError(f"{KEY_HPO}={node!r} must be a mapping with {', '.join(names)}.")
+    unknown = [] if verl_has_settings() else sorted(set(map(str, node)) - set(names))
     if "weigh" in unknown and node["weigh"] is None:
         # Saved by version 0.1.0, where null meant what is now the only way: the estimator applies α.
         unknown.remove("weigh")
     if unknown:
-        raise ConfigError(f"{KEY_HPO}.{unknown[0]} is not a setting; {', '.join(settings())}, base_estimator are.")
+        raise ConfigError(f"{KEY_HPO}.{unknown[0]} is not a setting; {', '.join(names)} are.")
     values = {
         name: setting.checked(node.get(name, setting.default), f"{KEY_HPO}.{name}")
         for name, setting in settings().items()
@@ -109,6 +115,39 @@ def read_settings(node: Any) -> tuple[dict[str, float], str]:
     if base not in BASE_ESTIMATORS:
         raise ConfigError(f"{KEY_BASE}={base} is none of {', '.join(BASE_ESTIMATORS)}. {_why_not_a_base(str(base))}")
     return values, str(base)
+
+
+def is_observed(node: Any) -> bool:
+    """Whether ``algorithm.hpo.observe`` is set, from the node ``algorithm.hpo`` or None.
+
+    Raises:
+        ConfigError: for a value that is not true or false.
+    """
+    value = node.get("observe", False) if isinstance(node, DictConfig | dict) else False
+    if not isinstance(value, bool):
+        raise ConfigError(f"{KEY_OBSERVE}={value!r} is neither true nor false. Set {KEY_OBSERVE}=true, or remove it.")
+    return value
+
+
+def describe_observation(config: DictConfig) -> str | None:
+    """One line on what is observed in a run, None if nothing is.
+
+    Raises:
+        ConfigError: if there is nothing to observe, or a setting of ``algorithm.hpo`` is not valid.
+    """
+    node = _select(config, KEY_HPO)
+    if not is_observed(node):
+        return None
+    if OmegaConf.select(config, KEY_N) == 1:
+        raise ConfigError(
+            f"{KEY_OBSERVE}=True has nothing to observe with {KEY_N}=1: an advantage relative to a group of one is 0. "
+            f"Set {KEY_N} to 2 or more, or remove {KEY_OBSERVE}."
+        )
+    alpha_min = read_settings(node)[0]["alpha_min"]
+    return (
+        f"the run is observed, its update is not changed: actor/hpo/observe/* has what A-HPO (alpha_min = "
+        f"{alpha_min:g}) would use; {alpha_batch(config)}"
+    )
 
 
 def _why_not_a_base(estimator: str) -> str:
@@ -164,7 +203,9 @@ def read_selection(config: DictConfig) -> Selection:
         raise ConfigError(
             f"{KEY_POLICY_LOSS}={preset} contradicts {selected}. Remove {KEY_POLICY_LOSS}, or the other two overrides."
         )
-    effective = {} if variant is None else {setting.name for setting in variant.settings}
+    effective = set() if variant is None else {setting.name for setting in variant.settings}
+    if is_observed(node):
+        effective |= {setting.name for setting in VARIANTS["ahpo"].settings}
     for key, setting in settings().items():
         if values[key] != setting.default and key not in effective and not verl_has_settings():
             owners = " or ".join(v.name for v in VARIANTS.values() if setting in v.settings)
@@ -251,10 +292,10 @@ def check_selection(config: DictConfig, selection: Selection) -> None:
             f"{KEY_LOSS_MODE}={selection.loss_mode} is not homogeneous in the advantage, so that {name} would be "
             f"another algorithm with it. Use {name}, vanilla, gspo, sapo or cispo."
         )
-    if BASE_ESTIMATORS[selection.base_estimator] and OmegaConf.select(config, "actor_rollout_ref.rollout.n") == 1:
+    if BASE_ESTIMATORS[selection.base_estimator] and OmegaConf.select(config, KEY_N) == 1:
         raise ConfigError(
-            f"actor_rollout_ref.rollout.n=1 trains nothing with {name}: an advantage relative to a group of one is 0. "
-            f"Set actor_rollout_ref.rollout.n to 2 or more, or {KEY_BASE}=reinforce_plus_plus."
+            f"{KEY_N}=1 trains nothing with {name}: an advantage relative to a group of one is 0. "
+            f"Set {KEY_N} to 2 or more, or {KEY_BASE}=reinforce_plus_plus."
         )
     trainer = trainer_of(config)
     if OmegaConf.select(config, KEY_KL_IN_REWARD) and not trainer.startswith("V1"):

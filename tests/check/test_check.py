@@ -268,6 +268,21 @@ def test_what_a_preset_sets_in_verls_stock_config_is_shown_and_the_config_stays_
     assert config.algorithm.adv_estimator == "gae"
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "gae"])
+def test_a_run_that_is_observed_and_not_changed_is_shown_so(estimator):
+    overrides = [f"algorithm.adv_estimator={estimator}", "+algorithm.hpo.observe=true"]
+    algorithm, observed = checks.check_algorithm(compose(*overrides, config_name="ppo_trainer"))
+    assert algorithm.found.startswith("no hysteretic weights")
+    assert (observed.name, observed.ok) == ("observe", True)
+    assert observed.found.startswith("the run is observed, its update is not changed: ")
+
+
+def test_our_config_may_be_observed_too():
+    algorithm, batch, observed = checks.check_algorithm(compose("+algorithm.hpo.observe=true"))
+    assert algorithm.found.startswith("A-HPO")
+    assert (batch.name, observed.name) == ("α", "observe")
+
+
 def test_half_of_hpo_is_named():
     overrides = [
         "algorithm.adv_estimator=ahpo",
@@ -286,6 +301,7 @@ def test_half_of_hpo_is_named():
         ("algorithm.hpo.alpha=0.5", "it is a setting of hpo"),
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "token-mean"),
         ("actor_rollout_ref.rollout.n=1", "actor_rollout_ref.rollout.n=1 trains nothing"),
+        ("+algorithm.hpo.observe=1", "algorithm.hpo.observe=1 is neither true nor false"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=kl_cov", "not homogeneous"),
     ],
 )

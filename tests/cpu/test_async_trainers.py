@@ -12,7 +12,12 @@ from test_e2e import LIMIT_S, ON_CPU, train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(2 * LIMIT_S + 100)]
 
-STOCK = [*ON_CPU, "+algorithm.policy_loss=ahpo", "actor_rollout_ref.actor.ppo_mini_batch_size=8"]
+STOCK = [
+    *ON_CPU,
+    "+algorithm.policy_loss=ahpo",
+    "+algorithm.hpo.observe=true",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+]
 GLOO = "actor_rollout_ref.rollout.checkpoint_engine.backend=gloo"
 SEPARATE_ASYNC = [
     "trainer.v1.trainer_mode=separate_async",
@@ -63,6 +68,9 @@ def check(steps):
         assert 0 < step["actor/hpo/share_positive"] < 1
         assert 0 < step["actor/grad_norm"] < math.inf
         assert math.isfinite(step["actor/pg_loss"])
+        # What is observed in a run of A-HPO is what A-HPO does.
+        for name in ("alpha", "share_positive", "share_negative", "share_degenerate_groups"):
+            assert step[f"actor/hpo/observe/{name}"] == pytest.approx(step[f"actor/hpo/{name}"])
 
 
 def check_alpha_is_of_the_step(steps):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("verl")
 
@@ -149,3 +150,52 @@ def test_a_reference_model_is_built_without_pinned_memory(inputs, tmp_path):
 def test_verls_stock_config_trains_with_plain_overrides(inputs, tmp_path, selected):
     """Nothing of our algorithm configs; only what a CPU needs is added."""
     check_steps(train(inputs, tmp_path, *ON_CPU, *selected, config_name="ppo_trainer"))
+
+
+#: What differs between two runs of one command: times, memory, and the age that verl gives to rollouts from its cache.
+OF_A_RUN = ("timing_", "perf/", "actor/perf/", "training/off_policy/trajectory_staleness")
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(2 * LIMIT_S + 100)
+@pytest.mark.parametrize("estimator", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer", ["v1", pytest.param("legacy", marks=pytest.mark.slow)])
+def test_a_run_that_is_observed_is_bit_for_bit_the_same_run(inputs, tmp_path, trainer, estimator):
+    """The saved weights are equal, and so is what both logs have; one key on verl's stock config observes the run.
+
+    The second run takes the rollouts of the first from verl's cache, for their order depends on the machine's load.
+    """
+    skip = "skip.rollout_tq" if trainer == "v1" else "skip.rollout"
+    settings = [
+        *ON_CPU,
+        f"trainer.use_v1={trainer == 'v1'}",
+        f"algorithm.adv_estimator={estimator}",
+        f"trainer.save_freq={STEPS}",
+        "actor_rollout_ref.actor.checkpoint.save_contents=[model]",
+        f"{skip}.enable=True",
+        f"{skip}.dump_dir={tmp_path / 'rollouts'}",
+        f"{skip}.steps={list(range(1, STEPS + 1))}",
+    ]
+    logs, weights = [], []
+    for name, key in (("without", []), ("observed", ["+algorithm.hpo.observe=true"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        logs.append(train(inputs, folder, *settings, *key, config_name="ppo_trainer"))
+        saved = folder / "checkpoints" / f"global_step_{STEPS}" / "actor" / "model_world_size_1_rank_0.pt"
+        weights.append({key: value.full_tensor() for key, value in torch.load(saved, weights_only=False).items()})
+    without, observed = weights
+    assert without.keys() == observed.keys()
+    assert all(torch.equal(observed[name], value) for name, value in without.items())
+    for step, metrics in logs[1].items():
+        assert metrics["actor/grad_norm"] > 0
+        added = {name for name in metrics if name.startswith("actor/hpo/")}
+        assert all(name.startswith("actor/hpo/observe/") for name in added)
+        same = {name: value for name, value in metrics.items() if name not in added and not name.startswith(OF_A_RUN)}
+        assert same == {name: value for name, value in logs[0][step].items() if not name.startswith(OF_A_RUN)}
+        positive, negative = (metrics[f"actor/hpo/observe/share_{sign}"] for sign in ("positive", "negative"))
+        assert metrics["actor/hpo/observe/alpha"] == pytest.approx(min(1.0, max(0.1, positive / negative)))
+        assert 0 <= metrics["actor/hpo/observe/share_degenerate_groups"] < 1
+        for sign in ("positive", "negative"):
+            assert 1 <= metrics[f"actor/hpo/observe/response_length_{sign}"] <= 32
+    said = (tmp_path / "observed" / "output.log").read_text(encoding="utf-8", errors="replace")
+    assert "[hpo_plugin] the run is observed, its update is not changed" in said

@@ -46,11 +46,20 @@ def test_bounds_are_inclusive(setting):
         ({"loss_type": "bnpo"}, r"loss_type='bnpo'"),
         ({"loss_type": "dr_grpo"}, r"loss_type='dr_grpo'"),
         ({"importance_sampling_level": "sequence"}, r"importance_sampling_level='sequence'.*'token'"),
+        ({"observe": True, "policy": "hpo"}, r"policy='hpo' has no effect with observe=True.*Remove one of the two"),
+        ({"observe": True, "alpha": 0.5}, r"alpha=0.5 has no effect with policy='ahpo'"),
+        ({"observe": True, "alpha_min": 2}, r"alpha_min=2 is not a number in \[0, 1\]"),
+        ({"observe": "yes"}, r"observe='yes' is neither True nor False"),
     ],
 )
 def test_what_would_not_be_hpo_is_refused_with_what_to_do(changes, said):
     with pytest.raises(ConfigError, match=said):
         config(**changes)
+
+
+@pytest.mark.parametrize("loss", [{"loss_type": "grpo"}, {"importance_sampling_level": "sequence"}])
+def test_grpo_with_any_loss_may_be_observed(loss):
+    assert config(observe=True, alpha_min=0.2, **loss).settings_of_policy()["alpha_min"] == 0.2
 
 
 def test_trls_parser_reads_the_settings_from_yaml_and_the_command_line(tmp_path):
@@ -63,6 +72,8 @@ def test_trls_parser_reads_the_settings_from_yaml_and_the_command_line(tmp_path)
     assert parsed.alpha == 0.7
     with pytest.raises(ConfigError, match=r"alpha=7\.0 is not a number"):
         parser.parse_args_and_config(["--config", str(file), "--alpha", "7"])
+    observed = ["--output_dir", "unused", "--use_cpu", "--bf16", "no", "--observe"]
+    assert TrlParser(HPOConfig).parse_args_and_config(observed)[0].observe is True
 
 
 @pytest.fixture

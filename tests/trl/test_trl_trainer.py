@@ -191,6 +191,46 @@ def test_all_equal_or_no_negative_means_alpha_of_one(weighted):
     assert weighted([0.0] * 4, [0.0] * 4)[1]["hpo/alpha"] == 1.0
 
 
+def test_a_run_that_is_observed_keeps_trls_advantages_and_logs_what_ahpo_would_use(weighted):
+    """1 of 4, all of 4: 1 positive response of 1 token, 3 negative ones of 2, 3 and 4; the rounding is no sign."""
+    plain = [1.5, -0.5, -0.5, -0.5, -7e-5, -7e-5, -7e-5, -7e-5]
+    rewards = [1.0, 0.0, 0.0, 0.0] + [0.1] * 4
+    found, metrics = weighted(rewards, plain, lengths=[1, 2, 3, 4, 5, 5, 5, 5], observe=True)
+    assert found == torch.tensor(plain).tolist()
+    assert metrics == pytest.approx(
+        {
+            "hpo/observe/alpha": 1 / 3,
+            "hpo/observe/share_positive": 1 / 8,
+            "hpo/observe/share_negative": 3 / 8,
+            "hpo/observe/share_degenerate_groups": 1 / 2,
+            "hpo/observe/response_length_positive": 1.0,
+            "hpo/observe/response_length_negative": 3.0,
+        }
+    )
+    assert weighted(rewards, plain, observe=True, alpha_min=0.5)[1]["hpo/observe/alpha"] == 0.5
+
+
+def test_every_policy_logs_the_same_curves(weighted):
+    for policy, alpha in (("hpo", 0.6), ("ahpo", 1 / 3)):
+        _, metrics = weighted([1.0, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], lengths=[1, 2, 3, 4], policy=policy)
+        assert metrics["hpo/alpha"] == pytest.approx(alpha)
+        assert metrics["hpo/observe/alpha"] == pytest.approx(1 / 3)
+        assert metrics["hpo/observe/response_length_negative"] == 3.0
+
+
+def test_a_completion_that_is_not_in_the_loss_is_not_observed(weighted):
+    _, metrics = weighted([1.0, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], lengths=[3, 4, 2, 0], observe=True)
+    assert metrics["hpo/observe/alpha"] == pytest.approx(1 / 2)
+    assert metrics["hpo/observe/response_length_negative"] == 3.0
+
+
+def test_an_infinite_reward_does_not_stop_a_run_that_is_observed(weighted, caplog):
+    found, metrics = weighted([math.inf, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], observe=True)
+    assert (found, metrics) == ([1.5, -0.5, -0.5, -0.5], {})
+    (record,) = caplog.records
+    assert record.getMessage().startswith("observe=True: a generation batch is not observed: rewards must be finite")
+
+
 def make(tmp_path, **given):
     """A trainer of the tiny model, from the harness' settings."""
     options = {**tiny.DEFAULTS, "max_steps": 2, "num_iterations": 1, **given.pop("options", {})}
@@ -228,6 +268,9 @@ def test_the_loss_of_liger_is_refused_where_it_divides_by_a_micro_batch(monkeypa
     args.use_liger_kernel = True
     with pytest.raises(ConfigError, match=r"use_liger_kernel=True.*use_liger_kernel=False"):
         HPOTrainer(tiny.build_model(), tiny.reward, args)
+    args.observe = True
+    monkeypatch.setattr(GRPOTrainer, "__init__", lambda *arguments: None)
+    HPOTrainer(tiny.build_model(), tiny.reward, args)
 
 
 def test_training_and_evaluation_log_the_metrics(tmp_path):
@@ -270,6 +313,14 @@ def test_a_saved_model_card_names_the_paper(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "2605.30201" in text
     assert "hpo" in text
+
+
+def test_the_model_card_of_a_run_that_is_observed_is_grpos(tmp_path):
+    trainer = make(tmp_path, options={"observe": True})
+    trainer.create_model_card(model_name="tiny")
+    text = (tmp_path / "README.md").read_text()
+    assert "2605.30201" not in text
+    assert GRPOTrainer._paper["id"] in text
 
 
 def test_the_overridden_methods_are_where_the_adapter_expects_them():

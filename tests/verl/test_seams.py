@@ -1,4 +1,4 @@
-"""The four places where verl has no extension point. These tests fail when verl moves one of them."""
+"""The five places where verl has no extension point. These tests fail when verl moves one of them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ SEAMS = {
         "norm_adv_by_std_in_grpo",
         "config",
     ],
+    "verl.trainer.ppo.ray_trainer.compute_advantage": [
+        "data",
+        "adv_estimator",
+        "gamma",
+        "lam",
+        "num_repeat",
+        "norm_adv_by_std_in_grpo",
+        "config",
+    ],
 }
 """Each seam, with the parameters that verl's function has."""
 
@@ -61,6 +70,11 @@ CALLERS = {
         "experimental/separation/ray_trainer.py",
     ],
     "compute_advantage_for_multi_trajectories": ["trainer/ppo/v1/trainer_base.py"],
+    "compute_advantage": [
+        "trainer/ppo/ray_trainer.py",
+        "trainer/ppo/v1/utils.py",
+        "experimental/separation/ray_trainer.py",
+    ],
 }
 
 
@@ -130,12 +144,13 @@ from verl.utils.config import validate_config
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.metric_utils import compute_data_metrics
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo import core_algos
 
 class TaskRunner:
     def run(self, config):
         return [validate_config, run_ppo, compute_data_metrics, compute_advantage_for_multi_trajectories,
-                core_algos.get_adv_estimator_fn("ahpo"), core_algos.get_policy_loss_fn("ahpo")]
+                compute_advantage, core_algos.get_adv_estimator_fn("ahpo"), core_algos.get_policy_loss_fn("ahpo")]
 
 assert TaskRunner.__module__ == "__main__"
 open(sys.argv[1], "wb").write(cloudpickle.dumps(TaskRunner))
@@ -147,8 +162,8 @@ import sys, pickle
 for path in sys.argv[1:]:
     value = pickle.load(open(path, "rb"))
     functions = value().run(None) if isinstance(value, type) else value
-    assert all(hasattr(f, "__wrapped__") for f in functions[:4]), functions
-    assert functions[4].args == functions[5].args == ("ahpo",)
+    assert all(hasattr(f, "__wrapped__") for f in functions[:5]), functions
+    assert functions[5].args == functions[6].args == ("ahpo",)
 print("loaded")
 """
 
@@ -184,6 +199,31 @@ def test_a_seam_that_is_not_what_it_was_is_recorded_and_stops_only_runs_that_sel
     require_registered("grpo", "vanilla")
     with pytest.raises(RegistrationError, match="is not there: hpo_plugin was not made for this verl"):
         require_registered("ahpo", "vanilla")
+
+
+def test_where_compute_advantage_has_moved_hpo_runs_and_an_observed_run_outside_of_v1_is_refused(monkeypatch, caplog):
+    from verl.trainer.ppo import ray_trainer
+
+    moved = SimpleNamespace(__name__="verl.trainer.ppo.ray_trainer")
+    monkeypatch.setattr(plugin, "FAILURE", None)
+    plugin._on_import(moved)
+    assert (plugin.FAILURE, caplog.text, vars(moved)) == (None, "", {"__name__": "verl.trainer.ppo.ray_trainer"})
+    require_registered("ahpo", "ahpo")
+    monkeypatch.setattr(ray_trainer, "compute_advantage", inspect.unwrap(ray_trainer.compute_advantage))
+    config = experimental("fully_async_policy", "algorithm.adv_estimator=grpo", "+algorithm.hpo.observe=true")
+    with pytest.raises(
+        RegistrationError, match=r"observe=True: this verl has no .*, where the fully-async trainer would"
+    ):
+        seams.prepare(config)
+    monkeypatch.undo()
+    seams.prepare(config)
+
+
+def test_a_run_is_not_observed_by_half_where_the_plugin_could_not_be_set_up(monkeypatch):
+    monkeypatch.setattr(plugin, "FAILURE", "RegistrationError: something moved")
+    config = experimental("one_step_off_policy", "algorithm.adv_estimator=grpo", "+algorithm.hpo.observe=true")
+    with pytest.raises(RegistrationError, match=r"did not load completely in this process: .*something moved"):
+        seams.prepare(config)
 
 
 def test_the_hooks_are_set_on_the_modules_of_the_seams():

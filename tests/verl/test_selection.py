@@ -18,6 +18,7 @@ from hpo_plugin.verl.selection import (
     ConfigError,
     alpha_batch,
     check_selection,
+    describe_observation,
     read_selection,
 )
 
@@ -152,6 +153,16 @@ def test_the_label_names_the_variant_and_its_settings(config, label):
             ["algorithm.policy_loss=ahpo contradicts", f"{ADV}=hpo", f"{LOSS}=hpo"],
             id="preset of the other variant",
         ),
+        pytest.param(
+            config(hpo={"observe": "yes"}),
+            ["algorithm.hpo.observe='yes'", "Set algorithm.hpo.observe=true"],
+            id="observe",
+        ),
+        pytest.param(
+            config(hpo={"observe": True, "alpha": 0.5}),
+            ["algorithm.hpo.alpha=0.5 has no effect", f"{ADV}=grpo"],
+            id="alpha where a run is observed",
+        ),
         pytest.param(config("${nowhere}"), [ADV, "nowhere"], id="broken interpolation"),
     ],
 )
@@ -253,6 +264,45 @@ def test_a_distillation_loss_never_gets_alpha(key, value):
 )
 def test_the_batch_that_alpha_is_of_is_named_for_each_trainer(settings, said):
     assert alpha_batch(changed(config("ahpo"), **settings)) == said
+
+
+# Observed -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adv", ["grpo", "gae", "rloo", "ahpo", "hpo", "somebody_elses"])
+def test_a_run_of_any_estimator_is_observed_and_nothing_in_its_config_changes(adv, capsys):
+    observed = config(adv, hpo={"observe": True, "alpha_min": 0.25})
+    if adv == "hpo":
+        observed.algorithm.hpo.alpha = 0.5
+    before = OmegaConf.to_container(observed)
+    prepare(observed)
+    assert OmegaConf.to_container(observed) == before
+    assert describe_observation(observed) == (
+        "the run is observed, its update is not changed: actor/hpo/observe/* has what A-HPO (alpha_min = 0.25) would "
+        "use; V1 sync: α of the step's rollout batch"
+    )
+
+
+@pytest.mark.parametrize("node", [None, {}, {"observe": False}])
+def test_without_the_key_nothing_is_observed(node):
+    assert describe_observation(config(hpo=node)) is None
+
+
+@pytest.mark.parametrize("adv", ["grpo", "gae", "reinforce_plus_plus", "ahpo"])
+def test_one_response_a_prompt_has_nothing_to_observe(adv):
+    one = changed(config(adv, hpo={"observe": True}), **{"actor_rollout_ref.rollout.n": 1})
+    with pytest.raises(ConfigError, match=r"algorithm.hpo.observe=True has nothing to observe with .*rollout.n=1"):
+        prepare(one)
+
+
+def test_verls_own_check_says_that_the_run_is_observed(compose_stock, capsys):
+    overrides = ("algorithm.adv_estimator=grpo", "+algorithm.hpo.observe=true", "actor_rollout_ref.rollout.n=8")
+    stock = compose_stock(*overrides)
+    before = OmegaConf.to_container(stock)
+    validate_config(config=stock, use_reference_policy=False, use_critic=False)
+    assert OmegaConf.to_container(stock) == before
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "[hpo_plugin]" in line]
+    assert line.startswith("[hpo_plugin] the run is observed, its update is not changed: actor/hpo/observe/*")
 
 
 # verl's stock config --------------------------------------------------------------------------------------------------

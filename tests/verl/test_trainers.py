@@ -87,6 +87,7 @@ def batch() -> dict[str, torch.Tensor]:
         "response_mask": mask,
         "old_log_probs": old,
         "rollout_log_probs": old - SECOND.unsqueeze(1),
+        "values": torch.full((12, 4), 0.25) * mask,
     }
 
 
@@ -155,6 +156,15 @@ def in_separation(config: DictConfig, cls: type) -> dict[str, torch.Tensor]:
     return dict(cls._fit_compute_advantage(trainer, data).batch.items())
 
 
+def estimated(trainer: str, config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """The batch after the trainer's own code from rewards to advantages."""
+    if trainer.startswith("V1"):
+        return in_v1(config, monkeypatch)
+    if trainer == "legacy":
+        return in_legacy(config)
+    return in_separation(config, OneStepOffRayTrainer if trainer == "one-step-off" else SeparateRayPPOTrainer)
+
+
 def weights(trainer: str, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[list[float], dict[str, float]]:
     """The product of all weights of each response with an advantage, and what was logged."""
     metrics.drain()
@@ -163,12 +173,7 @@ def weights(trainer: str, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> t
     worker = omega_conf_to_dataclass(copy.deepcopy(config.actor_rollout_ref.actor))
     with open_dict(config):
         config.algorithm.rollout_correction.setdefault("bypass_mode", False)
-    if trainer.startswith("V1"):
-        out = in_v1(config, monkeypatch)
-    elif trainer == "legacy":
-        out = in_legacy(config)
-    else:
-        out = in_separation(config, OneStepOffRayTrainer if trainer == "one-step-off" else SeparateRayPPOTrainer)
+    out = estimated(trainer, config, monkeypatch)
     mask = out["response_mask"].bool()
     old = torch.full((12, 4), -1.0)
     log_prob = old.clone().requires_grad_()
@@ -232,6 +237,61 @@ def test_a_rejected_response_is_counted_nowhere(monkeypatch, trainer):
     found, logged = weights(trainer, monkeypatch, *KEYS["preset"], *settings)
     assert logged["actor/hpo/alpha"] == pytest.approx(3 / 4)
     assert found == pytest.approx([1, *[3 / 4] * 3, 1, 1, 3 / 4], rel=1e-5)
+
+
+OBSERVED = {
+    "actor/hpo/observe/alpha": ALPHA,
+    "actor/hpo/observe/share_positive": 3 / 12,
+    "actor/hpo/observe/share_negative": 5 / 12,
+    "actor/hpo/observe/share_degenerate_groups": 1 / 3,
+    "actor/hpo/observe/response_length_positive": (1 + 3 + 1) / 3,
+    "actor/hpo/observe/response_length_negative": (3 + 2 + 4 + 4 + 2) / 5,
+}
+
+
+def halves(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
+    """An estimator of a user's own that changes its input, and knows no groups."""
+    token_level_rewards *= 0.5
+    advantages = token_level_rewards.sum(dim=1, keepdim=True) * response_mask
+    return advantages, advantages
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gae", "ahpo", "halves"])
+@pytest.mark.parametrize("trainer", ALL)
+def test_an_observed_step_is_bit_for_bit_the_same_step_and_logs_what_ahpo_would_count(monkeypatch, trainer, estimator):
+    monkeypatch.setitem(core_algos.ADV_ESTIMATOR_REGISTRY, "halves", halves)
+    metrics.drain()
+    config = config_of(trainer, f"algorithm.adv_estimator={estimator}")
+    without, logged_without = estimated(trainer, config, monkeypatch), metrics.drain()
+    with open_dict(config):
+        config.algorithm.hpo = {"observe": True}
+    seams.prepare(config)
+    state = torch.get_rng_state()
+    observed, logged = estimated(trainer, config, monkeypatch), metrics.drain()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert observed.keys() == without.keys()
+    for name, value in without.items():
+        assert (observed[name].dtype, observed[name].stride()) == (value.dtype, value.stride()), name
+        assert torch.equal(observed[name], value), name
+    assert logged == pytest.approx(logged_without | OBSERVED)
+    assert bool(logged_without) is (estimator == "ahpo")
+
+
+@pytest.mark.parametrize("trainer", ["V1 sync", "legacy", "one-step-off"])
+def test_an_observed_step_has_the_limit_of_alpha_and_no_rejected_response(monkeypatch, trainer):
+    """The last response of group c is rejected: 3 positives and 4 negatives of 11."""
+    correction = "algorithm.rollout_correction"
+    settings = [f"{BYPASS}=False", f"{correction}.rollout_rs=seq_mean_k1", f"{correction}.rollout_rs_threshold=0.5_1.5"]
+    config = config_of(
+        trainer, "algorithm.adv_estimator=grpo", "+algorithm.hpo={observe: true, alpha_min: 0.9}", *settings
+    )
+    metrics.drain()
+    estimated(trainer, config, monkeypatch)
+    logged = metrics.drain()
+    assert logged["actor/hpo/observe/alpha"] == pytest.approx(0.9)
+    assert logged["actor/hpo/observe/share_positive"] == pytest.approx(3 / 11)
+    assert logged["actor/hpo/observe/share_negative"] == pytest.approx(4 / 11)
+    assert logged["actor/hpo/observe/response_length_negative"] == pytest.approx((3 + 2 + 4 + 4) / 4)
 
 
 def test_one_step_off_and_fully_async_estimate_advantages_where_separation_does():
