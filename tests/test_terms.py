@@ -31,7 +31,7 @@ SHARED = {"TASK", "SCHEMA", "PUBLIC_DATASET", "MAX_SEARCHED_CHARACTERS"}
 ALLOWED = {"hpo_plugin/tasks/telelogs/radio.py": {"hysteresis"}, "hpo_plugin/verl/selection.py": {"weigh"}}
 #: Where an arm is what a study compares; elsewhere it is an algorithm or a preset.
 ARMS = r"\barms?\b"
-STUDIES = ("hpo_plugin/study/", "hpo_plugin/cli/study.py", "hpo_plugin/cli/app.py")
+STUDIES = ("hpo_plugin/study/", "hpo_plugin/cli/study.py", "hpo_plugin/cli/app.py", "scripts/gradients.py")
 COMMANDS = ["", "check", "launch", "quickstart", "prepare", "explain", "score", "study"]
 COMMANDS += [f"{group} {task}" for group in ("prepare", "explain", "score") for task in ("countdown", "telelogs")]
 COMMANDS += [f"study {name}" for name in ("prepare", "run", "status", "collect", "report")]

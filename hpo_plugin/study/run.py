@@ -336,7 +336,7 @@ def submit_command(workspace: Workspace, cell: Cell) -> str:
         StudyError: The cell was begun from other inputs, or is one of the simulator.
     """
     if cell.trainer == SIMULATOR:
-        raise StudyError(f"{cell.name} has trainer={SIMULATOR}, which runs in this process: leave out --print and --submit")
+        raise StudyError(f"{cell.name} has trainer={SIMULATOR}, which runs here: leave out --print and --submit")
     study, (run, _) = workspace.study, workspace.start(cell)
     words = [f"--run-dir={run.directory.resolve()}", f"--config-name={cell.config_name}"]
     words += [*full_overrides(workspace, cell), f"trainer.save_freq={min(study.save_every, cell.steps)}"]

@@ -26,7 +26,9 @@ from hpo_plugin.study.statistics import paired_difference, probability_of_improv
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "studies/countdown-laptop.yaml"
 RESULTS = ROOT / "docs/results"
-COMMAND = "hpo-plugin study report studies/countdown-laptop.yaml --output docs/results --no-png"
+COMMAND = "hpo-plugin study report {} --output docs/results --no-png"
+#: Every study with a page.
+REPORTED = sorted(path for path in (ROOT / "studies").glob("*.yaml") if (RESULTS / f"{path.stem}.md").exists())
 SETTINGS = ("countdown3", "countdown4")
 WEIGHTS = ("hpo-0.0", "hpo-0.2", "hpo-0.4", "hpo", "hpo-0.8", "hpo-1.0")
 CLIPPED = "actor/pg_clipfrac"
@@ -70,15 +72,20 @@ def stacked(runs, setting, arm, metric):
 
 
 @pytest.mark.timeout(300)
-def test_every_figure_and_number_of_the_page_comes_from_the_collected_data(tmp_path):
-    report = build_report(load_study(STUDY), read_data(STUDY.with_suffix(".parquet")))
+@pytest.mark.parametrize("study", REPORTED, ids=lambda path: path.stem)
+def test_every_figure_and_number_of_the_page_comes_from_the_collected_data(study, tmp_path):
+    report = build_report(load_study(study), read_data(study.with_suffix(".parquet")))
     write_report(report, tmp_path, png=False)
     made, there = (
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.suffix != ".html"}
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in [folder / f"{study.stem}.md", *(folder / study.stem).iterdir()]
+        }
         for folder in (tmp_path, RESULTS)
     )
     assert made.keys() == there.keys()
-    assert [str(name) for name in made if made[name] != there[name]] == [], f"make the page again: {COMMAND}"
+    command = COMMAND.format(study.relative_to(ROOT))
+    assert [str(name) for name in made if made[name] != there[name]] == [], f"make the page again: {command}"
 
 
 def test_no_run_is_missing(runs):

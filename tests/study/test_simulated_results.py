@@ -1,0 +1,121 @@
+"""The sentences of the simulated studies' pages say what their data say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hpo_plugin.study.data import ALPHA, read_data
+from hpo_plugin.study.report import collapsed, final_score
+from hpo_plugin.study.spec import load_study
+from hpo_plugin.study.statistics import holm, paired_difference
+
+ROOT = Path(__file__).parents[2]
+RATES = ("lr-1e-4", "lr-3e-4", "lr-1e-3")
+OTHERS = ("grpo", "token-mean", "hpo", "gspo", "sapo")
+
+
+def collected(name):
+    """Setting, arm -> seed -> data; every declared cell is there."""
+    path = ROOT / "studies" / f"{name}.yaml"
+    data, runs = read_data(path.with_suffix(".parquet")), {}
+    for cell in load_study(path).cells():
+        runs.setdefault((cell.setting, cell.arm), {})[cell.seed] = data[cell.key]
+    return runs
+
+
+@pytest.fixture(scope="module")
+def rates():
+    return collected("learning-rate")
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return collected("group-size")
+
+
+def finals(runs, setting, arm):
+    return {seed: final_score(run, 1) for seed, run in runs[setting, arm].items()}
+
+
+def areas(runs, arm):
+    return {seed: np.mean([finals(runs, rate, arm)[seed] for rate in RATES]) for seed in finals(runs, RATES[0], arm)}
+
+
+def means(runs, arm):
+    return [np.mean(list(finals(runs, rate, arm).values())) for rate in RATES]
+
+
+def difference(ours, theirs):
+    found = paired_difference([ours], [theirs])
+    assert found is not None
+    return found
+
+
+def best(runs, arm):
+    return finals(runs, RATES[int(np.argmax(means(runs, arm)))], arm)
+
+
+def test_the_seeds_are_new(rates, groups):
+    for runs in (rates, groups):
+        assert all(set(by_seed) == {10, 11, 12, 13, 14, 15} for by_seed in runs.values())
+
+
+def test_at_its_best_learning_rate_every_algorithm_ends_alike(rates):
+    assert [round(min(max(means(rates, arm)) for arm in ("ahpo", *OTHERS)), 3)] == [0.176]
+    assert [round(max(max(means(rates, arm)) for arm in ("ahpo", *OTHERS)), 3)] == [0.188]
+    found = {arm: difference(best(rates, "ahpo"), best(rates, arm)) for arm in OTHERS}
+    assert f"{min(one.value for one in found.values()):+.3f}" == "-0.003"
+    assert f"{max(one.value for one in found.values()):+.3f}" == "+0.009"
+    assert min(one.p for one in found.values()) > 0.29
+    assert f"{found['sapo'].detectable:.3f}" == "0.012" == f"{min(one.detectable for one in found.values()):.3f}"
+    assert f"{found['gspo'].detectable:.3f}" == "0.041" == f"{max(one.detectable for one in found.values()):.3f}"
+
+
+def test_gspo_is_behind_at_one_learning_rate_only(rates):
+    low, middle = (difference(finals(rates, rate, "ahpo"), finals(rates, rate, "gspo")) for rate in RATES[:2])
+    assert f"{low.value:.3f}" == "0.033"
+    assert low.low > 0
+    assert middle.low < 0 < middle.high
+    assert abs(middle.value) < 0.002
+
+
+def test_at_the_highest_learning_rate_all_lose_and_few_runs_collapse_with_ahpo(rates):
+    left = {arm: means(rates, arm)[2] / max(means(rates, arm)) for arm in ("ahpo", *OTHERS)}
+    assert max(left.values()) < 0.6
+    kept = sorted(left, key=lambda arm: means(rates, arm)[2])
+    assert kept[-2:] == ["ahpo", "hpo"]
+    assert set(kept[:2]) == {"sapo", "gspo"}
+    area = {arm: difference(areas(rates, "ahpo"), areas(rates, arm)) for arm in OTHERS}
+    assert f"{area['gspo'].value:.3f}" == "0.021"
+    assert f"{area['sapo'].value:.3f}" == "0.017"
+    assert max(area["gspo"].p, area["sapo"].p) < 0.05
+    fallen = {arm: [sum(map(collapsed, rates[rate, arm].values())) for rate in RATES] for arm in left}
+    assert all(counts[:2] == [0, 0] for counts in fallen.values())
+    assert (fallen["ahpo"][2], fallen["grpo"][2], fallen["sapo"][2]) == (1, 4, 4)
+    p_values = [difference(best(rates, "ahpo"), best(rates, arm)).p for arm in OTHERS] + [area[a].p for a in OTHERS]
+    p_values += [stats.fisher_exact([[1, 17], [sum(fallen[arm]), 18 - sum(fallen[arm])]]).pvalue for arm in OTHERS]
+    assert len(p_values) == 15
+    assert min(holm(p_values)) > 0.05
+
+
+def test_alpha_min_acts_in_large_groups_and_the_scores_do_not_show_it(groups):
+    def below(setting, bound):
+        alphas = np.array([run.values[ALPHA][1:] for run in groups[setting, "min-0"].values()])
+        return round(100 * float((alphas < bound - 1e-6).mean()), 1)
+
+    assert [round(below(setting, 0.1)) for setting in ("n-16", "n-32")] == [8, 17]
+    assert [round(below(setting, 0.2)) for setting in ("n-16", "n-32")] == [38, 45]
+    assert below("n-16", 0.05) == 0
+    for zero, low in zip(groups["n-16", "min-0"].values(), groups["n-16", "min-0.05"].values(), strict=True):
+        assert final_score(zero, 1) == final_score(low, 1)
+    found = [
+        difference(finals(groups, setting, "min-0.1"), finals(groups, setting, arm))
+        for setting in ("n-16", "n-32")
+        for arm in ("min-0", "min-0.05", "min-0.2")
+    ]
+    assert max(abs(one.value) for one in found) < 0.004
+    assert min(one.p for one in found) > 0.14
+    seen = [one.detectable for one in found]
+    assert (f"{min(seen):.3f}", f"{max(seen):.3f}") == ("0.006", "0.017")
