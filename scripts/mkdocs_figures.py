@@ -19,6 +19,7 @@ from mkdocs.structure.files import File, Files
 FIGURES = {
     "telelogs-fields": ("telelogs_report.py", "--figure-only", "--figure"),
     "trl-and-verl": ("trl_and_verl.py", "--figure"),
+    "gradients": ("gradients.py", "--figure"),
 }
 _COMMENT = re.compile(r"<!-- figure: ([\w-]+) \| (.+?) -->")
 
@@ -36,7 +37,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Put the figures where the page names them; an unknown name stops the build."""
-    return _COMMENT.sub(lambda found: f"![{found[2]}](images/{_known(found[1])}.svg)\n\n*{found[2]}*", markdown)
+    images = "../" * page.file.src_uri.count("/") + "images"
+    return _COMMENT.sub(lambda found: f"![{found[2]}]({images}/{_known(found[1])}.svg)\n\n*{found[2]}*", markdown)
 
 
 def _known(name: str) -> str:

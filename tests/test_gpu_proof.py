@@ -590,6 +590,7 @@ def test_what_the_page_expects_in_the_log_is_what_the_launcher_says(said):
 
 @pytest.mark.e2e
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_rehearsal_that_is_killed_in_the_second_training_is_resumed_there(tmp_path):
     """SIGKILL for the command alone: no trainer is left, and the second call trains what is missing."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hpo_plugin.study.data import ALPHA, read_data
+from hpo_plugin.study.data import ALPHA, HELD_OUT, LENGTH, read_data
 from hpo_plugin.study.report import collapsed, final_score
 from hpo_plugin.study.spec import load_study
 from hpo_plugin.study.statistics import holm, paired_difference
@@ -119,3 +119,43 @@ def test_alpha_min_acts_in_large_groups_and_the_scores_do_not_show_it(groups):
     assert min(one.p for one in found) > 0.14
     seen = [one.detectable for one in found]
     assert (f"{min(seen):.3f}", f"{max(seen):.3f}") == ("0.006", "0.017")
+
+
+LONG = ("grpo", "token-mean", "grpo-ahpo", "positive")
+
+
+def test_long_failures_do_not_decide_and_do_not_stay_long():
+    runs = collected("long-failures")
+    assert all(set(by_seed) == set(range(10, 20)) for by_seed in runs.values())
+    low, high = "lr-3e-4", "lr-6e-4"
+    score = {key: np.mean([final_score(run, 1) for run in by_seed.values()]) for key, by_seed in runs.items()}
+    assert (f"{score[high, 'ahpo']:.3f}", f"{score[high, 'grpo']:.3f}") == ("0.102", "0.095")
+    found = difference(finals(runs, high, "ahpo"), finals(runs, high, "grpo"))
+    assert [f"{x:+.3f}" for x in (found.value, found.low, found.high)] == ["+0.007", "-0.022", "+0.036"]
+    assert f"{found.detectable:.3f}" == "0.041"
+    fallen = {key: sum(map(collapsed, by_seed.values())) for key, by_seed in runs.items()}
+    assert {key for key, count in fallen.items() if count} == {(high, "token-mean"), (high, "positive")}
+    assert sum(fallen.values()) == 2
+    assert [f"{score[low, arm]:.3f}" for arm in ("ahpo", "grpo-ahpo")] == ["0.171", "0.170"]
+    others = [arm for arm in LONG if arm != "grpo-ahpo"]
+    assert [f"{f(score[low, arm] for arm in others):.3f}" for f in (min, max)] == ["0.157", "0.160"]
+    against = [difference(finals(runs, low, "ahpo"), finals(runs, low, arm)) for arm in others]
+    assert [f"{f(one.value for one in against):.3f}" for f in (min, max)] == ["0.011", "0.014"]
+    assert 0.07 < min(one.p for one in against) < max(one.p for one in against) < 0.111
+    assert [f"{f(one.detectable for one in against):.3f}" for f in (min, max)] == ["0.018", "0.025"]
+    first, last = (
+        {key: np.mean([run.values[LENGTH][part].mean() for run in by_seed.values()]) for key, by_seed in runs.items()}
+        for part in (slice(1, 2), slice(-10, None))
+    )
+    assert min(first.values()) > 60
+    assert max(last.values()) < 20
+    assert all(8.5 < length < 9.5 for (_, arm), length in last.items() if arm == "grpo-ahpo")
+    assert all(12.5 < length < 19.5 for (_, arm), length in last.items() if arm != "grpo-ahpo")
+
+
+def test_the_regime_of_long_failures_was_chosen_on_grpo():
+    ((setting, arm), by_seed) = next(iter(collected("long-failures-regime").items()))
+    assert (setting, arm, set(by_seed)) == ("search", "grpo", {100})
+    (run,) = by_seed.values()
+    tested = run.values[HELD_OUT][~np.isnan(run.values[HELD_OUT])]
+    assert tested[-1] > 3 * tested[0]
