@@ -24,6 +24,7 @@ from hpo_plugin import algorithm
 from hpo_plugin.errors import ConfigError
 from hpo_plugin.metrics import step_metrics
 from hpo_plugin.simulator.model import Samples, SmallQwen2
+from hpo_plugin.variants import VARIANTS
 from hpo_plugin.verl import metrics as verl_metrics
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -96,7 +97,12 @@ def check_simulated(config: DictConfig) -> None:
     Raises:
         ConfigError: It does not; names the key and the value.
     """
-    for key, known in SIMULATED.items():
+    algorithms = {
+        "algorithm.adv_estimator": ("grpo", *VARIANTS),
+        # Losses that are a product with the advantage: rows without one are left out (:meth:`_Loop._update`).
+        f"{_ACTOR}.policy_loss.loss_mode": ("vanilla", "gspo", "sapo", *VARIANTS),
+    }
+    for key, known in {**SIMULATED, **algorithms}.items():
         value = OmegaConf.select(config, key)
         if value not in known:
             values = " or ".join(map(str, known))
@@ -262,7 +268,7 @@ class _Loop:
                     global_batch_size=len(rows),
                     loss_scale_factor=self._actor.loss_scale_factor,
                 )
-                # Every loss is a product with the advantage: rows without one add nothing to the gradient.
+                # The losses are products with the advantage: rows without one add nothing to the gradient.
                 chosen = rows[(advantages[rows] != 0).any(dim=1)]
                 share = 0.0
                 for parameter in self._model.parameters:

@@ -210,6 +210,8 @@ REFUSED = {
     "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
     "actor_rollout_ref.rollout.temperature": 0.7,
     "actor_rollout_ref.model.lora_rank": 8,
+    "algorithm.adv_estimator": "rloo",
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "clip_cov",
 }
 
 
