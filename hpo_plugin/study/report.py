@@ -192,10 +192,17 @@ def build_report(study: Study, data: Mapping[str, CellData]) -> StudyReport:
     check_inputs(used)
     results = {name: Results.of(study, experiment, data) for name, experiment in study.experiments.items()}
     swept = {name for sweep in study.sweeps.values() for name in sweep.experiments}
+    # What matters of these is the table that compares the settings.
+    opposed = {experiment.against for experiment in study.experiments.values()}
+    drawn = {
+        name
+        for name, experiment in study.experiments.items()
+        if name not in swept and experiment.against is None and experiment.setting not in opposed
+    }
     sections = [_what_was_run(study, data, used)]
     sections += [_sweep(study, name, sweep, results) for name, sweep in study.sweeps.items()]
     sections += [
-        _experiment(study, name, result, data, pictures=name not in swept)
+        _experiment(study, name, result, data, pictures=name in drawn)
         for name, result in results.items()
         if result.runs
     ]
@@ -329,8 +336,8 @@ def _experiment(study: Study, name: str, results: Results, data: Mapping[str, Ce
         section.notes.append(f"Not finished, and so not in these figures: {missing} of this experiment's runs.")
     if experiment.compare in arms:
         section.tables.append(_comparison(study, experiment.compare, finals, earlies))
-    if experiment.against is not None:
-        section.tables.append(_against(study, experiment.against, results, data))
+    if experiment.against is not None and (compared := _against(study, experiment.against, results, data)).rows:
+        section.tables.append(compared)
     if not pictures:
         return section
 

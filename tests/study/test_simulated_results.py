@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from hpo_plugin.study.data import ALPHA, HELD_OUT, LENGTH, read_data
-from hpo_plugin.study.report import collapsed, final_score
+from hpo_plugin.study.report import collapsed, early_score, final_score
 from hpo_plugin.study.spec import load_study
 from hpo_plugin.study.statistics import holm, paired_difference
 
@@ -165,3 +165,39 @@ def test_the_regime_of_long_failures_was_chosen_on_grpo():
     (run,) = by_seed.values()
     tested = run.values[HELD_OUT][~np.isnan(run.values[HELD_OUT])]
     assert tested[-1] > 3 * tested[0]
+
+
+def test_the_simulator_ends_where_verls_trainer_ends():
+    path = ROOT / "studies/simulator-validation.yaml"
+    data, runs = read_data(path.with_suffix(".parquet")), {}
+    for cell in load_study(path).cells():
+        if cell.key in data:
+            runs.setdefault((cell.setting, cell.arm), {})[cell.seed] = data[cell.key]
+    arms, settings = ("grpo", "gspo", "sapo", "hpo", "ahpo"), ("countdown3", "countdown4")
+
+    def compared(score):
+        def of(setting):
+            seeds = runs[setting, "grpo"]
+            return {seed: float(np.mean([score(runs[setting, arm][seed]) for arm in arms])) for seed in seeds}
+
+        ours, theirs = [of(setting) for setting in settings], [of(f"verl-{setting}") for setting in settings]
+        assert sum(map(len, ours)) == 8
+        found = paired_difference(ours, theirs)
+        assert found is not None
+        return found
+
+    final, early = compared(lambda run: final_score(run, 1)), compared(lambda run: early_score(run, 0.5))
+    assert [f"{x:+.3f}" for x in (final.value, final.low, final.high)] == ["+0.008", "-0.011", "+0.028"]
+    assert [f"{x:+.3f}" for x in (early.value, early.low, early.high)] == ["+0.002", "-0.008", "+0.011"]
+    assert f"{final.detectable:.3f}" == "0.027"
+    differences = []
+    for (setting, arm), by_seed in runs.items():
+        there = runs.get((f"verl-{setting.removeprefix('lr-')}", arm)) or runs.get((f"verl-{setting}", arm), {})
+        if not setting.startswith("verl-") and set(by_seed) & set(there):
+            for score in (lambda run: final_score(run, 1), lambda run: early_score(run, 0.5)):
+                pair = [{seed: score(run) for seed, run in found.items()} for found in (by_seed, there)]
+                differences.append(paired_difference(pair[:1], pair[1:]))
+    # Twenty at 1e-4 have an interval; the others may have one pair.
+    p_values = [found.p for found in differences if found is not None and found.p is not None]
+    assert len(p_values) >= 20
+    assert min(holm(p_values)) > 0.05
