@@ -47,7 +47,7 @@ def load(tmp_path):
     return write_and_load
 
 
-def finished(cell, *, reward=0.1, held_out=0.2, inputs="same"):
+def made_up(cell, *, reward=0.1, held_out=0.2, inputs="same"):
     """The data of a finished cell: training reward rises by 0.1 a step, held-out success by 0.1 an evaluation."""
     rows = {0: {HELD_OUT: held_out - 0.1}}
     for step in range(1, cell.steps + 1):
@@ -67,11 +67,11 @@ def data(declared, load):
     for cell in load(declared).cells():
         better = 0.05 * (cell.arm == "ahpo")
         shift = np.round(better + 0.01 * cell.seed, 2)
-        made[cell.key] = finished(cell, reward=0.1 + shift, held_out=0.2 + shift)
+        made[cell.key] = made_up(cell, reward=0.1 + shift, held_out=0.2 + shift)
     return made
 
 
 @pytest.fixture
-def made_up():
+def make_data():
     """Makes the data of a finished cell."""
-    return finished
+    return made_up

@@ -87,7 +87,7 @@ def test_a_run_collapses_where_it_ends_below_half_of_its_best_or_below_its_start
     assert with_values(rising, below)
 
 
-def test_a_sweep_reports_best_area_and_collapsed_runs_in_place_of_curves(declared, load, made_up, tmp_path):
+def test_a_sweep_reports_best_area_and_collapsed_runs_in_place_of_curves(declared, load, make_data, tmp_path):
     declared["experiments"]["two"]["seeds"] = [0, 1, 2]
     declared["sweeps"] = {
         "lr": {"title": "Rates", "quantity": "learning rate", "experiments": {"one": 1e-4, "two": 3e-4}}
@@ -95,7 +95,7 @@ def test_a_sweep_reports_best_area_and_collapsed_runs_in_place_of_curves(declare
     study = load(declared)
     better = {("easy", "ahpo"): 0.05, ("hard", "grpo"): 0.02}
     data = {
-        cell.key: made_up(cell, held_out=0.2 + 0.01 * cell.seed + better.get((cell.setting, cell.arm), 0.0))
+        cell.key: make_data(cell, held_out=0.2 + 0.01 * cell.seed + better.get((cell.setting, cell.arm), 0.0))
         for cell in study.cells()
     }
     report = build_report(study, data)
@@ -112,10 +112,10 @@ def test_a_sweep_reports_best_area_and_collapsed_runs_in_place_of_curves(declare
     assert (tmp_path / "small/lr-final.svg").exists()
 
 
-def test_arms_are_compared_with_themselves_in_another_setting(declared, load, made_up):
+def test_arms_are_compared_with_themselves_in_another_setting(declared, load, make_data):
     declared["experiments"]["one"]["against"] = "hard"
     study = load(declared)
-    data = {cell.key: made_up(cell, held_out=0.3 if cell.setting == "easy" else 0.2) for cell in study.cells()}
+    data = {cell.key: make_data(cell, held_out=0.3 if cell.setting == "easy" else 0.2) for cell in study.cells()}
     page = to_markdown(build_report(study, data))
     table = page.partition("**The same arms with Hard**")[2]
     assert "| final | GRPO | 2 | +0.1000 (no interval: all pairs differ by the same) | – | – |" in table
