@@ -79,7 +79,7 @@ def test_every_figure_and_number_of_the_page_comes_from_the_collected_data(study
     made, there = (
         {
             path.relative_to(folder): path.read_bytes()
-            for path in [folder / f"{study.stem}.md", *(folder / study.stem).iterdir()]
+            for path in [folder / f"{study.stem}.md", *folder.glob(f"{study.stem}/*")]
         }
         for folder in (tmp_path, RESULTS)
     )
