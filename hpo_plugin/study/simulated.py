@@ -21,11 +21,12 @@ def simulators(count: int) -> Iterator[ProcessPoolExecutor]:
     Args:
         count: Most processes. None is started before it has a cell.
     """
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield pool
     finally:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         pool.shutdown(cancel_futures=True)
 
