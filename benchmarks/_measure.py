@@ -31,7 +31,7 @@ def rounds(
         synchronize: waits for an accelerator; called before each call, and after it within the measured time.
 
     Returns:
-        As many values for each name as there were rounds.
+        One value for each name and round.
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -27,29 +27,13 @@ from hpo_plugin.verl.registration import RegistrationError, require_registered
 
 VERL = Path(verl.__file__).parent
 
+OF_ESTIMATION = ["adv_estimator", "gamma", "lam", "num_repeat", "norm_adv_by_std_in_grpo", "config"]
 SEAMS = {
     "verl.utils.config.validate_config": ["config", "use_reference_policy", "use_critic"],
     "verl.trainer.main_ppo.run_ppo": ["config", "task_runner_class"],
     "verl.trainer.ppo.metric_utils.compute_data_metrics": ["batch", "use_critic"],
-    "verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories": [
-        "data",
-        "batch_keys",
-        "adv_estimator",
-        "gamma",
-        "lam",
-        "num_repeat",
-        "norm_adv_by_std_in_grpo",
-        "config",
-    ],
-    "verl.trainer.ppo.ray_trainer.compute_advantage": [
-        "data",
-        "adv_estimator",
-        "gamma",
-        "lam",
-        "num_repeat",
-        "norm_adv_by_std_in_grpo",
-        "config",
-    ],
+    "verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories": ["data", "batch_keys", *OF_ESTIMATION],
+    "verl.trainer.ppo.ray_trainer.compute_advantage": ["data", *OF_ESTIMATION],
 }
 """Each seam, with the parameters that verl's function has."""
 
