@@ -10,12 +10,14 @@ from torch import Tensor
 
 from hpo_plugin.simulator.loop import Update
 
-#: Reads one value of each parameter's gradient.
+#: One tensor for each parameter, in the order of ``SmallQwen2.parameters``.
 _Gradient = Sequence[Tensor]
 
 
 def compare_gradients(update: Update) -> Mapping[str, float]:
-    """Split the gradient of a step by the sign of the advantage; an observer for :func:`simulate`.
+    """Split the gradient of a step by the sign of the advantage.
+
+    An observer for :func:`hpo_plugin.simulator.loop.simulate`.
 
     The gradient is that of the policy-gradient objective on the whole rollout batch at the policy that sampled it,
     where every importance ratio is 1 and nothing is clipped, with the config's aggregation and before α is applied.
@@ -28,7 +30,7 @@ def compare_gradients(update: Update) -> Mapping[str, float]:
 
         - ``gradients/ratio``: norm of the negative part over that of the positive part;
         - ``gradients/cosine``: of the angle between the two;
-        - ``gradients/alpha``: the α that A-HPO has for this batch (α_min = 0.1), whatever the run's algorithm is;
+        - ``gradients/alpha``: the α that A-HPO has for this batch, whatever the run's algorithm is;
         - ``gradients/turn``, ``gradients/length``: angle in degrees between the gradients with this α and with α = 1,
           and ratio of their norms;
         - ``gradients/adamw_turn``, ``gradients/adamw_length``: the same of AdamW's step, with its state before it;

@@ -26,6 +26,7 @@ from hpo_plugin.metrics import step_metrics
 from hpo_plugin.simulator.model import Samples, SmallQwen2
 from hpo_plugin.variants import VARIANTS
 from hpo_plugin.verl import metrics as verl_metrics
+from hpo_plugin.verl.selection import read_settings
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 #: Config key -> the values that the loop implements. ``hpo_plugin.simulator`` refuses others.
@@ -54,8 +55,6 @@ SIMULATED: Mapping[str, tuple[Any, ...]] = {
     f"{_ROLLOUT}.val_kwargs.top_p": (1,),
     f"{_ROLLOUT}.val_kwargs.top_k": (-1,),
 }
-#: The default of ``algorithm.hpo.alpha_min``.
-_ALPHA_MIN = 0.1
 #: Seeds of the evaluations lie beyond those of the steps.
 _EVALUATION = 1 << 20
 
@@ -70,7 +69,7 @@ class Update:
         samples: The responses.
         advantages: fp32 [rows], before α is applied, 0 in groups without a signal.
         alpha: α of the step.
-        adaptive_alpha: α that A-HPO has for this batch with its default α_min, whatever the algorithm is.
+        adaptive_alpha: α that A-HPO has for this batch with the config's α_min, whatever the algorithm is.
         loss_agg_mode: How the loss is aggregated, in verl's terms.
         model: The policy.
         optimizer: Its AdamW.
@@ -225,14 +224,14 @@ class _Loop:
         if not metrics:
             metrics = {f"actor/{name}": value for name, value in step_metrics([plain.statistics]).items()}
         if observe is not None:
-            counts = algorithm.count_signs(plain.advantage.sign())
+            settings, _ = read_settings(config.algorithm.get("hpo"))
             seen = Update(
                 step=step,
                 prompts=prompts,
                 samples=samples,
                 advantages=plain.advantage.float(),
                 alpha=metrics["actor/hpo/alpha"],
-                adaptive_alpha=float(algorithm.adaptive_alpha(counts, _ALPHA_MIN)),
+                adaptive_alpha=float(algorithm.adaptive_alpha(plain.counts, settings["alpha_min"])),
                 loss_agg_mode=self._actor.loss_agg_mode,
                 model=self._model,
                 optimizer=self._optimizer,
