@@ -369,6 +369,17 @@ def run_case(case: Case, worker: Any, start: dict[str, torch.Tensor], rank: int,
     }
 
 
+def leave(out: Path) -> None:
+    """Leave the process group once every rank has its results.
+
+    A rank that closes its sockets while another one still reads from them resets the connection.
+    """
+    store = torch.distributed.FileStore(str(out.with_suffix(".left")), torch.distributed.get_world_size())
+    store.set(str(torch.distributed.get_rank()), "")
+    store.wait([str(rank) for rank in range(torch.distributed.get_world_size())])
+    torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     """Run every case of a pickle and write rank 0's results."""
     cases_path, out_path = sys.argv[1:]
@@ -385,7 +396,7 @@ def main() -> None:
     results = {case.name: run_case(case, worker, start, rank, world) for case in cases}
     if rank == 0:
         Path(out_path).write_bytes(pickle.dumps(results))
-    torch.distributed.destroy_process_group()
+    leave(Path(out_path))
 
 
 if __name__ == "__main__":

@@ -184,5 +184,4 @@ def main() -> None:
     worker = build_worker(path, job["layout"])
     results = {case.name: run_case(case, worker, path) for case in job["cases"]}
     out.with_suffix(f".{rank}").write_bytes(pickle.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    harness.leave(out)

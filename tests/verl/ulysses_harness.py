@@ -88,5 +88,4 @@ def main() -> None:
     start = {name: value.detach().clone() for name, value in worker.engine.module.named_parameters()}
     results = {case.name: run_case(case, worker, start) for case in cases}
     out.with_suffix(f".{rank}").write_bytes(pickle.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    harness.leave(out)
