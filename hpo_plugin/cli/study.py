@@ -122,7 +122,7 @@ def run(
                 console.print(f"nothing to run: {len(cells)} cells are finished, or another process is running them")
                 return
             prepare_in_child(study_file, output, only or [], check=not (print_commands or submit))
-            check_same_inputs(workspace, collected)
+            check_same_inputs(workspace, collected, cells)
             if print_commands or submit:
                 _hand_over(workspace, work.unfinished, submit=submit, again=again)
                 return

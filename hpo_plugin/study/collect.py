@@ -92,17 +92,25 @@ def collect(workspace: Workspace, path: Path, *, prune: bool) -> Collected:
     )
 
 
-def check_same_inputs(workspace: Workspace, collected: Mapping[str, CellData]) -> None:
-    """See to it that what is run now begins from what the collected cells began from.
+def check_same_inputs(workspace: Workspace, collected: Mapping[str, CellData], chosen: Sequence[Cell]) -> None:
+    """Check that the cells to run begin from what the collected cells of the same setting and seed began from.
+
+    Args:
+        workspace: Where the inputs are.
+        collected: The collected data, by key.
+        chosen: The cells to run.
 
     Raises:
-        StudyError: It does not.
+        StudyError: A cell to run begins from other data or another start model.
     """
+    running = {(cell.setting, cell.seed) for cell in chosen if cell.key not in collected}
     for cell in workspace.study.cells():
-        made = workspace.inputs(cell.setting) if cell.key in collected else None
+        if cell.key not in collected or (cell.setting, cell.seed) not in running:
+            continue
+        made = workspace.inputs(cell.setting)
         if made is not None and collected[cell.key].info["inputs"] != dict(made.digests):
             raise StudyError(
-                f"settings.{cell.setting}: data or start model made here are not those of the collected cells "
-                f"({dict(made.digests)}, collected {collected[cell.key].info['inputs']}), so the runs could not be "
-                "compared: start other data with --data, on this machine"
+                f"settings.{cell.setting}: the data or the start model made here ({dict(made.digests)}) are not those of "
+                f"the collected cell {cell.name} ({collected[cell.key].info['inputs']}). Runs with the same seed must "
+                "begin from the same inputs: collect into a new file with --data"
             )

@@ -184,14 +184,17 @@ def _joined(arrays: Sequence[Floats]) -> Floats:
 
 
 def check_inputs(cells: Iterable[CellData]) -> None:
-    """See to it that the cells of a setting began from the same data and the same start model.
+    """Check that the cells of a setting with the same seed began from the same data and the same start model.
+
+    Cells are compared seed by seed. A start model made on another machine differs in the last bits, so a study that is
+    finished on another machine has one start model for some seeds and another one for the rest.
 
     Raises:
-        StudyError: They did not.
+        StudyError: Two cells of one setting and seed began from different inputs.
     """
-    first: dict[str, CellData] = {}
+    first: dict[tuple[str, int], CellData] = {}
     for data in cells:
-        other = first.setdefault(data.setting, data)
+        other = first.setdefault((data.setting, data.seed), data)
         if data.info["inputs"] != other.info["inputs"]:
             raise StudyError(
                 f"{data.setting}: {data.arm}/seed{data.seed} began from other inputs than {other.arm}/seed{other.seed} "

@@ -354,20 +354,22 @@ def test_collected_cells_that_are_no_longer_of_the_study_stay_until_pruned(decla
     assert (done.foreign, len(read_data(path))) == (1, 1)
 
 
-def test_inputs_other_than_those_of_the_collected_cells_stop_the_study(declared, study_file, workspace, tmp_path):
+def test_inputs_other_than_those_of_collected_cells_with_the_same_seed_stop_the_study(declared, study_file, workspace, tmp_path):
     declared["settings"]["easy"]["prepare"] = {
         **{"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "test_size": 8}
     }
     found = workspace(declared)
     prepare = found.study.settings["easy"].prepare
     found.save_inputs(prepare, {"model": "aaaa"}, {"sampled": {"correct": 0.05}})
-    run(study_file(declared), "--only", "seed0")
+    run(study_file(declared), "--only", "grpo/seed0")
     call("collect", study_file(declared), "--output", tmp_path / "runs")
     found.save_inputs(prepare, {"model": "bbbb"}, {})
     done = run(study_file(declared))
     assert done.exit_code == 1
-    assert states(found)[2:] == [State.WAITING] * 2
-    assert "not those of the collected cells" in done.output
+    assert [state for state in states(found) if state is State.WAITING] == [State.WAITING] * 3
+    assert "Runs with the same seed must begin from the same inputs" in " ".join(done.output.split())
+    assert run(study_file(declared), "--only", "seed1").exit_code == 0
+    assert call("collect", study_file(declared), "--output", tmp_path / "runs").exit_code == 0
 
 
 # --- clusters ------------------------------------------------------------------------------------------------------

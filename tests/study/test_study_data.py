@@ -95,3 +95,4 @@ def test_cells_of_a_setting_that_began_from_other_inputs_are_not_compared(data):
     other = CellData(two.key, two.setting, two.arm, two.seed, {**two.info, "inputs": "other"}, two.values)
     with pytest.raises(StudyError, match=r"easy: ahpo/seed0 began from other inputs than grpo/seed0"):
         check_inputs([one, other])
+    check_inputs([one, CellData(two.key, two.setting, two.arm, two.seed + 1, other.info, two.values)])
