@@ -72,6 +72,7 @@ def test_a_wheel_that_pip_installs_on_each_node_is_found_by_verl(submit, wheel_f
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_bare_package_is_not_found_by_verl_and_the_check_says_so(submit):
     """Ray's py_modules brings files without entry points."""

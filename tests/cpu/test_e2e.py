@@ -158,8 +158,9 @@ OF_A_RUN = ("timing_", "perf/", "actor/perf/", "training/off_policy/trajectory_s
 
 @pytest.mark.e2e
 @pytest.mark.timeout(2 * LIMIT_S + 100)
-@pytest.mark.parametrize("estimator", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("trainer", ["v1", pytest.param("legacy", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+@pytest.mark.parametrize("trainer", ["v1", "legacy"])
 def test_a_run_that_is_observed_is_bit_for_bit_the_same_run(inputs, tmp_path, trainer, estimator):
     """The saved weights are equal, and so is what both logs have; one key on verl's stock config observes the run.
 

@@ -36,6 +36,7 @@ def test_the_legacy_trainer_takes_steps_from_one_key_on_the_stock_config(inputs,
     assert "[hpo_plugin] algorithm.adv_estimator: gae -> ahpo" in said
 
 
+@pytest.mark.slow
 def test_the_legacy_trainer_without_hpo_takes_steps_with_the_plugin_installed(inputs, tmp_path):
     steps = train(inputs, tmp_path, *LEGACY, "algorithm.adv_estimator=grpo", config_name="ppo_trainer")
     for step in steps.values():

@@ -218,6 +218,7 @@ def test_the_contributed_script_uses_uv_where_verl_has_its_lock_file(tmp_path, h
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_verls_trainer_trains_with_the_built_in_algorithms(in_tree, patched):
     """The run of tests/cpu, with verl's estimator and our policy loss."""
