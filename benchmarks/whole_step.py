@@ -9,7 +9,7 @@ and rewards are equal is checked, step by step.
 The runs are interleaved (A-HPO, GRPO, GRPO, A-HPO), so that a machine that slows down does so for both; the ratio of
 two runs of the same algorithm says what the ratio of two algorithms is worth.
 
-Some ten minutes on two cores. Data and start model are those of ``make quickstart``, and made if they are not there.
+Some ten minutes on two cores. Data and start model are those of ``make quickstart``; missing ones are made.
 """
 
 from __future__ import annotations

@@ -13,4 +13,4 @@
 This module imports nothing, because verl loads the plugin in every one of its processes.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -51,7 +51,7 @@ TOUCHED = {
 
 
 def source_of(tree: Path, place: str) -> str | None:
-    """The text of a function, class or method; None if it is not there."""
+    """The text of a function, class or method; None if it does not exist."""
     file, _, name = place.partition(":")
     path = tree / file
     if not path.is_file():

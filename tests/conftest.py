@@ -69,9 +69,9 @@ def wheel_file(tmp_path_factory) -> Path:
     """The wheel of the files as they are, built with the environment's setuptools."""
     pytest.importorskip("setuptools", minversion="77", reason="building the wheel needs setuptools 77 or newer")
     source = tmp_path_factory.mktemp("source")
-    for name in ("hpo_plugin", "hydra_plugins"):
+    for name in ("hpo_plugin", "hydra_plugins", "recipes", "studies"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(source)], cwd=source, check=True, capture_output=True)

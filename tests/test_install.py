@@ -212,6 +212,29 @@ def test_a_command_says_which_packages_it_lacks_and_how_to_install_them(base_onl
     )
 
 
+def test_the_wheel_writes_the_recipes_and_studies_that_the_repository_has(base_only: Path):
+    """Without an extra: a cluster's login node needs no more."""
+    done = run(base_only, "-m", "hpo_plugin.cli", "files", "copied")
+    assert done.returncode == 0, done.stderr
+    copied = {path.relative_to(base_only / "copied").as_posix(): path for path in (base_only / "copied").rglob("*.*")}
+    assert {"recipes/cluster/slurm.sbatch", "recipes/cluster/kuberay.yaml", "studies/paper-countdown.yaml"} <= set(
+        copied
+    )
+    for name, path in copied.items():
+        assert path.read_bytes() == (ROOT / name).read_bytes(), name
+        assert f"wrote    copied/{name}" in done.stdout
+    # The task file of a study was imported where it was installed, or is now: bytecode is not copied.
+    (base_only / "hpo_plugin" / "share" / "studies" / "__pycache__").mkdir(exist_ok=True)
+    (base_only / "hpo_plugin" / "share" / "studies" / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"")
+    (base_only / "copied" / "studies" / "gpu-proof.yaml").write_text("mine")
+    done = run(base_only, "-m", "hpo_plugin.cli", "files", "copied")
+    assert done.returncode == 1
+    assert "studies/gpu-proof.yaml" in done.stderr
+    done = run(base_only, "-m", "hpo_plugin.cli", "files", "copied", "--force")
+    assert done.returncode == 0, done.stderr
+    assert not list((base_only / "copied").rglob("*.pyc"))
+
+
 def test_the_hub_source_says_what_it_lacks(base_only: Path):
     arguments = ["prepare", "telelogs", "--output", "hub", "--source", "hub"]
     done = run(base_only, "-m", "hpo_plugin.cli", *arguments)

@@ -1,17 +1,23 @@
 """What a user installs: one version, entry points, all files, pinned sets that agree, no trace of one machine."""
 
+from __future__ import annotations
+
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email import message_from_bytes
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import hpo_plugin
+from hpo_plugin.shipped import FOLDERS, SHARE, shipped_files
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +30,8 @@ PYPROJECT = tomllib.loads(PYPROJECT_TEXT)
 
 #: Of what is packed.
 SUFFIXES = {".py", ".yaml", ".typed", ".j2"}
+#: Of texts for users.
+TEXTS = {".md", ".yaml", ".sbatch"}
 
 
 def locked(name: str) -> dict[str, str]:
@@ -53,6 +61,33 @@ def test_the_version_is_written_in_one_place():
     assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == hpo_plugin.__version__
 
 
+def test_texts_that_name_the_wheel_or_print_the_version_have_the_present_one():
+    texts = [path for folder in ("docs", "recipes") for path in (ROOT / folder).rglob("*") if path.suffix in TEXTS]
+    patterns = (r"hpo_plugin-(\d+\.\d+\.\d+)-py3-none-any\.whl", r"^ok +hpo-plugin +(\S+)$")
+    named = {
+        (path.relative_to(ROOT).as_posix(), found)
+        for path in texts
+        for pattern in patterns
+        for found in re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert {name for name, _ in named} >= {"docs/cluster.md", "docs/check.md", "recipes/cluster/kuberay.yaml"}
+    assert {pair for pair in named if pair[1] != hpo_plugin.__version__} == set()
+
+
+def test_the_metadata_has_what_an_index_shows(wheel: zipfile.ZipFile):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = message_from_bytes(wheel.read(name))
+    assert metadata["License-Expression"] == "Apache-2.0"
+    classifiers = metadata.get_all("Classifier")
+    # PEP 639 allows one of them: the expression.
+    assert not [line for line in classifiers if line.startswith("License ::")]
+    supported = SpecifierSet(metadata["Requires-Python"])
+    named = {line.removeprefix("Programming Language :: Python :: ") for line in classifiers}
+    for minor in range(8, 16):
+        assert (f"3.{minor}" in named) == supported.contains(f"3.{minor}.1"), minor
+    assert "Paper, https://arxiv.org/abs/2605.30201" in metadata.get_all("Project-URL")
+
+
 def test_verl_finds_the_plugins_and_the_shell_finds_the_command():
     plugins = {e.name: e.value for e in entry_points(group="verl.plugins") if e.dist.name == "hpo-plugin"}
     assert plugins == {"hpo": "hpo_plugin.verl.plugin", "hpo_cpu": "hpo_plugin.cpu.plugin"}
@@ -66,7 +101,48 @@ def test_the_wheel_holds_every_module_and_config(wheel: zipfile.ZipFile):
     expected = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in SUFFIXES}
     assert {"hpo_plugin/py.typed", "hydra_plugins/hpo_plugin_searchpath.py"} <= expected
     assert any(name.endswith(".yaml") for name in expected)
-    assert expected == {name for name in wheel.namelist() if ".dist-info/" not in name}
+    shipped = {f"hpo_plugin/{SHARE}/{name}": path for name, path in shipped_files().items()}
+    assert expected | shipped.keys() == {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {name for name, path in shipped.items() if wheel.read(name) != path.read_bytes()} == set()
+
+
+def test_recipes_and_studies_are_shipped_and_their_collected_data_and_maintainers_texts_are_not(wheel: zipfile.ZipFile):
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    expected = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+    data = {name for name in expected if name.endswith(".parquet")}
+    assert data
+    assert set(shipped_files()) == expected - data
+    assert {"recipes/cluster/slurm.sbatch", "recipes/cluster/kuberay.yaml"} <= set(shipped_files())
+    held = wheel.namelist()
+    assert [name for name in held if name.endswith(".parquet")] == []
+    # Folders at the top of the repository, wherever they would be in the wheel.
+    maintainers = {"contrib", "upstream", "tests", "docs", "scripts", "benchmarks", "examples", ".github"}
+    assert [name for name in held if maintainers & set(name.split("/"))] == []
+
+
+def test_the_wheel_of_the_source_distribution_holds_the_same(wheel: zipfile.ZipFile, tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("hpo_plugin", "hydra_plugins", *FOLDERS):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    with tarfile.open(tmp_path / build("sdist", source, tmp_path)) as archive:
+        # Of this test's own making, and older Pythons have no filters.
+        archive.extractall(tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert list(unpacked.rglob("*.parquet")) == []
+    with zipfile.ZipFile(tmp_path / build("wheel", unpacked, tmp_path)) as rebuilt:
+        assert sorted(rebuilt.namelist()) == sorted(wheel.namelist())
+        assert [n for n in rebuilt.namelist() if ".dist-info/" not in n and rebuilt.read(n) != wheel.read(n)] == []
+
+
+def build(kind: str, source: Path, target: Path) -> str:
+    """Build a ``wheel`` or an ``sdist``, and return the name of its file."""
+    code = f"import sys; from setuptools import build_meta; print('made', build_meta.build_{kind}(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(target)]
+    done = subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1].removeprefix("made ")
 
 
 def test_the_wheel_carries_the_license(wheel: zipfile.ZipFile):

@@ -1,4 +1,4 @@
-"""One term for one thing, in code, configs and help; and one form of documentation."""
+"""One term for one thing, in code, configs, help and docs; and one form of documentation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from hpo_plugin.cli.app import app
@@ -24,17 +25,44 @@ TERMS = {
     r"\bmass\b": "abs_advantage_share",
     r"(?<!power )\bcuts?\b": "shard (over GPUs), split (of data)",
     r"\bhysteresis\b": "variant",
+    r"\bhand(?:s|ed|ing)? (?:to|on|over)\b": "pass, forward, submit",
+    r"\blikewise\b": "the same as …",
+    r"\bas here\b": "what it is, in full",
+    r"\bkept aside\b": "held-out",
+    r"\bin one go\b": "in one command, in one process",
+    r"\blets? \w+ run\b": "run, execute",
+    r"\b(?:is|are|was|were) not there\b": "is missing, does not exist",
 }
 #: Constants that mean the same in every task.
 SHARED = {"TASK", "SCHEMA", "PUBLIC_DATASET", "MAX_SEARCHED_CHARACTERS"}
-#: A term of another field, and a key of version 0.1.0.
-ALLOWED = {"hpo_plugin/tasks/telelogs/radio.py": {"hysteresis"}, "hpo_plugin/verl/selection.py": {"weigh"}}
+#: Terms of radio engineering, and a key of version 0.1.0.
+ALLOWED = {
+    "hpo_plugin/tasks/telelogs/radio.py": {"hysteresis", "hands over"},
+    "hpo_plugin/verl/selection.py": {"weigh"},
+    "CHANGELOG.md": {"weigh"},
+}
 #: Where an arm is what a study compares; elsewhere it is an algorithm or a preset.
 ARMS = r"\barms?\b"
 STUDIES = ("hpo_plugin/study/", "hpo_plugin/cli/study.py", "hpo_plugin/cli/app.py", "scripts/gradients.py")
-COMMANDS = ["", "check", "launch", "quickstart", "prepare", "explain", "score", "study"]
-COMMANDS += [f"{group} {task}" for group in ("prepare", "explain", "score") for task in ("countdown", "telelogs")]
-COMMANDS += [f"study {name}" for name in ("prepare", "run", "status", "collect", "report")]
+STUDIES += ("docs/study.md", "docs/simulator.md", "docs/results/", "docs/contributing.md", "CHANGELOG.md")
+
+
+def commands(command: typer.core.TyperCommand, *names: str) -> list[str]:
+    """The command and all commands below it."""
+    found = [" ".join(names)]
+    if hasattr(command, "list_commands"):
+        context = command.context_class(command)
+        for name in command.list_commands(context):
+            found += commands(command.get_command(context, name), *names, name)
+    return found
+
+
+COMMANDS = commands(typer.main.get_command(app))
+
+
+def documents() -> list[Path]:
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")]
+    return sorted(found)
 
 
 def sources() -> list[Path]:
@@ -62,6 +90,22 @@ def test_code_and_configs_use_the_terms_of_the_field():
         for fault in violations(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
     ]
     assert found == []
+
+
+#: The page that lists the terms, and the words that they replace.
+LISTED = re.compile(r"### Terms.*?### Docstrings", re.DOTALL)
+
+
+def test_docs_use_the_terms_of_the_field():
+    found = []
+    for path in documents():
+        text = LISTED.sub("", path.read_text(encoding="utf-8"))
+        found += violations(path.relative_to(ROOT).as_posix(), text)
+    assert found == []
+
+
+def test_every_command_is_known():
+    assert {"", "check", "preview", "quickstart", "study run", "prepare countdown"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

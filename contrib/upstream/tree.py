@@ -118,7 +118,7 @@ def changed(tree: Path, texts: dict[str, str]) -> dict[str, str]:
 
 
 def read(path: Path) -> str | None:
-    """The text of a file of a tree, None if it is not there.
+    """The text of a file of a tree, None if it does not exist.
 
     Raises:
         UnknownTreeError: if its lines end as on Windows; a text inserted there would make it a mixture.

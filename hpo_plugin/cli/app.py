@@ -2,7 +2,7 @@
 
 import typer
 
-from hpo_plugin.cli import check, launch, preview, quickstart, study, tasks
+from hpo_plugin.cli import check, files, launch, preview, quickstart, study, tasks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="HPO and A-HPO for verl.")
 app.add_typer(tasks.prepare, name="prepare")
@@ -12,4 +12,5 @@ app.add_typer(study.app, name="study")
 app.command()(check.check)
 app.command()(launch.launch)
 app.command()(preview.preview)
+app.command()(files.files)
 app.command()(quickstart.quickstart)
