@@ -126,7 +126,7 @@ def table(title: str, results: dict[str, Any]) -> str:
         lines.append([name, *("—" if error is None else f"{error:.1e}" for error in found)])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     notes = [
-        f"{title} {release}: {results[release]['date']}, "
+        f"{title} {release} was measured on {results[release]['date']} with "
         + ", ".join(f"{name} {number}" for name, number in results[release]["versions"].items())
         for release in releases
     ]

@@ -100,7 +100,7 @@ def scores(curves: dict[str, Any]) -> dict[str, dict[int, float]]:
 def table(results: dict[str, Any]) -> str:
     """The table in Markdown, and the differences below it."""
     curves = results["curves"]
-    lines = ["| | seed | before training | after 20 steps | 40 | 60 |", "|---|---|---|---|---|---|"]
+    lines = ["| framework | seed | before | step 20 | step 40 | step 60 |", "|---|---|---|---|---|---|"]
     for framework in COLORS:
         for seed, run in curves[framework].items():
             cells = [f"{100 * success:.1f} %" for _, success in run["held_out"]]
@@ -115,9 +115,9 @@ def table(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return (
         "\n".join(lines)
-        + "\n\nTRL minus verl, in percentage points, paired by seed, with 95 % intervals of Student's t over "
-        + f"{len(SEEDS)} seeds ({len(differences)} comparisons): {'; '.join(differences)}.\n\n"
-        + f"{results['date']}, {results['machine']}, {versions}."
+        + "\n\nDifference TRL − verl in percentage points, paired by seed, with 95 % confidence intervals (Student's "
+        + f"t, {len(SEEDS)} seeds, {len(differences)} comparisons): {'; '.join(differences)}.\n\n"
+        + f"Measured on {results['date']}: {results['machine']}, {versions}."
     )
 
 
