@@ -1,9 +1,9 @@
 """Computes the tables of docs/hardware.md from the recipes' configs.
 
-    python scripts/hardware_page.py           # prints the page as it should be
-    python scripts/hardware_page.py --write   # and puts it there
+    python scripts/hardware_page.py           # print the page
+    python scripts/hardware_page.py --write   # write the page
 
-A table stands between two comments that name it: ``<!-- table: models -->`` and ``<!-- end -->``.
+Two comments enclose each table, and the first one names it: ``<!-- table: models -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import argparse
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -25,6 +26,9 @@ from hpo_plugin.recipe.memory import BF16, GIB, Sizes
 PAGE = Path(__file__).parents[1] / "docs" / "hardware.md"
 GROUPS = Path(__file__).parents[1] / "hpo_plugin" / "configs" / "hpo"
 ENGINES = ("fsdp2", "megatron")
+TITLES = {"fsdp2": "FSDP2", "megatron": "Megatron"}
+#: countdown4 has the batch and the lengths of countdown3.
+TASKS = {"countdown3": "Countdown", "telelogs": "TeleLogs"}
 
 #: Task, model, engine.
 Recipe = tuple[str, str, str]
@@ -75,108 +79,109 @@ def models(composed: Mapping[Recipe, DictConfig]) -> str:
     """What a model is, whatever runs it."""
     rows = []
     for model in choices("model"):
-        fsdp2, megatron = (Sizes.of(composed["telelogs", model, engine]) for engine in ENGINES)
-        known = fsdp2.architecture
+        known = Sizes.of(composed["telelogs", model, "fsdp2"]).architecture
+        rows.append([f"`{model}`", f"{known.parameters:,}", gib(BF16 * known.parameters), f"{known.kv_bytes:,}"])
+    return table(("model", "parameters P", "bf16 weights [GiB]", "keys and values of a token [B]"), rows)
+
+
+def transfers(composed: Mapping[Recipe, DictConfig]) -> str:
+    """What goes to a disk and over a network."""
+    rows = []
+    for model in choices("model"):
+        sizes = [Sizes.of(composed["telelogs", model, engine]) for engine in ENGINES]
         rows.append(
-            [
-                f"`{model}`",
-                f"{known.parameters:,}",
-                gib(BF16 * known.parameters),
-                f"{known.kv_bytes:,}",
-                gib(fsdp2.checkpoint),
-                gib(megatron.checkpoint),
-                gib(fsdp2.weight_sync),
-                gib(megatron.weight_sync),
-            ]
+            [f"`{model}`", *(gib(each.checkpoint) for each in sizes), *(gib(each.weight_sync) for each in sizes)]
         )
-    return table(
-        (
-            "model",
-            "parameters P",
-            "bf16 weights",
-            "keys and values of a token [B]",
-            "checkpoint, FSDP2",
-            "checkpoint, Megatron",
-            "weight sync, FSDP2",
-            "weight sync, Megatron",
-        ),
-        rows,
-    )
+    titles = [f"{what}, {engine}" for what in ("checkpoint", "weight sync") for engine in TITLES.values()]
+    return table(("model", *titles), rows)
 
 
 def tokens(composed: Mapping[Recipe, DictConfig]) -> str:
     """What a step is, whatever model runs it."""
-    rows = []
+    columns = []
     for task in choices("task"):
         sizes = Sizes.of(composed[task, "qwen2.5-1.5b", "fsdp2"])
         layout = sizes.layout
-        rows.append(
-            [
-                f"`{task}`",
+        columns.append(
+            (
                 f"{layout.prompts} x {layout.responses} = {sizes.rows:,}",
                 f"{layout.prompts // layout.mini_batch_prompts} x {layout.mini_batch_rows}",
                 f"{layout.prompt_tokens:,} + {layout.response_tokens:,}",
                 f"{sizes.expected_tokens:,}",
                 f"{sizes.most_tokens:,}",
-            ]
+            )
         )
-    return table(
-        (
-            "task",
-            "prompts x n = rows of a step",
-            "mini-batches x rows",
-            "longest prompt + response",
-            "expected tokens of a step",
-            "at most",
-        ),
-        rows,
+    names = (
+        "prompts x n = rows per step",
+        "mini-batches x rows",
+        "longest prompt + response",
+        "expected tokens per step",
+        "maximum tokens per step",
     )
+    return table(("quantity", *(f"`{task}`" for task in choices("task"))), zip(names, *columns, strict=True))
 
 
-def memory(composed: Mapping[Recipe, DictConfig]) -> str:
+def memory(engine: str, composed: Mapping[Recipe, DictConfig]) -> str:
     """A GPU's memory on one node of eight; the same for all tasks but for the rows that vLLM holds."""
-    rows = []
-    for model, engine in itertools.product(choices("model"), ENGINES):
+    columns = []
+    for model in choices("model"):
         sizes = Sizes.of(composed["telelogs", model, engine])
         countdown = Sizes.of(composed["countdown3", model, engine])
         parts = (sizes.weights, sizes.gradients, sizes.optimizer, sizes.gathered, sizes.activations)
         logits = (sizes.update_logits, sizes.log_prob_logits)
         peaks = (sizes.update_peak, sizes.rollout_peak)
-        held = f"{countdown.kv_rows:,} / {sizes.kv_rows:,}"
-        rows.append([f"`{model}`", f"`{engine}`", *map(gib, (*parts, *logits)), *map(gib, peaks), held])
-    return table(
-        (
-            "model",
-            "engine",
-            "parameters",
-            "gradients",
-            "optimizer",
-            "gathered",
-            "activations",
-            "logits, update",
-            "logits, log-probs",
-            "**to update**",
-            "**to generate**",
-            "full rows in a replica: Countdown / TeleLogs",
-        ),
-        rows,
+        held = (f"{countdown.kv_rows:,}", f"{sizes.kv_rows:,}")
+        columns.append([*map(gib, (*parts, *logits)), *(f"**{gib(peak)}**" for peak in peaks), *held])
+    names = (
+        "parameters",
+        "gradients",
+        "optimizer",
+        "gathered",
+        "activations",
+        "logits, update",
+        "logits, log-probs",
+        "**peak of the update**",
+        "**peak of generation**",
+        "full rows per replica, Countdown",
+        "full rows per replica, TeleLogs",
     )
+    header = (f"{TITLES[engine]}, per GPU", *(f"`{model}`" for model in choices("model")))
+    return table(header, zip(names, *columns, strict=True))
 
 
 def gpus(composed: Mapping[Recipe, DictConfig]) -> str:
-    """The fewest GPUs of 80 GB, and the clusters that a batch can be divided over."""
-    names = {"countdown3": "`countdown3`, `countdown4`", "telelogs": "`telelogs`"}
+    """The fewest GPUs of 80 GB."""
     rows = []
-    for task, model, engine in itertools.product(names, choices("model"), ENGINES):
+    for model, engine in itertools.product(choices("model"), ENGINES):
+        needed = []
+        for task in TASKS:
+            sizes = Sizes.of(composed[task, model, engine])
+            fits = (n for n in (1, 2, 4, 8) if (moved := on(sizes, 1, n)) and moved.fits)
+            needed.append(next(fits, "more than 8"))
+        rows.append([f"`{model}`", f"`{engine}`", *needed])
+    return table(("model", "engine", *TASKS.values()), rows)
+
+
+def ranks(task: str, composed: Mapping[Recipe, DictConfig]) -> str:
+    """Rows of a mini-batch on a rank, for the clusters that a batch can be divided over."""
+    rows = []
+    for model, engine in itertools.product(choices("model"), ENGINES):
         sizes = Sizes.of(composed[task, model, engine])
-        fewest = next((n for n in (1, 2, 4, 8) if (moved := on(sizes, 1, n)) and moved.fits), "more than 8")
         moves = [on(sizes, *map(int, cluster.split("x"))) for cluster in choices("cluster")]
-        per_rank = [moved.layout.rows_of_rank if moved else "refused" for moved in moves]
-        rows.append([names[task], f"`{model}`", f"`{engine}`", fewest, *per_rank])
-    return table(("task", "model", "engine", "fewest GPUs", *(f"`{name}`" for name in choices("cluster"))), rows)
+        rows.append([f"`{model}`, `{engine}`", *(moved.layout.rows_of_rank if moved else "error" for moved in moves)])
+    return table((TASKS[task], *(f"`{name}`" for name in choices("cluster"))), rows)
 
 
-TABLES = {"models": models, "tokens": tokens, "memory": memory, "gpus": gpus}
+TABLES: dict[str, Callable[[Mapping[Recipe, DictConfig]], str]] = {
+    "models": models,
+    "transfers": transfers,
+    "tokens": tokens,
+    "memory_fsdp2": partial(memory, "fsdp2"),
+    "memory_megatron": partial(memory, "megatron"),
+    "gpus": gpus,
+    "ranks_countdown": partial(ranks, "countdown3"),
+    "ranks_telelogs": partial(ranks, "telelogs"),
+}
 
 
 def page(text: str, composed: Mapping[Recipe, DictConfig]) -> str:

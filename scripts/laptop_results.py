@@ -1,9 +1,9 @@
-"""The tables of quickstarts in docs/quickstart.md, docs/start-model.md and docs/telelogs.md.
+"""Print the results of quickstarts in docs/quickstart.md, docs/start-model.md and docs/telelogs.md.
 
     python scripts/laptop_results.py --output runs/results
     python scripts/laptop_results.py --output runs/results --task telelogs
 
-Runs that are there are read, the others are made first, one after another (some nine minutes each on two cores).
+The script reads finished runs. It first makes missing ones, one after another (some nine minutes each on two cores).
 """
 
 import json
@@ -28,21 +28,25 @@ def finished(output: Path, task: str, preset: str, seed: int) -> dict | None:
 
 
 def print_countdown_models(output: Path) -> None:
-    """Print the table of docs/start-model.md."""
-    print("| start model, seed | sampled | greedy | begin with `=` | well-formed | first, last loss | built in |")
-    print("|---|---|---|---|---|---|---|")
+    """Print the table of docs/start-model.md, and loss and duration below it."""
+    below = []
+    print("| seed | sampled | greedy | begin with `=` | well-formed |")
+    print("|---|---|---|---|---|")
     for path in sorted(output.glob("models/*/start_model.json")):
         made = json.loads(path.read_text())
         got, sampled = made["results"], made["results"]["sampled"]
         shares = (sampled["correct"], got["greedy"]["correct"], sampled["calculated"], sampled["well_formed"])
         cells = [f"{100 * share:.1f} %" for share in shares]
-        cells += [f"{got['first_loss']:.2f}, {got['last_loss']:.2f}", f"{got['seconds']:.0f} s"]
-        print(f"| {made['request']['seed']} | {' | '.join(cells)} |")
+        seed = made["request"]["seed"]
+        print(f"| {seed} | {' | '.join(cells)} |")
+        losses = f"first and last loss {got['first_loss']:.2f}, {got['last_loss']:.2f}"
+        below.append(f"Seed {seed}: {losses}; built in {got['seconds']:.0f} s.")
+    print("", *below, sep="\n")
 
 
 def print_telelogs_models(output: Path) -> None:
-    """Print what the SFT stage made."""
-    print("| start model, seed | steps of SFT | held-out loss, nats a token |")
+    """Print the start models of the SFT stage."""
+    print("| start model, seed | steps of SFT | held-out loss, nats per token |")
     print("|---|---|---|")
     for path in sorted(output.glob("models/*/sft.json")):
         made = json.loads(path.read_text())
@@ -73,14 +77,14 @@ def main(
     problems = {result["request"]["n_test"] for result in results.values()}
     assert len(steps) == len(problems) == 1, "the runs differ in steps or in held-out problems"
 
-    print("| algorithm | seed | before | after | standard error | times |")
-    print("|---|---|---|---|---|---|")
+    print("| algorithm, seed | before | after | standard error | factor |")
+    print("|---|---|---|---|---|")
     for ((preset, seed), result), ratio in zip(results.items(), ratios, strict=True):
         before, after, error = (100 * result[f"{key}"] for key in ("success_before", "success_after", "standard_error"))
-        print(f"| {PRESET_TITLES[preset]} | {seed} | {before:.1f} % | {after:.1f} % | {error:.1f} % | {ratio:.1f} |")
+        print(f"| {PRESET_TITLES[preset]}, {seed} | {before:.1f} % | {after:.1f} % | {error:.1f} % | {ratio:.1f} |")
     for preset in dict.fromkeys(preset for preset, _ in pairs):
         mean = sum(100 * results[pair]["success_after"] for pair in pairs if pair[0] == preset) / len(seeds.split(","))
-        print(f"| {PRESET_TITLES[preset]} | mean | | {mean:.1f} % | | |")
+        print(f"| {PRESET_TITLES[preset]}, mean | | {mean:.1f} % | | |")
     print(f"\n{steps.pop()} steps, {problems.pop()} held-out problems, one sample each at temperature 1.\n")
 
     (print_countdown_models if task == "countdown" else print_telelogs_models)(output)

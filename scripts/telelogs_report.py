@@ -120,7 +120,7 @@ def draw(values: Mapping[str, Sequence[float]], path: Path) -> None:
     handles = [
         plt.Line2D([], [], color="#c1440e", lw=1.4, label="published quantile"),
         plt.Line2D([], [], color="#c1440e", lw=1.4, ls=":", label="published range"),
-        plt.Line2D([], [], color="#1f3b57", lw=1.2, ls="--", label="the same quantile here"),
+        plt.Line2D([], [], color="#1f3b57", lw=1.2, ls="--", label="synthetic quantile"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
