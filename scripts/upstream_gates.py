@@ -10,7 +10,7 @@ whose bin directory --tools names.
 A tree is a git checkout, or an unpacked source distribution; it is copied, and left as it is. The gates are the hooks
 of the tree's .pre-commit-config.yaml, and those of its workflows that need neither a network nor a GPU; for verl, ruff
 and mypy are this environment's, with the tree's settings. The scripts of contrib/upstream/issues run on each tree of
-verl as well. The tables, how to read them, and the size of the last tree's patch go into docs/upstream.md.
+verl as well. The script writes the tables, their legend, and the size of the last tree's patch to docs/upstream.md.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ PYTEST = "python3 -m pytest -q -p no:cacheprovider"
 
 @dataclass(frozen=True)
 class Project:
-    """Whose trees are looked at.
+    """The project whose trees are measured.
 
     Attributes:
         contribution: The module of contrib.upstream that has the contribution's ``TITLE`` and ``changes``.
-        begin: What stands above the results in docs/upstream.md.
-        contributed: What runs the contributed tests.
-        workflows: Gates of its workflows, beside the pre-commit hooks.
-        environment: Variables that its tests need.
-        packages: Whose versions are reported.
-        note: What a reader of the table has to know of the contributed tests.
+        begin: The marker above the results in docs/upstream.md.
+        contributed: The command that runs the contributed tests.
+        workflows: Gates of its workflows, in addition to the pre-commit hooks.
+        environment: Environment variables of its tests.
+        packages: Packages whose versions are reported.
+        note: A note on the contributed tests for the readers of the table.
     """
 
     contribution: ModuleType
@@ -64,7 +64,7 @@ class Project:
     note: str
 
 
-# Of a project's own tests, those that fail here without the contribution too.
+# Tests of the projects that also fail without the contribution, and the reason.
 REASONS = {
     "test_target_modules_raises_on_invalid_type": "it reads the files of a model that verl's CI downloads",
 }
@@ -91,7 +91,7 @@ VERL = Project(
         "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
     },
     packages=("torch", "transformers", "ray", "ruff", "mypy", "pytest", "pytest-asyncio"),
-    note="The contributed tests are among those of `trainer`, and make the difference there.",
+    note="The contributed tests are part of the tests of `trainer`, and account for the difference there.",
 )
 # Most tests of TRL load models of the hub.
 TRL = Project(
@@ -104,20 +104,20 @@ TRL = Project(
     },
     environment={"TRL_EXPERIMENTAL_SILENCE": "1"},
     packages=("torch", "transformers", "accelerate", "pytest"),
-    note="The contributed tests are those that need no model: those of `TestHPOTrainer` train a model of the hub.",
+    note="The tests of `TestHPOTrainer` are not run, because they train a model of the Hugging Face hub.",
 )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found on a tree.
+    """The results of a tree.
 
     Attributes:
-        source: What the tree is, in words.
-        gates: Name of a gate -> its answer before and after.
-        failed: Verl's test that failed -> "before", "after" or "before and after".
-        issues: Report of contrib/upstream/issues -> whether its script shows the bug; None: it cannot run here.
-        size: What git says of the size of the change.
+        source: Description of the tree.
+        gates: Name of a gate -> its result before and after.
+        failed: Name of a failed test of the project -> "before", "after" or "before and after".
+        issues: Report of contrib/upstream/issues -> whether its script shows the bug; None if it cannot run.
+        size: Size of the change, as ``git diff --shortstat`` prints it.
     """
 
     source: str
@@ -222,25 +222,33 @@ def measure(project: Project, source: Path, tools: Path | None, only: str | None
         contributed, _ = run(project, tree, project.contributed)
         both = {"the contributed tests": ("—", contributed)} | {name: (before[name], after[name]) for name in selected}
         when = {test: " and ".join(times) for test, times in failed.items()}
-        size = subprocess.run([*git, "diff", "--stat", "HEAD~"], check=True, capture_output=True, text=True).stdout
+        size = subprocess.run([*git, "diff", "--shortstat", "HEAD~"], check=True, capture_output=True, text=True).stdout
         return Measured(describe(source), both, when, shown, size)
 
 
 def table(measured: Mapping[str, Measured]) -> str:
-    """One row a gate, one column a tree."""
+    """One row per gate and one column per tree, and a list of the gates that pass before and after."""
     names = list(dict.fromkeys(name for tree in measured.values() for name in tree.gates))
     lines = [f"| gate | {' | '.join(measured)} |", f"|---|{'---|' * len(measured)}"]
+    passing: dict[str, list[str]] = {}
     for name in names:
+        results = {tree: found.gates[name] for tree, found in measured.items() if name in found.gates}
+        if set(results.values()) == {("passes", "passes")}:
+            passing.setdefault(", ".join(f"`{tree}`" for tree in results), []).append(name)
+            continue
         cells = []
-        for tree in measured.values():
-            before, after = tree.gates.get(name, ("—", "—"))
+        for tree in measured:
+            before, after = results.get(tree, ("—", "—"))
             cells.append(before if before == after else f"{before} → {after}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    if passing:
+        lines += ["", "These gates pass before and after the contribution:", ""]
+        lines += [f"- {trees}: {', '.join(gates)}" for trees, gates in passing.items()]
     return "\n".join(lines)
 
 
 def issues_table(measured: Mapping[str, Measured]) -> str:
-    """One row a report, one column a tree."""
+    """One row per report, one column per tree."""
     lines = [f"| report | {' | '.join(measured)} |", f"|---|{'---|' * len(measured)}"]
     for path in issues.reports():
         report = issues.read(path)
@@ -251,24 +259,24 @@ def issues_table(measured: Mapping[str, Measured]) -> str:
 
 
 def reading(project: Project, measured: Mapping[str, Measured]) -> str:
-    """What a reader has to know to read the table."""
+    """The legend of the table."""
     trees = "; ".join(f"`{name}` is {tree.source}" for name, tree in measured.items())
     lines = [
-        "Before → after the contribution; one entry: the same before and after. A dash: the tree has no such gate, or "
-        f"not yet. {project.note}",
-        f"The trees: {trees}.",
+        "Before → after the contribution; a single entry means no change. A dash means that the tree does not have the "
+        f"gate. {project.note}",
+        f"Trees: {trees}.",
     ]
     for test in sorted({test for tree in measured.values() for test in tree.failed}):
         where = ", ".join(f"{tree.failed[test]} on `{name}`" for name, tree in measured.items() if test in tree.failed)
         reason = REASONS.get(test, "the reason is not known")
-        lines.append(f"A test of the project's own fails {where}: `{test}`; {reason}.")
+        lines.append(f"One of the project's own tests fails {where}: `{test}`; {reason}.")
     if any("skipped" in answer for tree in measured.values() for both in tree.gates.values() for answer in both):
-        lines.append("What is skipped is skipped by the tests themselves.")
+        lines.append("Skipped tests are skipped by their own conditions.")
     return "\n".join(lines)
 
 
 def versions(project: Project, tools: Path | None) -> str:
-    """What the gates ran with."""
+    """The machine and the versions."""
     found = ", ".join(f"{name} {metadata.version(name)}" for name in project.packages)
     if tools is not None:
         found += (
@@ -280,14 +288,14 @@ def versions(project: Project, tools: Path | None) -> str:
 
 
 def write(project: Project, text: str) -> None:
-    """Put the tables where they are shown."""
+    """Write the tables to the page."""
     page = PAGE.read_text(encoding="utf-8")
     head, rest = page.split(project.begin)
     PAGE.write_text(f"{head}{project.begin}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def main() -> None:
-    """Measure, print and write the table."""
+    """Measure the trees, and print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", nargs="+", metavar="NAME=PATH")
     parser.add_argument("--trl", action="store_true", help="the trees are of TRL")
@@ -308,13 +316,12 @@ def main() -> None:
     parts = [
         table(measured),
         reading(project, measured),
-        f"The change of `{newest}`:",
-        f"```text\n{measured[newest].size.rstrip()}\n```",
+        f"Size of the change of `{newest}`: {measured[newest].size.strip()}.",
     ]
     if project is VERL:
         parts.append(
-            "The scripts of the bug reports, on each tree before the contribution (a dash: it cannot run there, "
-            "because a file or a package is missing):"
+            "Scripts of the bug reports, run on each tree without the contribution. A dash means that the script "
+            "cannot run there, because a file or a package is missing:"
         )
         parts.append(issues_table(measured))
     text = "\n\n".join([*parts, versions(project, tools)])

@@ -1,4 +1,4 @@
-"""The pictures of a report. The same numbers give the same bytes under one version of matplotlib."""
+"""The figures of a report. The same numbers give the same bytes under one version of matplotlib."""
 
 from __future__ import annotations
 
@@ -119,13 +119,16 @@ def _add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
         legend.remove()
 
 
-def score_figure(title: str, rows: Sequence[tuple[str, str, Estimate, Sequence[float]]], xlabel: str) -> Figure:
-    """Draw a score per arm: the estimate with its interval, and each seed as a dot.
+def score_figure(
+    title: str, rows: Sequence[tuple[str, str, Estimate, Sequence[float]]], xlabel: str, *, signed: bool = False
+) -> Figure:
+    """Draw a score for each arm: the estimate with its interval, and each seed as a dot.
 
     Args:
-        title: Above it.
-        rows: Title, color, estimate, and score per seed of each arm.
-        xlabel: The score.
+        title: Title of the figure.
+        rows: For each arm: title, color, estimate, and score of each seed.
+        xlabel: Label of the axis.
+        signed: Whether the scores are differences; the figure then has a line at 0.
     """
     with matplotlib.rc_context(_SVG_STYLE):
         figure = Figure(figsize=(6.4, 1.2 + 0.42 * len(rows)), layout="constrained")
@@ -137,7 +140,10 @@ def score_figure(title: str, rows: Sequence[tuple[str, str, Estimate, Sequence[f
                 axes.plot([estimate.low, estimate.high], [place, place], "-", color=color, linewidth=2.4)
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(left=0)
+        if signed:
+            axes.axvline(0, color="#7f7f7f", linewidth=1, zorder=0)
+        else:
+            axes.set_xlim(left=0)
         axes.set_xlabel(xlabel)
         axes.set_title(title)
         return figure

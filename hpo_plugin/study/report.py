@@ -1,6 +1,7 @@
 """The report of a study: pictures, a Markdown page, and one HTML page that needs nothing else.
 
-Made from the declaration and the collected data alone; the same data give the same bytes.
+The report is a function of the declaration and the collected data: the same data give the same bytes. A page starts
+with the figure of the final scores and the text of the study. Tables, other figures and definitions follow.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _TIME_POINTS = 100
 #: Updates over which :func:`collapsed` takes means.
 COLLAPSE_WINDOW = 10
+#: End of the name of a figure of final scores.
+FINAL = "-final"
 
 Floats = npt.NDArray[np.float64]
 #: Seed -> value.
@@ -50,12 +53,12 @@ BySeed = dict[int, float]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of words.
+    """A table.
 
     Attributes:
         header: Titles of the columns.
         rows: Cells.
-        title: Above it; may be empty.
+        title: Title above the table; may be empty.
     """
 
     header: Sequence[str]
@@ -69,8 +72,8 @@ class Picture:
 
     Attributes:
         name: File name without suffix.
-        alt: What it shows, in words.
-        figure: The picture.
+        alt: Alternative text.
+        figure: The figure.
     """
 
     name: str
@@ -80,7 +83,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """A part of the page, in the order of its fields.
+    """A section of the page. The fields are in the order of the page.
 
     Attributes:
         title: Heading.
@@ -102,16 +105,22 @@ class StudyReport:
     """A page.
 
     Attributes:
-        name: Name of the study, of its files too.
+        name: Name of the study and of its files.
         title: Heading of the page.
         text: Introduction in Markdown.
-        sections: Parts of the page.
+        sections: Sections of the page.
     """
 
     name: str
     title: str
     text: str
     sections: Sequence[Section]
+
+    @property
+    def lead(self) -> Picture | None:
+        """The figure above the text: the first figure of final scores. Its section does not show it again."""
+        pictures = (picture for section in self.sections for picture in section.pictures)
+        return next((picture for picture in pictures if picture.name.endswith(FINAL)), None)
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class Results:
 
     @classmethod
     def of(cls, study: Study, experiment: Experiment, data: Mapping[str, CellData]) -> Results:
-        """Find them by the keys of their cells."""
+        """Select the finished runs by the keys of their cells."""
         keys = {(cell.setting, cell.arm, cell.seed): cell.key for cell in study.cells()}
         runs: dict[str, dict[int, CellData]] = {}
         for arm in experiment.arms:
@@ -177,29 +186,29 @@ def early_score(run: CellData, fraction: float) -> float:
 
 
 def build_report(study: Study, data: Mapping[str, CellData]) -> StudyReport:
-    """Compute everything that is reported.
+    """Compute the report.
 
     Args:
         study: The declaration.
-        data: Collected cells by key; those that are not of the study are left out.
+        data: Collected cells by key. Cells of other studies are ignored.
 
     Raises:
         StudyError: There is nothing to report, or cells of a setting began from different inputs.
     """
     used = [data[cell.key] for cell in study.cells() if cell.key in data]
     if not used:
-        raise StudyError("no cell of this study is in the data: run it, and `hpo-plugin study collect`")
+        raise StudyError("no cell of this study is in the data; run it, then run `hpo-plugin study collect`")
     check_inputs(used)
     results = {name: Results.of(study, experiment, data) for name, experiment in study.experiments.items()}
     swept = {name for sweep in study.sweeps.values() for name in sweep.experiments}
-    # What matters of these is the table that compares the settings.
+    # For these, the page has the table and the figure that compare the settings, and no curves.
     opposed = {experiment.against for experiment in study.experiments.values()}
     drawn = {
         name
         for name, experiment in study.experiments.items()
         if name not in swept and experiment.against is None and experiment.setting not in opposed
     }
-    sections = [_what_was_run(study, data, used)]
+    sections = [_setup(study, data, used)]
     sections += [_sweep(study, name, sweep, results) for name, sweep in study.sweeps.items()]
     sections += [
         _experiment(study, name, result, data, pictures=name in drawn)
@@ -207,7 +216,7 @@ def build_report(study: Study, data: Mapping[str, CellData]) -> StudyReport:
         if result.runs
     ]
     sections += _overall(study, {name: result for name, result in results.items() if name not in swept})
-    sections.append(_how_to_read(study))
+    sections.append(_definitions(study))
     return StudyReport(study.name, study.title, study.text.strip(), sections)
 
 
@@ -237,12 +246,12 @@ def beside_paper(study: Study, data: Mapping[str, CellData]) -> dict[str, dict[s
     return found
 
 
-# --- what was run --------------------------------------------------------------------------------------------------
+# --- setup ---------------------------------------------------------------------------------------------------------
 
 
-def _what_was_run(study: Study, data: Mapping[str, CellData], used: Sequence[CellData]) -> Section:
+def _setup(study: Study, data: Mapping[str, CellData], used: Sequence[CellData]) -> Section:
     cells = study.cells()
-    rows = []
+    settings, runs = [], []
     for name, setting in study.settings.items():
         of_setting = [cell for cell in cells if cell.setting == name]
         found = [data[cell.key] for cell in of_setting if cell.key in data]
@@ -250,39 +259,41 @@ def _what_was_run(study: Study, data: Mapping[str, CellData], used: Sequence[Cel
         prepare = setting.prepare
         start = found[0].info.get("start") if found else None
         minutes = [run.seconds[-1] / 60 for run in found]
-        rows.append(
+        settings.append(
             [
                 setting.title,
-                f"{prepare.train_size:,} and {prepare.test_size:,}" if prepare else "given",
-                f"{start['sampled']['correct']:.3f}" if start and "sampled" in start else "–",
                 str(of_setting[0].steps),
+                f"{prepare.train_size:,}" if prepare else "–",
+                f"{prepare.test_size:,}" if prepare else "–",
+                f"{start['sampled']['correct']:.3f}" if start and "sampled" in start else "–",
+            ]
+        )
+        runs.append(
+            [
+                setting.title,
                 f"{len(found)} of {len(of_setting)}",
                 ", ".join(map(str, seeds)) or "–",
                 f"{np.median(minutes):.1f} ({min(minutes):.1f} to {max(minutes):.1f})" if minutes else "–",
             ]
         )
-    table = Table(
-        [
-            "setting",
-            "problems, trained on and held out",
-            "success of the start model",
-            "steps",
-            "runs finished",
-            "seeds",
-            "training time of a run, min",
-        ],
-        rows,
-    )
+    tables = [
+        Table(
+            ["setting", "updates", "training problems", "held-out problems", "success of the start model"],
+            settings,
+            "Settings",
+        ),
+        Table(["setting", "finished runs", "seeds", "minutes per run, median (range)"], runs, "Runs"),
+    ]
     hours = sum(run.info["result"].get("wall_seconds", 0.0) for run in used) / 3600
     training = sum(run.seconds[-1] for run in used) / 3600
     paragraphs = [
-        f"{len(used)} of {len(cells)} runs are finished. Trained for {training:.1f} hours in all, "
-        f"{hours:.1f} with start-up, evaluations and interruptions; hours of runs at the same time are added. Every "
-        f"run is {_trainers(cells)} with the config `{study.config_name}`; in a setting all runs begin from the same "
-        "data and the same start model, and a seed decides the order of the problems and the samples.",
-        f"Run on: {_distinct(_machine(run) for run in used)}. With: {_distinct(_versions(run) for run in used)}.",
+        f"{len(used)} of {len(cells)} runs are finished. Training took {training:.1f} hours in total, and {hours:.1f} "
+        "hours with start-up, evaluations and interruptions; the times of parallel runs are added up. Every run uses "
+        f"{_trainers(cells)} with the config `{study.config_name}`. Runs of a setting with the same seed start from "
+        "the same data and the same start model. The seed determines the order of the problems and the samples.",
+        f"Machine: {_distinct(_machine(run) for run in used)}. Versions: {_distinct(_versions(run) for run in used)}.",
     ]
-    return Section("What was run", paragraphs, [table])
+    return Section("Setup", paragraphs, tables)
 
 
 def _trainers(cells: Sequence[Cell]) -> str:
@@ -294,14 +305,14 @@ def _trainers(cells: Sequence[Cell]) -> str:
 def _machine(run: CellData) -> str:
     machine = run.info["result"].get("machine")
     if not machine:
-        return "a machine that is not noted"
+        return "not recorded"
     return f"{machine['system']} {machine['machine']}, {machine['cores']} cores, {machine['memory_gb']} GB"
 
 
 def _versions(run: CellData) -> str:
     result = run.info["result"]
     versions = {"Python": result.get("machine", {}).get("python"), **result.get("versions", {})}
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "versions not noted"
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "not recorded"
 
 
 def _distinct(texts: Iterable[str]) -> str:
@@ -320,7 +331,7 @@ def _experiment(study: Study, name: str, results: Results, data: Mapping[str, Ce
     early_iqm = {arm: statistics.interquartile_mean([_array(earlies[arm])]) for arm in arms}
     paper = paper_numbers()[experiment.paper] if experiment.paper else None
 
-    header = ["arm", "seeds", "final score", "early score"] + (["paper"] if paper else [])
+    header = ["arm", "seeds", f"final score {_INTERVAL}", f"early score {_INTERVAL}"] + (["paper"] if paper else [])
     rows = []
     for arm in arms:
         row = [study.arms[arm].title, str(len(finals[arm])), _shown(final_iqm[arm]), _shown(early_iqm[arm])]
@@ -330,38 +341,51 @@ def _experiment(study: Study, name: str, results: Results, data: Mapping[str, Ce
         rows.append(row)
     section = Section(experiment.title, [text for text in [experiment.text.strip()] if text], [Table(header, rows)])
     if paper:
-        section.notes.append(f"Paper: {paper.title}. {paper.source} Look at its task and model before comparing.")
+        section.notes.append(
+            f"Column **paper**: {paper.title}. {paper.source} Check that task and model match before you compare."
+        )
     missing = len(experiment.arms) * len(experiment.seeds) - sum(map(len, results.runs.values()))
     if missing:
-        section.notes.append(f"Not finished, and so not in these figures: {missing} of this experiment's runs.")
+        section.notes.append(f"Runs of this experiment that are not finished, and not included: {missing}.")
     if experiment.compare in arms:
-        section.tables.append(_comparison(study, experiment.compare, finals, earlies))
-    if experiment.against is not None and (compared := _against(study, experiment.against, results, data)).rows:
-        section.tables.append(compared)
+        section.tables += _comparison(study, experiment.compare, finals, earlies)
+    if experiment.against is not None:
+        _add_against(section, study, name, experiment.against, results, data)
     if not pictures:
         return section
 
     palette = _palette(experiment)
-    section.pictures = [
+    section.pictures += [
         *_curves(study, name, results, palette),
         *(
-            Picture(
+            _score_picture(
                 f"{name}-{kind}",
-                f"{title}: " + "; ".join(f"{study.arms[arm].title} {_shown(iqm[arm])}" for arm in arms) + ".",
-                score_figure(
-                    title,
-                    [(study.arms[arm].title, palette[arm], iqm[arm], list(by_seed[arm].values())) for arm in arms],
-                    f"{what}: each seed (dots), interquartile mean, 95 % interval",
-                ),
+                f"{kind.capitalize()} score: {experiment.title}",
+                [(study.arms[arm].title, palette[arm], iqm[arm], list(by_seed[arm].values())) for arm in arms],
+                f"{what}: seeds (dots), interquartile mean with 95 % CI",
             )
-            for kind, title, what, iqm, by_seed in (
-                ("final", "Final score", "held-out success", final_iqm, finals),
-                ("early", "Early score", "training reward", early_iqm, earlies),
+            for kind, what, iqm, by_seed in (
+                ("final", "held-out success", final_iqm, finals),
+                ("early", "training reward", early_iqm, earlies),
             )
         ),
         *_explanation(study, name, results, palette),
     ]
     return section
+
+
+def _score_picture(
+    name: str,
+    title: str,
+    rows: Sequence[tuple[str, str, Estimate, Sequence[float]]],
+    xlabel: str,
+    *,
+    signed: bool = False,
+) -> Picture:
+    digits = 4 if signed else 3
+    shown = "; ".join(f"{arm} {_shown(estimate, digits=digits, sign=signed)}" for arm, _, estimate, _ in rows)
+    alt = f"{title.replace(chr(10), ' ')}. {shown}."
+    return Picture(name, alt, score_figure(title, rows, xlabel, signed=signed))
 
 
 def _palette(experiment: Experiment) -> dict[str, str]:
@@ -370,24 +394,43 @@ def _palette(experiment: Experiment) -> dict[str, str]:
     return {arm: palette.get(arm, STRONG) for arm in experiment.arms}
 
 
-def _comparison(study: Study, ours: str, finals: Mapping[str, BySeed], earlies: Mapping[str, BySeed]) -> Table:
-    rows, differences = [], []
+def _comparison(study: Study, ours: str, finals: Mapping[str, BySeed], earlies: Mapping[str, BySeed]) -> list[Table]:
+    others = [arm for arm in finals if arm != ours]
+    differences, rows = [], []
     for which, scores in (("final", finals), ("early", earlies)):
-        for arm in scores:
-            if arm != ours:
-                improvement = statistics.probability_of_improvement([_array(scores[ours])], [_array(scores[arm])])
-                differences.append(statistics.paired_difference([scores[ours]], [scores[arm]]))
-                pairs = len(set(scores[arm]) & set(scores[ours]))
-                rows.append([which, study.arms[arm].title, str(pairs), _shown(improvement, digits=2)])
-    header = ["score", "compared with", "pairs", "probability of improvement", *_TESTED]
-    title = f"{study.arms[ours].title} against the others"
-    return Table(header, [[*row, *tested] for row, tested in zip(rows, _tested(differences), strict=True)], title)
+        for arm in others:
+            differences.append(statistics.paired_difference([scores[ours]], [scores[arm]]))
+            rows.append([which, study.arms[arm].title])
+    improvements = [
+        [
+            study.arms[arm].title,
+            str(len(set(finals[arm]) & set(finals[ours]))),
+            *(
+                _shown(statistics.probability_of_improvement([_array(scores[ours])], [_array(scores[arm])]), digits=2)
+                for scores in (finals, earlies)
+            ),
+        ]
+        for arm in others
+    ]
+    title = study.arms[ours].title
+    tested = [[*row, *values] for row, values in zip(rows, _tested(differences), strict=True)]
+    return [
+        Table(["score", "other arm", *_TESTED], tested, f"{title} minus each other arm"),
+        Table(
+            ["other arm", "pairs", f"final score {_INTERVAL}", f"early score {_INTERVAL}"],
+            improvements,
+            f"Probability of improvement of {title} over each other arm",
+        ),
+    ]
 
 
-def _against(study: Study, setting: str, results: Results, data: Mapping[str, CellData]) -> Table:
-    """Each arm compared with itself in another setting."""
+def _add_against(
+    section: Section, study: Study, name: str, setting: str, results: Results, data: Mapping[str, CellData]
+) -> None:
+    """Compare each arm with itself in another setting: a table and a figure."""
     keys = {(cell.setting, cell.arm, cell.seed): cell.key for cell in study.cells()}
-    rows, differences = [], []
+    rows, differences, drawn = [], [], []
+    palette = _palette(results.experiment)
     for which in ("final", "early"):
         for arm, runs in results.runs.items():
             there = {seed: data[key] for seed in runs if (key := keys.get((setting, arm, seed), "")) in data}
@@ -398,15 +441,33 @@ def _against(study: Study, setting: str, results: Results, data: Mapping[str, Ce
                 ours, theirs = (r.finals(arm, study.scores.final_evaluations) for r in (results, other))
             else:
                 ours, theirs = (r.earlies(arm, study.scores.early_fraction) for r in (results, other))
-            differences.append(statistics.paired_difference([ours], [theirs]))
+            found = statistics.paired_difference([ours], [theirs])
+            assert found is not None
+            differences.append(found)
             rows.append([which, study.arms[arm].title, str(len(there))])
-    title = f"The same arms with {study.settings[setting].title}"
-    header = ["score", "arm", "pairs", *_TESTED]
-    return Table(header, [[*row, *tested] for row, tested in zip(rows, _tested(differences), strict=True)], title)
+            if which == "final":
+                pairs = [ours[seed] - theirs[seed] for seed in there]
+                drawn.append((study.arms[arm].title, palette[arm], found, pairs))
+    if not rows:
+        return
+    ours_title, theirs_title = study.settings[results.experiment.setting].title, study.settings[setting].title
+    tested = [[*row, *values] for row, values in zip(rows, _tested(differences), strict=True)]
+    section.tables.append(Table(["score", "arm", "pairs", *_TESTED], tested, f"{ours_title} minus {theirs_title}"))
+    section.pictures.append(
+        _score_picture(
+            f"{name}{FINAL}",
+            f"Final score: {ours_title}\nminus {theirs_title}",
+            drawn,
+            "difference of held-out success: pairs of runs (dots), mean with 95 % CI",
+            signed=True,
+        )
+    )
 
 
+#: What brackets hold, in a table's header.
+_INTERVAL = "[95 % CI]"
 #: Columns of :func:`_tested`.
-_TESTED = ("difference", "p, Holm", "detectable")
+_TESTED = (f"difference {_INTERVAL}", "p (Holm)", "detectable")
 
 
 def _tested(differences: Sequence[Estimate | None]) -> list[list[str]]:
@@ -415,7 +476,7 @@ def _tested(differences: Sequence[Estimate | None]) -> list[list[str]]:
     rows = []
     for found in differences:
         if found is None:
-            rows.append(["no seed in common", "–", "–"])
+            rows.append(["no common seed", "–", "–"])
         elif found.p is None or found.detectable is None:
             rows.append([_shown(found, digits=4, sign=True), "–", "–"])
         else:
@@ -431,10 +492,10 @@ def _p_value(value: float) -> str:
 
 
 def collapsed(run: CellData) -> bool:
-    """Whether a run has lost what it had learned.
+    """Whether the reward of a run fell by more than half, or its success below that of the start model.
 
-    Its mean reward over the last :data:`COLLAPSE_WINDOW` updates is below half of its best over as many, or its last
-    evaluation is below the one before training.
+    True if the mean reward over the last :data:`COLLAPSE_WINDOW` updates is below half of the highest mean over as many
+    successive updates, or if the last held-out success is below the one before training.
     """
     rewards = run.values[REWARD][1:].astype(float)
     window = min(COLLAPSE_WINDOW, len(rewards))
@@ -456,7 +517,7 @@ def _sweep(study: Study, name: str, sweep: Sweep, results: Mapping[str, Results]
     means = {arm: {value: float(_array(scores).mean()) for value, scores in finals[arm].items()} for arm in arms}
     best = {arm: max(means[arm], key=means[arm].__getitem__) for arm in arms}
     # The mean over the values, of the runs with a seed that all have.
-    areas = {
+    averages = {
         arm: {
             seed: float(np.mean([scores[seed] for scores in finals[arm].values()]))
             for seed in set.intersection(*(set(scores) for scores in finals[arm].values()))
@@ -466,38 +527,43 @@ def _sweep(study: Study, name: str, sweep: Sweep, results: Mapping[str, Results]
     rows = []
     for arm in arms:
         runs = sum(len(scores) for scores in finals[arm].values())
-        row = [study.arms[arm].title, *(f"{means[arm][value]:.3f}" for value in by_value)]
-        row += [f"{means[arm][best[arm]]:.3f} at {_value(best[arm])}", f"{_array(areas[arm]).mean():.3f}"]
-        rows.append([*row, f"{sum(fallen[arm].values())} of {runs} ({', '.join(map(str, fallen[arm].values()))})"])
-    header = ["arm", *(f"{sweep.quantity} {_value(value)}" for value in by_value), "best", "area", "collapsed runs"]
+        scores = [f"**{mean:.3f}**" if value == best[arm] else f"{mean:.3f}" for value, mean in means[arm].items()]
+        fallen_runs = f"{sum(fallen[arm].values())} of {runs} ({', '.join(map(str, fallen[arm].values()))})"
+        rows.append([study.arms[arm].title, *scores, f"{_array(averages[arm]).mean():.3f}", fallen_runs])
+    header = ["arm", *map(_value, by_value), "mean", "collapsed runs"]
     section = Section(
         sweep.title,
         [text for text in [sweep.text.strip()] if text],
-        [Table(header, rows, "Final score, mean over seeds")],
+        [Table(header, rows, f"Final score by {sweep.quantity}, mean over seeds")],
         [
-            f"**Best** is the highest mean over the values of {sweep.quantity}, **area** the mean over them. A run has "
-            f"**collapsed** if its mean reward over the last {COLLAPSE_WINDOW} updates is below half of its best over "
-            "as many, or if it ends below the success of the start model; in brackets for each value."
+            f"Bold marks the **best** score of an arm. **Mean** is the mean over the values of the {sweep.quantity}. A "
+            f"run has **collapsed** if its mean reward over the last {COLLAPSE_WINDOW} updates is below half of its "
+            f"highest mean over {COLLAPSE_WINDOW} successive updates, or if its last held-out success is below that of "
+            f"the start model. Parentheses give the number of collapsed runs for each {sweep.quantity}."
         ],
     )
     ours = first.compare
     if ours in arms:
-        section.tables.append(_sweep_comparison(study, ours, finals, best, areas, fallen))
+        section.tables.append(_sweep_comparison(study, ours, finals, best, averages, fallen))
     palette = _palette(first)
     x = np.log10(list(by_value))
     lines = []
     for arm in arms:
         mean, low, high = statistics.mean_band(
-            np.array([[scores[seed] for scores in finals[arm].values()] for seed in sorted(areas[arm])])
+            np.array([[scores[seed] for scores in finals[arm].values()] for seed in sorted(averages[arm])])
         )
         lines.append(Series(study.arms[arm].title, palette[arm], x, mean, low, high, strong=arm == ours))
-    ends = "; ".join(f"{line.title} {', '.join(f'{score:.3f}' for score in line.mean)}" for line in lines)
+    ends = "; ".join(f"{line.title}: {', '.join(f'{score:.3f}' for score in line.mean)}" for line in lines)
     section.pictures.append(
         Picture(
-            f"{name}-final",
-            f"Final score at {sweep.quantity} {', '.join(map(_value, by_value))}, mean over seeds with its 95 % band. "
-            f"{ends}.",
-            line_figure("Final score", f"log₁₀ of the {sweep.quantity}", [Panel("held-out success", lines)]),
+            f"{name}{FINAL}",
+            f"Final score by {sweep.quantity} ({', '.join(map(_value, by_value))}), mean over seeds with 95 % "
+            f"confidence band. {ends}.",
+            line_figure(
+                f"Final score by {sweep.quantity}",
+                f"log₁₀ of the {sweep.quantity}",
+                [Panel("held-out success", lines)],
+            ),
         )
     )
     return section
@@ -513,14 +579,14 @@ def _sweep_comparison(
     ours: str,
     finals: Mapping[str, Mapping[float, BySeed]],
     best: Mapping[str, float],
-    areas: Mapping[str, BySeed],
+    averages: Mapping[str, BySeed],
     fallen: Mapping[str, Mapping[float, int]],
 ) -> Table:
     others = [arm for arm in finals if arm != ours]
     at_best = {arm: finals[arm][best[arm]] for arm in finals}
     rows: list[list[str]] = []
     p_values: list[float] = []
-    tests = [("best", arm, at_best) for arm in others] + [("area", arm, areas) for arm in others]
+    tests = [("best", arm, at_best) for arm in others] + [("mean", arm, averages) for arm in others]
     found = [statistics.paired_difference([scores[ours]], [scores[arm]]) for _, arm, scores in tests]
     for (what, arm, _), difference in zip(tests, found, strict=True):
         assert difference is not None
@@ -531,11 +597,11 @@ def _sweep_comparison(
     for arm in others:
         (a, runs), (b, of) = counts[ours], counts[arm]
         p_values.append(statistics.fisher(counts[ours], counts[arm]))
-        rows.append(["collapsed runs", study.arms[arm].title, f"{a} of {runs} against {b} of {of}", "–"])
+        rows.append(["collapsed runs", study.arms[arm].title, f"{a} of {runs} vs. {b} of {of}", "–"])
     adjusted = statistics.holm(p_values)
-    header = ["measure", "compared with", "difference", "detectable", "p", "p, Holm"]
+    header = ["measure", "other arm", f"difference {_INTERVAL}", "detectable", "p", "p (Holm)"]
     tested = [[*row, _p_value(p), _p_value(q)] for row, p, q in zip(rows, p_values, adjusted, strict=True)]
-    return Table(header, tested, f"{study.arms[ours].title} against the others, {len(rows)} comparisons")
+    return Table(header, tested, f"{study.arms[ours].title} minus each other arm, {len(rows)} comparisons")
 
 
 # --- pictures of an experiment -------------------------------------------------------------------------------------
@@ -545,12 +611,12 @@ def _curves(study: Study, name: str, results: Results, palette: Mapping[str, str
     pictures = []
     for kind, title, unit, metric in (
         ("reward", "Training reward per update", "mean reward", REWARD),
-        ("held-out", "Held-out success", "share solved", HELD_OUT),
-        ("length", "Response length", "mean length, tokens", LENGTH),
+        ("held-out", "Held-out success", "success rate", HELD_OUT),
+        ("length", "Response length", "mean tokens per response", LENGTH),
     ):
         series = []
         for arm in results.runs:
-            # The start model is evaluated too, and draws no training samples.
+            # Step 0 is the start model, which has an evaluation but no training samples.
             first = 0 if metric == HELD_OUT else 1
             values = results.stacked(arm, metric, first)
             known = ~np.isnan(values).any(axis=0)
@@ -572,15 +638,15 @@ def _curves(study: Study, name: str, results: Results, palette: Mapping[str, str
 
 
 def _explanation(study: Study, name: str, results: Results, palette: Mapping[str, str]) -> list[Picture]:
-    """α and the sign shares it is made of, where an arm's α moves."""
+    """α and the shares of positive and negative advantages, for the arms whose α changes."""
     stacked = {arm: results.stacked(arm, ALPHA) for arm in results.runs}
-    # Without the losses and presets of this package, no α is logged.
+    # Only the losses and presets of this package log α.
     arms = [arm for arm, values in stacked.items() if not np.isnan(values).any() and np.ptp(values) > 0]
     if not arms:
         return []
     shares = (
         (ALPHA, "α", "-"),
-        (SHARE_POSITIVE, "positive advantage, p̂⁺", "-"),
+        (SHARE_POSITIVE, "positive, p̂⁺", "-"),
         (SHARE_NEGATIVE, "negative, p̂⁻", "--"),
     )
     weights: list[Series] = []
@@ -596,10 +662,9 @@ def _explanation(study: Study, name: str, results: Results, palette: Mapping[str
             mean, low, high = statistics.mean_band(values)
             (weights if metric == ALPHA else signs).append(Series(title, color, steps, mean, low, high, style))
     panels = [Panel("α", weights, 1.05), Panel("share of responses", signs)]
-    alt = "; ".join(f"{line.title}: {line.mean[0]:.2f} at first, {line.mean[-1]:.2f} at the end" for line in weights)
-    alt += "; " + "; ".join(f"{line.title}: {line.mean[0]:.2f}, {line.mean[-1]:.2f}" for line in signs)
-    title = "α, and the shares it is made of"
-    return [Picture(f"{name}-alpha", f"{title}. {alt}.", line_figure(title, "update", panels))]
+    title = "α, and the shares of positive and negative advantages"
+    alt = f"{title}, mean over seeds. {_ends([*weights, *signs])}."
+    return [Picture(f"{name}-alpha", alt, line_figure(title, "update", panels))]
 
 
 def _series(study: Study, results: Results, arm: str, color: str, x: Floats, values: Floats) -> Series:
@@ -610,21 +675,26 @@ def _series(study: Study, results: Results, arm: str, color: str, x: Floats, val
 
 
 def _line_picture(name: str, title: str, xlabel: str, ylabel: str, series: Sequence[Series]) -> Picture:
-    ends = "; ".join(f"{line.title} {line.mean[0]:.2f} at first, {line.mean[-1]:.2f} at the end" for line in series)
     figure = line_figure(title, xlabel, [Panel(ylabel, series)])
-    return Picture(name, f"{title}, {ylabel}, mean over seeds with its 95 % band. {ends}.", figure)
+    return Picture(name, f"{title}, mean over seeds with 95 % confidence band. {_ends(series)}.", figure)
+
+
+def _ends(series: Sequence[Series]) -> str:
+    return "; ".join(
+        f"{line.title}: {line.mean[0]:.2f} at the start, {line.mean[-1]:.2f} at the end" for line in series
+    )
 
 
 def _smoothed(values: Floats) -> Floats:
     return np.array([smooth(run) for run in values.tolist()])
 
 
-# --- over all settings ---------------------------------------------------------------------------------------------
+# --- all settings --------------------------------------------------------------------------------------------------
 
 
 def _difference(ours: Sequence[BySeed], theirs: Sequence[BySeed]) -> str:
     difference = statistics.paired_difference(ours, theirs)
-    return "no seed in common" if difference is None else _shown(difference, digits=4, sign=True)
+    return "no common seed" if difference is None else _shown(difference, digits=4, sign=True)
 
 
 def _overall(study: Study, results: Mapping[str, Results]) -> list[Section]:
@@ -656,78 +726,92 @@ def _over_settings(study: Study, ours: str, arms: Sequence[str], compared: Seque
     def strata(arm: str, *, final: bool) -> list[Floats]:
         return [_array(found) for found in by_seed(arm, final=final)]
 
-    rows = []
-    for arm in arms:
-        row = [study.arms[arm].title, " + ".join(str(len(result.runs[arm])) for result in compared)]
-        for final in (True, False):
-            mine = strata(arm, final=final)
-            row.append(_shown(statistics.interquartile_mean(mine)))
-            if arm == ours:
-                row += ["–", "–"]
-            else:
-                improvement = statistics.probability_of_improvement(strata(ours, final=final), mine)
-                row.append(_shown(improvement, digits=2))
-                row.append(_difference(by_seed(ours, final=final), by_seed(arm, final=final)))
-        rows.append(row)
-    title = study.arms[ours].title
-    header = ["arm", "seeds"]
-    for which in ("final", "early"):
-        header += [f"{which} score", f"{which}: probability that {title} is better", f"{which}: {title}'s difference"]
-    settings = " and ".join(study.settings[result.experiment.setting].title for result in compared)
+    scored = [
+        [
+            study.arms[arm].title,
+            " + ".join(str(len(result.runs[arm])) for result in compared),
+            *(_shown(statistics.interquartile_mean(strata(arm, final=final))) for final in (True, False)),
+        ]
+        for arm in arms
+    ]
+    differences = [
+        [
+            "final" if final else "early",
+            study.arms[arm].title,
+            _difference(by_seed(ours, final=final), by_seed(arm, final=final)),
+            _shown(
+                statistics.probability_of_improvement(strata(ours, final=final), strata(arm, final=final)), digits=2
+            ),
+        ]
+        for final in (True, False)
+        for arm in arms
+        if arm != ours
+    ]
+    tables = [
+        Table(["arm", "seeds", f"final score {_INTERVAL}", f"early score {_INTERVAL}"], scored),
+        Table(
+            ["score", "other arm", f"difference {_INTERVAL}", f"probability of improvement {_INTERVAL}"],
+            differences,
+            f"{study.arms[ours].title} compared with each other arm",
+        ),
+    ]
+    settings = "; ".join(study.settings[result.experiment.setting].title for result in compared)
     text = (
-        f"{settings} together. Scores of all runs are pooled as they are, since all are shares of answers that are "
-        "right: a setting with more seeds counts more, and what the interquartile mean leaves out is mostly the lowest "
-        "of the hardest setting and the highest of the easiest. Resampling is by setting. The probability is the mean "
-        "over settings, the difference that of all pairs of runs with the same setting and seed."
+        f"This section pools the runs of these settings: {settings}. Scores are pooled without normalization, because "
+        "all of them are shares of correct answers. A setting with more seeds has more weight. The interquartile mean "
+        "mostly drops the lowest scores of the hardest setting and the highest scores of the easiest one. The "
+        "bootstrap resamples within each setting. The difference is the mean over all pairs of runs with the same "
+        "setting and seed. The probability of improvement is the mean over the settings."
     )
-    return Section("Over all settings", [text], [Table(header, rows)])
+    return Section("All settings", [text], tables)
 
 
-# --- how to read it ------------------------------------------------------------------------------------------------
+# --- definitions ---------------------------------------------------------------------------------------------------
 
 
-def _how_to_read(study: Study) -> Section:
+def _definitions(study: Study) -> Section:
     scores = study.scores
-    last = (
-        "the last evaluation" if scores.final_evaluations == 1 else f"the last {scores.final_evaluations} evaluations"
+    final = (
+        "success on held-out problems at the last evaluation"
+        if scores.final_evaluations == 1
+        else f"mean success on held-out problems over the last {scores.final_evaluations} evaluations"
     )
     return Section(
-        "How these figures are made",
+        "Definitions",
         [
-            f"- **Final score**: success on held-out problems, mean over {last}; the model is evaluated every "
-            f"{study.test_every} updates.\n"
+            f"- **Final score**: {final}. The model is evaluated every {study.test_every} updates.\n"
             f"- **Early score**: mean training reward over the first {100 * scores.early_fraction:.0f} % of the "
-            "updates, the area under the curve in units of reward.\n"
-            "- **A score's figure** is the interquartile mean over seeds: the lowest and the highest quarter are left "
-            "out, rounded down, so of three seeds none, of five one at either end. In brackets is its 95 % interval: "
-            f"percentile bootstrap over seeds, {statistics.RESAMPLES:,} resamples.\n"
-            "- **Probability of improvement**: how often a run of the one scores higher than a run of the other, over "
-            "all pairs of runs, ties half. The difference is not significant where the interval holds 0.5.\n"
-            "- **Difference**: mean of the differences between runs with the same seed, with the 95 % interval of "
-            "Student's t. It is significant where the interval excludes 0. That happens to equals in one of "
-            "twenty comparisons.\n"
-            "- **p, Holm**: p value of the paired t test (of collapsed runs: Fisher's exact test), adjusted by Holm's "
-            "procedure for the number of comparisons in the table. Below 0.05, a difference is significant among all "
-            "of them.\n"
-            "- **Detectable**: the true difference that one such test, with as many pairs and their spread, would "
-            f"find significant in {100 * statistics.POWER:.0f} % of studies. Smaller ones may have been missed.\n"
-            f"- **Curves**: trailing mean over {SMOOTHED_OVER} updates (held-out success: as measured), mean over "
-            "seeds, band: 95 % interval of that mean.\n"
-            "- **Time**: the trainer's own time for each step, evaluations and start-up not included, on the machine "
-            "as it was; whatever else ran on it is in there. An arm's curve over time ends where the first of its "
-            "runs ends.\n"
-            "- **Too narrow**: with few seeds, intervals by bootstrap, and so the bands. Of means of normally "
-            "distributed scores they hold the true one in about three of four cases with three seeds, in five of six "
-            "with five. Whether two arms differ is to be read from the differences."
+            "updates, which is the normalized area under this part of the reward curve.\n"
+            "- **Score of an arm**: the interquartile mean over seeds. It drops the lowest and the highest quarter of "
+            "the scores, rounded down: none of three seeds, and one at each end of five. Brackets hold the 95 % "
+            f"confidence interval of a percentile bootstrap over seeds with {statistics.RESAMPLES:,} resamples.\n"
+            "- **Difference**: the mean difference between runs with the same seed. Brackets hold the 95 % confidence "
+            "interval of Student's t. A difference is statistically significant without correction if the interval "
+            "excludes 0. By chance, this happens in one of twenty comparisons between equal arms.\n"
+            "- **p**: p value of the paired t test, or of Fisher's exact test for collapsed runs. **p (Holm)** is the "
+            "p value with Holm's correction for the number of comparisons in the table. If it is below 0.05, the "
+            "difference is statistically significant after the correction.\n"
+            "- **Detectable**: the true difference that one uncorrected test with the same number of pairs and the "
+            f"same spread finds significant with a probability of {100 * statistics.POWER:.0f} %. The study can miss "
+            "smaller differences.\n"
+            "- **Probability of improvement**: over all pairs of one run of each arm, the share in which the first arm "
+            "has the higher score. Ties count one half. It is not significant if the interval includes 0.5.\n"
+            f"- **Curves**: mean over seeds, with its 95 % bootstrap confidence interval as a band. Each point is a "
+            f"trailing mean over {SMOOTHED_OVER} updates, except for held-out success, which is not smoothed.\n"
+            "- **Time**: the trainer's time for its steps, without evaluations and start-up. Other programs on the "
+            "machine affect it. The curve of an arm over time ends where its first run ends.\n"
+            "- **Few seeds**: bootstrap intervals and bands are too narrow with few seeds. For means of normally "
+            "distributed scores, they contain the true mean in about three of four cases with three seeds, and in five "
+            "of six cases with five. Use the differences to decide whether two arms differ."
         ],
     )
 
 
-# --- writing it ----------------------------------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------------------------
 
 
 def to_markdown(report: StudyReport) -> str:
-    """The page's text; its pictures are in a directory named as the report."""
+    """Render the Markdown page. Its pictures are in a directory with the name of the report."""
     text = _templates().get_template("report.md.j2").render(report=report)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 

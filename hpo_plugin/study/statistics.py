@@ -1,10 +1,10 @@
-"""Scores over seeds and their uncertainty, by scipy.
+"""Scores over seeds and their uncertainty, computed with scipy.
 
 The measures are those of Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice"
 (2021): interquartile mean, stratified bootstrap, probability of improvement. Intervals are 95 % percentile intervals
-over :data:`RESAMPLES` resamples of the seeds, with a fixed seed, so that a report can be made again byte for byte. With
-three to five seeds they are too narrow: there are only so many different resamples. Whether two arms differ
-significantly is read from the difference of runs with the same seed, which therefore has the interval of Student's t.
+over :data:`RESAMPLES` resamples of the seeds. The generator has a fixed seed, so the same scores give the same report.
+With three to five seeds there are few different resamples, and the intervals are too narrow. The mean difference of
+runs with the same seed has the interval of Student's t instead; it decides whether two arms differ significantly.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Estimate:
         value: The figure.
         low: Lower end of the interval; None if there is none.
         high: Upper end.
-        note: Why there is no interval; empty if there is one.
+        note: The reason for a missing interval; empty if there is an interval.
         p: Of a difference, the p value of the two-sided test against 0.
-        detectable: Of a difference, the true difference that such a test would call significant with probability
-            :data:`POWER`, given the spread that was observed.
+        detectable: Of a difference, the true difference that such a test finds significant with probability
+            :data:`POWER`, given the observed spread.
     """
 
     value: float
@@ -103,7 +103,7 @@ def paired_difference(ours: Sequence[Mapping[int, float]], theirs: Sequence[Mapp
     if len(pairs) < 2:
         return Estimate(value, note="no interval: one pair")
     if np.ptp(pairs) < 1e-12:
-        return Estimate(value, note="no interval: all pairs differ by the same")
+        return Estimate(value, note="no interval: all differences are equal")
     test = stats.ttest_1samp(pairs, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
     quantiles = stats.t.ppf([(1 + CONFIDENCE) / 2, POWER], len(pairs) - 1)
@@ -161,8 +161,8 @@ def _estimate(samples: Strata, statistic: Callable[..., Any]) -> Estimate:
         return Estimate(value, note="no interval: one seed")
     interval = _bootstrap(samples, statistic, axis=-1)
     if np.isclose(interval.low, interval.high, rtol=0, atol=1e-12):
-        # Equal scores; or, for a probability, every run of the one above every run of the other.
-        return Estimate(value, note="no interval: resamples do not differ")
+        # Equal scores; or, for a probability, every run of one arm above every run of the other.
+        return Estimate(value, note="no interval: all resamples are equal")
     return Estimate(value, float(interval.low), float(interval.high))
 
 

@@ -74,7 +74,7 @@ def test_a_study_is_run_collected_and_reported(folder):
     reported = call("report", path, "--output", folder / "report", "--no-png")
     assert reported.returncode == 0, reported.stderr
     page = (folder / "report/simulated.md").read_text(encoding="utf-8")
-    assert "Every run is [the simulator](../simulator.md)" in page
+    assert "Every run uses [the simulator](../simulator.md)" in page
     assert "4 of 4 runs are finished" in page
 
 
@@ -82,7 +82,7 @@ def test_what_the_simulator_does_not_implement_stops_the_study_before_anything_i
     path = declare(folder, overrides=["actor_rollout_ref.actor.entropy_coeff=0.1"])
     done = call("prepare", path, "--output", folder / "other", "--no-check")
     assert done.returncode == 1
-    assert "actor_rollout_ref.actor.entropy_coeff=0.1: the simulator implements 0 only" in " ".join(done.stderr.split())
+    assert "actor_rollout_ref.actor.entropy_coeff=0.1: the simulator supports only 0" in " ".join(done.stderr.split())
     assert not list((folder / "other").rglob("model"))
 
 
@@ -115,7 +115,7 @@ def test_a_killed_process_fails_its_cell_and_a_signal_ends_all_of_them(folder):
     worker.kill()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "the simulator's process was ended (often: out of memory)" in output
+    assert "the simulator's process was killed, often because it ran out of memory" in output
     for log in (folder / "runs").rglob("metrics.jsonl"):
         if "grpo-seed3" in str(log):
             log.unlink()

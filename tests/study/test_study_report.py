@@ -33,9 +33,12 @@ def written(tmp_path, declared, load, data):
     return tmp_path / "out"
 
 
-def rows_of(markdown, title):
-    """The rows of the first table of a section, as lists of cells."""
+def rows_of(markdown, title, table=""):
+    """The rows of the table with this title in a section, as lists of cells; without a title, of the first table."""
     section = markdown.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    if table:
+        section = section.partition(f"**{table}**\n")[2]
+        assert section, f"no table {table!r}"
     lines = [line for line in section.partition("\n**")[0].splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -59,16 +62,29 @@ def test_the_table_of_an_experiment(page):
     assert ahpo[2].startswith("0.310 [0.30")
     # Early scores: (0.1 + 0.2) / 2, and 0.01 more for each seed.
     assert grpo[3].startswith("0.160 [0.15")
-    comparison = page.partition("**A-HPO against the others**")[2]
-    assert "| GRPO | 3 | 1.00 (no interval: resamples do not differ) | +0.0500 " in comparison
+    (final, _) = rows_of(page, "One", "A-HPO minus each other arm")
+    assert final[:2] == ["final", "GRPO"]
+    assert final[2].startswith("+0.0500 ")
+    (improvement,) = rows_of(page, "One", "Probability of improvement of A-HPO over each other arm")
+    assert improvement[:3] == ["GRPO", "3", "1.00 (no interval: all resamples are equal)"]
+
+
+def test_a_page_starts_with_the_figure_of_the_final_scores_and_the_text(declared, load, data):
+    declared["text"] = "The first paragraph.\n"
+    page = to_markdown(build_report(load(declared), data))
+    title, picture, text, setup, *_ = (part for part in page.split("\n\n") if part)
+    assert title == "# A small study"
+    assert re.fullmatch(r"!\[Final score: One\. GRPO 0\.260 .+\]\(small/one-final\.svg\)", picture)
+    assert (text, setup) == ("The first paragraph.", "## Setup")
+    assert page.count("one-final.svg") == 1
 
 
 def test_comparisons_of_a_table_are_corrected_together(declared, load, data):
     page = to_markdown(build_report(load(declared), data))
-    header, _, *rows = page.partition("**A-HPO against the others**")[2].partition("\n\n!")[0].strip().splitlines()
-    assert header.endswith("| difference | p, Holm | detectable |")
+    table = page.partition("**A-HPO minus each other arm**\n\n")[2].partition("\n\n")[0]
+    assert table.splitlines()[0].endswith("| difference [95 % CI] | p (Holm) | detectable |")
     # Final and early score against the one other arm.
-    assert [row.split(" | ")[0] for row in rows] == ["| final", "| early"]
+    assert [row[0] for row in rows_of(page, "One", "A-HPO minus each other arm")] == ["final", "early"]
 
 
 def test_a_run_collapses_where_it_ends_below_half_of_its_best_or_below_its_start(data):
@@ -87,7 +103,7 @@ def test_a_run_collapses_where_it_ends_below_half_of_its_best_or_below_its_start
     assert with_values(rising, below)
 
 
-def test_a_sweep_reports_best_area_and_collapsed_runs_in_place_of_curves(declared, load, make_data, tmp_path):
+def test_a_sweep_reports_best_mean_and_collapsed_runs_in_place_of_curves(declared, load, make_data, tmp_path):
     declared["experiments"]["two"]["seeds"] = [0, 1, 2]
     declared["sweeps"] = {
         "lr": {"title": "Rates", "quantity": "learning rate", "experiments": {"one": 1e-4, "two": 3e-4}}
@@ -100,14 +116,16 @@ def test_a_sweep_reports_best_area_and_collapsed_runs_in_place_of_curves(declare
     }
     report = build_report(study, data)
     page = to_markdown(report)
-    grpo, ahpo = rows_of(page.replace("**Final score, mean over seeds**\n", ""), "Rates")
-    assert grpo[1:5] == ["0.260", "0.280", "0.280 at 3e-4", "0.270"]
-    assert ahpo[1:5] == ["0.310", "0.260", "0.310 at 1e-4", "0.285"]
-    assert grpo[5] == ahpo[5] == "0 of 6 (0, 0)"
-    assert "against the others, 3 comparisons" in page
-    assert "| collapsed runs | GRPO | 0 of 6 against 0 of 6 | – | 1.000 | 1.000 |" in page
+    assert "| arm | 1e-4 | 3e-4 | mean | collapsed runs |" in page
+    grpo, ahpo = rows_of(page, "Rates", "Final score by learning rate, mean over seeds")
+    assert grpo[1:4] == ["0.260", "**0.280**", "0.270"]
+    assert ahpo[1:4] == ["**0.310**", "0.260", "0.285"]
+    assert grpo[4] == ahpo[4] == "0 of 6 (0, 0)"
+    assert "A-HPO minus each other arm, 3 comparisons" in page
+    assert "| collapsed runs | GRPO | 0 of 6 vs. 0 of 6 | – | 1.000 | 1.000 |" in page
     assert [picture.name for section in report.sections for picture in section.pictures] == ["lr-final"]
-    assert "Over all settings" not in page
+    assert report.lead.name == "lr-final"
+    assert "All settings" not in page
     write_report(report, tmp_path, png=False)
     assert (tmp_path / "small/lr-final.svg").exists()
 
@@ -116,38 +134,40 @@ def test_arms_are_compared_with_themselves_in_another_setting(declared, load, ma
     declared["experiments"]["one"]["against"] = "hard"
     study = load(declared)
     data = {cell.key: make_data(cell, held_out=0.3 if cell.setting == "easy" else 0.2) for cell in study.cells()}
-    page = to_markdown(build_report(study, data))
-    table = page.partition("**The same arms with Hard**")[2]
-    assert "| final | GRPO | 2 | +0.1000 (no interval: all pairs differ by the same) | – | – |" in table
-    assert "| early | A-HPO | 2 | +0.0000 (no interval: all pairs differ by the same) | – | – |" in table
+    report = build_report(study, data)
+    page = to_markdown(report)
+    table = page.partition("**Easy minus Hard**")[2]
+    assert "| final | GRPO | 2 | +0.1000 (no interval: all differences are equal) | – | – |" in table
+    assert "| early | A-HPO | 2 | +0.0000 (no interval: all differences are equal) | – | – |" in table
+    assert [picture.name for section in report.sections for picture in section.pictures] == ["one-final"]
+    assert report.lead.alt.startswith("Final score: Easy minus Hard. GRPO +0.1000 (")
 
 
 def test_the_settings_together(page):
-    grpo, ahpo = rows_of(page, "Over all settings")
+    grpo, _ = rows_of(page, "All settings")
     # Five scores: 0.25, 0.25, 0.26, 0.26, 0.27; the lowest and the highest are left out.
     assert grpo[1] == "3 + 2"
     assert grpo[2].startswith("0.257 ")
-    assert ahpo[3] == ahpo[4] == "–"
     # Better by 0.05 in each of the five.
-    assert grpo[4].startswith("+0.0500 ")
+    final, early = rows_of(page, "All settings", "A-HPO compared with each other arm")
+    assert final[:2] == ["final", "GRPO"]
+    assert final[2].startswith("+0.0500 ")
+    assert early[:2] == ["early", "GRPO"]
 
 
 def test_an_ablation_of_one_setting_has_no_part_in_the_settings_together(declared, load, data, page):
     again = declared["experiments"]["one"] | {"title": "Again", "seeds": [0]}
     declared["experiments"]["again"] = again
     declared["experiments"]["reversed"] = again | {"title": "Reversed", "compare": "grpo"}
-    assert rows_of(to_markdown(build_report(load(declared), data)), "Over all settings") == rows_of(
-        page, "Over all settings"
-    )
+    assert rows_of(to_markdown(build_report(load(declared), data)), "All settings") == rows_of(page, "All settings")
 
 
 def test_what_was_run_can_be_read_off(page):
-    easy, hard = rows_of(page, "What was run")
-    assert easy[0] == "Easy"
-    assert easy[3:6] == ["4", "6 of 6", "0, 1, 2"]
+    assert rows_of(page, "Setup", "Settings")[0][:2] == ["Easy", "4"]
+    easy, hard = rows_of(page, "Setup", "Runs")
     # Four steps of two seconds.
-    assert easy[6] == "0.1 (0.1 to 0.1)"
-    assert hard[5] == "0, 1"
+    assert easy == ["Easy", "6 of 6", "0, 1, 2", "0.1 (0.1 to 0.1)"]
+    assert hard[2] == "0, 1"
     assert "10 of 10 runs are finished" in page
 
 
@@ -157,7 +177,7 @@ def test_an_unfinished_study_says_how_many_runs_its_figures_hold(declared, load,
     del data[missing.key]
     page = to_markdown(build_report(study, data))
     assert "9 of 10 runs are finished" in page
-    assert "Not finished, and so not in these figures: 1 of this experiment's runs." in page
+    assert "Runs of this experiment that are not finished, and not included: 1." in page
     assert rows_of(page, "One")[1][1] == "2"
 
 
@@ -188,7 +208,7 @@ def test_every_picture_of_the_page_is_there_and_described(written):
     assert names == {f"{experiment}-{kind}.svg" for experiment in ("one", "two") for kind in kinds}
     assert all((written / path).is_file() for _, path in pictures)
     # The start model: 0.15, 0.16, 0.17 of the three seeds.
-    assert any("A-HPO 0.16 at first" in alt for alt, path in pictures if path.endswith("one-held-out.svg"))
+    assert any("A-HPO: 0.16 at the start" in alt for alt, path in pictures if path.endswith("one-held-out.svg"))
 
 
 def test_the_html_page_needs_nothing_else(written):
@@ -214,7 +234,7 @@ def test_runs_that_began_from_other_inputs_are_not_reported_together(declared, l
     study = load(declared)
     key = study.cells()[0].key
     data[key] = replace(data[key], info={**data[key].info, "inputs": "other"})
-    with pytest.raises(StudyError, match="began from other inputs"):
+    with pytest.raises(StudyError, match="started from different inputs"):
         build_report(study, data)
 
 

@@ -30,7 +30,7 @@ def test_settings_are_pooled_and_resampled_each_by_itself():
     found = interquartile_mean([low, high])
     assert found.value == 0.5
     # Resampled together, a resample could hold more of the one than of the other; each by itself, none differs.
-    assert (found.low, found.high, found.note) == (None, None, "no interval: resamples do not differ")
+    assert (found.low, found.high, found.note) == (None, None, "no interval: all resamples are equal")
 
 
 def test_an_interval_is_scipys():
@@ -91,7 +91,7 @@ def test_differences_over_settings_count_every_pair_once():
 def test_one_pair_and_equal_differences_have_no_interval():
     assert paired_difference([{0: 0.5}], [{0: 0.4}]).note == "no interval: one pair"
     found = paired_difference([{0: 0.5, 1: 0.6}], [{0: 0.25, 1: 0.35}])
-    assert found.note == "no interval: all pairs differ by the same"
+    assert found.note == "no interval: all differences are equal"
 
 
 @pytest.mark.parametrize(("seeds", "share"), [(3, 3 / 4), (5, 5 / 6)])

@@ -56,8 +56,8 @@ def test_command_lines_work_as_before_and_what_contradicts_itself_is_refused(bui
         refused,
         (
             "two different algorithms",
-            "α on the advantages of rloo needs hpo_plugin's estimator ahpo, but verl provides ahpo itself",
-            "α on the advantages of rloo needs hpo_plugin's estimator ahpo, but verl provides ahpo itself",
+            "base_estimator=rloo needs hpo_plugin's estimator ahpo, but this version of verl provides ahpo itself",
+            "base_estimator=rloo needs hpo_plugin's estimator ahpo, but this version of verl provides ahpo itself",
             "α on the advantages of rloo needs hpo_plugin's estimator ahpo, but verl provides ahpo itself",
             "algorithm.use_kl_in_reward=True",
             "algorithm.policy_loss=gspo contradicts",
@@ -71,7 +71,7 @@ def test_command_lines_work_as_before_and_what_contradicts_itself_is_refused(bui
 def test_the_plugin_checks_and_sets_only_what_is_its_own(built_in):
     prepared = dict(built_in["prepared"])
     without = prepared.pop("hpo_trainer algorithm.policy_loss=gspo")
-    assert without["selection"] == "no hysteretic weights"
+    assert without["selection"] == "no α"
     assert (without["lines"], without["unchanged"]) == ([], True)
     with_our_loss = prepared.pop("hpo_trainer algorithm.policy_loss=ahpo")
     assert with_our_loss["selection"].startswith("A-HPO")
@@ -170,7 +170,7 @@ def test_each_piece_that_verl_has_is_left_to_verl(monkeypatch, parts, expected):
         try:
             selection = prepare(config)[0]
         except RegistrationError as error:
-            return REFUSED if "the name is held by" in str(error) else str(error)
+            return REFUSED if "the name is registered by" in str(error) else str(error)
         return None if selection is None else getattr(selection.variant, "name", "no variant")
 
     assert {name: run(overrides) for name, overrides in RUNS.items()} == expected | {"another": "no variant"}

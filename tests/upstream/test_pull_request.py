@@ -54,7 +54,7 @@ def test_the_tables_on_the_page_can_be_read_by_themselves():
     for name in PAGE.partition("| gate |")[2].splitlines()[0].strip(" |").split(" | "):
         assert re.search(rf"`{re.escape(name)}` is (commit `[0-9a-f]{{9}}` of|a source distribution)", table)
     assert "Before → after" in table
-    assert ("failed" in table.partition("\n\n")[0]) == ("A test of the project's own fails" in table)
+    assert ("failed" in table.partition("\n\n")[0]) == ("One of the project's own tests fails" in table)
 
 
 def test_the_pull_request_to_trl_follows_its_template_and_discloses_ai():
@@ -109,6 +109,9 @@ def test_the_script_says_how_to_read_what_it_writes(gates):
         "new": gates.Measured("a source distribution", {"b": ("passes", "fails")}, {"test_x": "after"}, {}, ""),
     }
     assert gates.table(measured).splitlines()[2:] == ["| a | 1 failed | — |", "| b | — | passes → fails |"]
+    measured["old"].gates["c"] = measured["new"].gates["c"] = measured["new"].gates["d"] = ("passes", "passes")
+    listed = gates.table(measured).partition("These gates pass before and after the contribution:\n\n")[2]
+    assert listed.splitlines() == ["- `old`, `new`: c", "- `new`: d"]
     text = gates.reading(gates.VERL, measured)
     assert "`old` is commit `123456789` of 1 May 2026; `new` is a source distribution." in text
     assert "fails before and after on `old`, after on `new`: `test_x`; the reason is not known." in text
