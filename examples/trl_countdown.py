@@ -3,9 +3,9 @@
     python examples/trl_countdown.py                       # writes runs/trl/ahpo-seed0/{curves.png, metrics.jsonl}
     python examples/trl_countdown.py --policy hpo --steps 30 --seed 1
 
-Start model, problems, reward and settings are those of ``hpo-plugin quickstart``, which trains with verl: 32 prompts of
-8 responses a step, two updates each, learning rate 3e-4, held-out success as samples at temperature 1. Needs the extras
-``trl`` and ``cpu``.
+The script uses the start model, problems, reward and settings of ``hpo-plugin quickstart``, which trains with verl: 32
+prompts with 8 responses per step, two updates per step, learning rate 3e-4, and held-out success from samples at
+temperature 1. It needs the extras ``trl`` and ``cpu``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hpo_plugin.variants import VARIANTS
 PROMPTS, RESPONSES, UPDATES = 32, 8, 2
 N_TEST = 512
 
-#: TRL's log -> the names by which the pictures of verl's runs find the same quantity.
+#: TRL's metric -> verl's name for the same quantity, which the plots read.
 NAMES = {
     "reward": "critic/rewards/mean",
     "hpo/alpha": "actor/hpo/alpha",
@@ -41,14 +41,14 @@ NAMES = {
 
 
 class Rows(TrainerCallback):
-    """Collects the log by generation batch: two optimizer steps of TRL are one step here."""
+    """Collects the log by generation batch: two optimizer steps of TRL are one step of the plots."""
 
     def __init__(self, console: Console) -> None:
         self.rows: dict[int, dict[str, float]] = {}
         self.console = console
 
     def on_log(self, args: HPOConfig, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """Keep what the pictures show, and print a line."""
+        """Keep the metrics of the plots, and print a line."""
         step = state.global_step // UPDATES
         found = {NAMES[name]: value for name, value in logs.items() if name in NAMES}
         self.rows.setdefault(step, {}).update(found)
@@ -62,7 +62,7 @@ def main() -> None:
     """Make the inputs, train, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=list(VARIANTS), default="ahpo")
-    parser.add_argument("--steps", type=int, default=60, help="generation batches; each is trained on twice")
+    parser.add_argument("--steps", type=int, default=60, help="number of generation batches; each gives two updates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs"))
     given = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     disable_progress_bars()
 
-    # The same folders as the quickstart's, so that both train from the same files.
+    # The quickstart uses the same folders, so both train from the same files.
     key = f"{task.name}-seed{given.seed}-test{N_TEST}"
     sizes = {**laptop_form(task).quickstart, "test_size": N_TEST, "seed": given.seed}
     inputs = make_inputs(
@@ -142,7 +142,7 @@ def main() -> None:
     title = f"{task.title}, {VARIANTS[given.policy].title} in TRL, seed {given.seed}"
     save_curves(metrics, folder / "curves.png", title=title, n_test=N_TEST)
     console.print(draw_curves(metrics, width=console.width, color=console.is_terminal), markup=False, soft_wrap=True)
-    console.print(f"In {folder}: curves.png, metrics.jsonl", markup=False, soft_wrap=True)
+    console.print(f"Files in {folder}: curves.png, metrics.jsonl", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

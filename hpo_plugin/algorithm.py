@@ -1,4 +1,4 @@
-r"""HPO and A-HPO: the mathematics, in the symbols of the paper (arXiv 2605.30201).
+r"""The mathematics of HPO and A-HPO, in the symbols of the paper (arXiv 2605.30201).
 
 For N responses with advantages :math:`A_i`, lengths :math:`T_i` and token ratios :math:`r_{it}`:
 
@@ -22,11 +22,11 @@ the sign of response i                       :func:`response_signs`
 :math:`w_i`                                  :func:`hysteretic_weights`
 :math:`w_i A_i`, from a batch's rewards      :func:`hysteretic_advantage`, which every framework adapter calls
 :math:`-\min(r A, \mathrm{clip}(r) A)`       :func:`clipped_surrogate`
-:math:`-J`, whole                            :func:`hpo_loss`
+:math:`-J`, the loss                         :func:`hpo_loss`
 ===========================================  ==========================================================
 
-Everything is a pure function of tensors. Inputs in half precision are computed in fp32. Nothing here knows of a
-training framework.
+All functions are pure functions of tensors. They compute inputs in half precision in fp32. This module does not depend
+on a training framework.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ __all__ = [
 #: Added to a group's standard deviation; the value of verl's ``grpo`` (verl/trainer/ppo/core_algos.py).
 STD_EPSILON = 1e-6
 
-#: Rewards that differ by less than this times the sum of their tokens' magnitudes are equal: eight units in the last
-#: place of fp32, in which every framework keeps rewards.
+#: Two rewards count as equal if they differ by less than this factor times the sum of their tokens' magnitudes. The
+#: factor is eight units in the last place of fp32, the type in which every framework stores rewards.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 #: Log-ratios are clamped to ± this before ``exp``, as in every policy loss of verl.
@@ -78,7 +78,7 @@ class RewardError(ValueError):
 
 
 class GroupAdvantage(NamedTuple):
-    """What :func:`group_relative_advantage` returns.
+    """Result of :func:`group_relative_advantage`.
 
     Attributes:
         advantage: (N,) floating point: A_i; exactly 0 in degenerate groups and for rows that are not valid.
@@ -90,7 +90,7 @@ class GroupAdvantage(NamedTuple):
 
 
 class SignCounts(NamedTuple):
-    """How many responses of a batch have A > 0, A < 0, and any A. Each is a 0-d int64 tensor.
+    """Numbers of responses of a batch, by the sign of their advantage.
 
     Attributes:
         positive: 0-d int64: responses with A > 0.
@@ -112,16 +112,17 @@ class SignCounts(NamedTuple):
 
 
 class BatchStatistics(NamedTuple):
-    """What one batch's metrics are made of.
+    """The statistics of one batch, from which its metrics are computed.
 
-    All fields but ``alpha`` add up over batches, not over parts of one: a part would have an α of its own.
+    All fields except ``alpha`` can be summed over batches, but not over parts of a batch: each part would have another
+    α.
 
     Attributes:
         alpha: α of the batch.
         positive: Responses with A > 0.
         negative: Responses with A < 0.
         responses: Valid responses.
-        groups: Groups with a valid response; 0 where equal rewards do not mean A = 0.
+        groups: Groups with a valid response; 0 if the base estimator gives A ≠ 0 for equal rewards.
         degenerate_groups: Groups whose rewards are all equal, up to rounding.
         tokens: Σ T_i over valid responses.
         abs_advantage_positive: Σ T_i A_i over responses with A > 0.
@@ -140,14 +141,14 @@ class BatchStatistics(NamedTuple):
 
 
 class HystereticAdvantage(NamedTuple):
-    """What :func:`hysteretic_advantage` returns.
+    """Result of :func:`hysteretic_advantage`.
 
     Attributes:
         weighted: w_i A_i: (N,), or (N, T) for token-level base advantages.
         advantage: A_i, same shape, before the weights.
         alpha: α: 0-d fp32.
         counts: The counts that α was computed from.
-        statistics: The batch's metrics.
+        statistics: The statistics of the batch.
     """
 
     weighted: Tensor
@@ -158,7 +159,7 @@ class HystereticAdvantage(NamedTuple):
 
 
 class ClippedSurrogate(NamedTuple):
-    """What :func:`clipped_surrogate` returns; every field has the shape of ``log_prob``.
+    """Result of :func:`clipped_surrogate`; every field has the shape of ``log_prob``.
 
     Attributes:
         loss: fp32 or fp64, differentiable: the negated surrogate of each token, before any weight, mask or mean.
@@ -188,17 +189,19 @@ def group_relative_advantage(
 ) -> GroupAdvantage:
     """A_i = r_i − mean of its group, divided by (std of its group + ε) if ``normalize_by_std``.
 
-    HPO keeps GRPO's advantage (paper, "Known" point 2); mean and std are over the valid rows of the group, the std
-    is the unbiased one, as in verl's ``grpo``. Where a reward equals the mean of its group, A is *exactly* 0: the
-    rounding error of the mean, divided by ε, would turn noise into signs, which A-HPO would count. Equal means equal up
-    to :data:`ROUNDING`: a reward of 0.8 on one token and eight of 0.1 on eight tokens are the same reward.
+    HPO uses GRPO's advantage (paper, "Known" point 2). Mean and std are computed over the valid rows of the group; the
+    std is unbiased, as in verl's ``grpo``. If a reward equals the mean of its group, A is *exactly* 0. Otherwise the
+    rounding error of the mean, divided by ε, would turn noise into signs, which A-HPO would count. Two rewards are
+    equal if they are equal up to :data:`ROUNDING`: a reward of 0.8 on one token and rewards of 0.1 on eight tokens are
+    the same reward.
 
     Args:
-        rewards: (N,) real, one scalar reward a response; any float or integer dtype.
-        groups: (N,) int64, a group's number for each response, in any order, ``0 <= groups < N``.
-        valid: (N,) bool; rows that are not valid (padding, fully masked) enter no mean and get A = 0. All, if None.
+        rewards: (N,) real, one scalar reward per response; any float or integer dtype.
+        groups: (N,) int64, the group number of each response, in any order, ``0 <= groups < N``.
+        valid: (N,) bool; rows that are not valid (padding, fully masked) do not count in the mean and get A = 0. If
+            None, all rows are valid.
         magnitude: (N,) Σ_t |r_it|, the scale of the rounding of a reward that is a sum over tokens; |r_i| if None.
-        normalize_by_std: GRPO's division; False is Dr.GRPO's choice.
+        normalize_by_std: whether to divide by the std, as GRPO does. Dr. GRPO does not.
         epsilon: ε.
 
     Returns:
@@ -219,7 +222,7 @@ def group_relative_advantage(
     if bool(bad.any()):
         raise RewardError(rewards, bad.nonzero().flatten().tolist())
 
-    # fp64: a group statistic is N numbers, not N × T, so the exact way costs nothing.
+    # fp64: the statistics of groups take N numbers, not N × T, so the higher precision costs nothing.
     r = torch.where(valid, rewards, torch.zeros_like(rewards)).double()
     zeros = torch.zeros_like(r)
     size = zeros.index_add(0, groups, valid.double())
@@ -250,32 +253,32 @@ def hysteretic_advantage(
     base_is_zero_without_signal: bool = True,
     counted_rewards: Tensor | None = None,
 ) -> HystereticAdvantage:
-    """w_i A_i of a whole rollout batch: HPO's two steps between rewards and policy loss, in one function.
+    """Compute w_i A_i of a whole rollout batch from its rewards.
 
-    The clipped surrogate is positively homogeneous in A, so a loss on w_i A_i is the loss on A_i times w_i. Every
-    framework adapter calls this function, once, with all rows of the batch that α is a statistic of.
+    The clipped surrogate is positively homogeneous in A, so the loss on w_i A_i is w_i times the loss on A_i. Every
+    framework adapter calls this function once per batch, with all rows of the batch that α is computed from.
 
     Args:
-        rewards: (N,) real, one scalar reward a response.
-        groups: (N,) int64, a group's number for each response, in any order, ``0 <= groups < N``.
-        alpha: the rule: sign counts of the batch to α (``hpo_plugin.variants``).
-        valid: (N,) bool; rows that are not valid get 0 and are counted nowhere. All, if None.
+        rewards: (N,) real, one scalar reward per response.
+        groups: (N,) int64, the group number of each response, in any order, ``0 <= groups < N``.
+        alpha: the rule that computes α from the sign counts of the batch (``hpo_plugin.variants``).
+        valid: (N,) bool; rows that are not valid get 0 and are not counted. If None, all rows are valid.
         magnitude: (N,) Σ_t |r_it|; see :func:`group_relative_advantage`.
-        lengths: (N,) T_i in tokens, for the statistics only; 1, if None.
+        lengths: (N,) T_i in tokens, for the statistics only; 1 if None.
         normalize_by_std: see :func:`group_relative_advantage`; no effect with ``base``.
-        base: (N,) or (N, T) advantages of another estimator, to weight in place of the group-relative ones; (N, T) is 0
-            at masked tokens, and a response has the sign of its sum.
-        base_is_zero_without_signal: ``base`` is 0, up to rounding, where a group's rewards are all equal; it is made
-            exactly 0 there. False for estimators that whiten over the batch.
-        counted_rewards: (N,) rewards whose group-relative advantages, and whose groups without a signal, are counted in
-            place of those of ``rewards``: the task's scores, where ``rewards`` contain a KL penalty.
+        base: (N,) or (N, T) advantages of another estimator, to which α is applied instead of the group-relative ones.
+            (N, T) advantages are 0 at masked tokens, and a response has the sign of their sum.
+        base_is_zero_without_signal: whether ``base`` is 0, up to rounding, if all rewards of a group are equal. The
+            function then sets it to exactly 0. False for estimators that whiten over the batch.
+        counted_rewards: (N,) rewards from which the function computes the sign counts and the degenerate groups instead
+            of ``rewards``. Pass the task's scores if ``rewards`` contain a KL penalty.
 
     Returns:
         :class:`HystereticAdvantage`; dtype and device of the advantages.
 
     Raises:
         RewardError: if a valid reward is NaN or infinite.
-        ValueError: if shapes differ, or the rule gives an α outside of [0, 1].
+        ValueError: if shapes differ, or the rule returns an α outside [0, 1].
     """
     if (lengths is not None and lengths.shape != rewards.shape) or (
         base is not None and (base.dim() not in (1, 2) or base.shape[:1] != rewards.shape)
@@ -323,20 +326,22 @@ def hysteretic_advantage(
     ).tolist()
     statistics = BatchStatistics(numbers[0], *map(int, numbers[1:7]), *numbers[7:])
     if not 0 <= statistics.alpha <= 1:
-        raise ValueError(f"the rule gives α = {statistics.alpha}, which is not in [0, 1], for {counts}")
+        raise ValueError(
+            f"the variant's rule returns α = {statistics.alpha}, which is not in [0, 1], for {counts}; correct the rule"
+        )
     weighted = advantage * (weights if advantage.dim() == 1 else weights.unsqueeze(-1))
     return HystereticAdvantage(weighted, advantage, value, counts, statistics)
 
 
 def response_signs(advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """The sign of each response: that of the masked sum of its token advantages.
+    """The sign of each response: the sign of the masked sum of its token advantages.
 
-    For an outcome advantage, equal on all tokens, this is the sign of A_i; for per-token advantages (GAE, optimal
-    token baseline) it keeps "responses" the unit that is counted and weighted.
+    For an outcome advantage, which is equal on all tokens, this is the sign of A_i. For per-token advantages (GAE,
+    optimal token baseline), a response still counts once and gets one weight.
 
     Args:
         advantages: (N, T) floating point.
-        response_mask: (N, T) bool or number, nonzero where a token belongs to the response.
+        response_mask: (N, T) bool or number, nonzero if the token belongs to the response.
 
     Returns:
         (N,) fp32 (fp64 for fp64 input) of −1, 0 or 1; 0 for a fully masked row.
@@ -345,14 +350,16 @@ def response_signs(advantages: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def count_signs(signs: Tensor, valid: Tensor | None = None) -> SignCounts:
-    """Counts for p̂⁺ and p̂⁻: responses with A = 0 are in neither, rows that are not valid in none of the three.
+    """Count responses by the sign of their advantage, for p̂⁺ and p̂⁻.
+
+    Responses with A = 0 count as neither positive nor negative. Rows that are not valid are not counted.
 
     Args:
-        signs: (N,) of −1, 0 or 1 (:func:`response_signs`); any advantages of shape (N,) will do.
-        valid: (N,) bool; all, if None.
+        signs: (N,) of −1, 0 or 1 (:func:`response_signs`), or any advantages of shape (N,).
+        valid: (N,) bool; if None, all rows are valid.
 
     Returns:
-        :class:`SignCounts`. Counts add up over parts of a batch (ranks); α must be taken from their sum.
+        :class:`SignCounts`. Counts of parts of a batch (ranks) can be summed; α must be computed from the sum.
     """
     if valid is None:
         valid = torch.ones_like(signs, dtype=torch.bool)
@@ -362,11 +369,11 @@ def count_signs(signs: Tensor, valid: Tensor | None = None) -> SignCounts:
 def adaptive_alpha(counts: SignCounts, alpha_min: float) -> Tensor:
     """α = clip(p̂⁺ / p̂⁻, α_min, 1), A-HPO's weight of negative advantages.
 
-    The number of responses cancels out of the ratio. Its limits are our choice: p̂⁻ = 0 gives 1 (nothing to damp),
-    p̂⁺ = 0 with p̂⁻ > 0 gives α_min.
+    The number of responses cancels out of the ratio. The limits are a choice of this package: p̂⁻ = 0 gives 1 (there is
+    nothing to damp), p̂⁺ = 0 with p̂⁻ > 0 gives α_min.
 
     Args:
-        counts: of the *whole* rollout batch of the step, over all ranks; never of a micro-batch.
+        counts: the counts of the *whole* rollout batch of the step, over all ranks, not of a micro-batch.
         alpha_min: α_min in [0, 1].
 
     Returns:
@@ -377,7 +384,7 @@ def adaptive_alpha(counts: SignCounts, alpha_min: float) -> Tensor:
 
 
 def hysteretic_weights(signs: Tensor, alpha: Tensor | float) -> Tensor:
-    """w_i = 1 where A_i ≥ 0, α where A_i < 0.
+    """w_i = 1 if A_i ≥ 0, α if A_i < 0.
 
     Args:
         signs: (N,) of −1, 0 or 1.
@@ -400,14 +407,14 @@ def clipped_surrogate(
 ) -> ClippedSurrogate:
     """−min(r A, clip(r, 1−ε_lo, 1+ε_hi) A) for each token, with the dual clip on negative advantages.
 
-    The same function of its inputs as verl's ``compute_policy_loss_vanilla`` before aggregation. It is positively
-    homogeneous in A: for w ≥ 0, weighting the loss by w equals replacing A by w A. That is why HPO can be applied
-    where advantages are estimated, with any loss of this kind.
+    It is the same function of its inputs as verl's ``compute_policy_loss_vanilla`` before aggregation. It is positively
+    homogeneous in A: for w ≥ 0, multiplying the loss by w is the same as replacing A by w A. Therefore α can be applied
+    to the advantages, with any loss that has this property.
 
     Args:
         log_prob: (N, T) log-probabilities under the current policy; differentiated.
-        old_log_prob: (N, T) log-probabilities under the policy that generated (or its recomputation).
-        advantages: (N, T), or anything that broadcasts to it.
+        old_log_prob: (N, T) log-probabilities under the policy that generated the responses, possibly recomputed.
+        advantages: (N, T), or a shape that broadcasts to it.
         clip_low: ε_lo.
         clip_high: ε_hi.
         clip_dual: c > 1; a token with A < 0 costs at most c |A| (arXiv 1912.09729). None: no dual clip.
@@ -441,7 +448,7 @@ def hpo_loss(
     clip_high: float = 0.2,
     clip_dual: float | None = 3.0,
 ) -> Tensor:
-    r"""−J of one whole batch on one device: the reference that every distributed path is tested against.
+    r"""−J of one whole batch on one device: the reference for the tests of all distributed implementations.
 
     :math:`N \bar L` is the number of tokens, so the mean-length normalization is a mean over all tokens of the batch
     (verl's ``loss_agg_mode=token-mean``).
@@ -449,7 +456,7 @@ def hpo_loss(
     Args:
         log_prob: (N, T) log-probabilities under the current policy; differentiated.
         old_log_prob: (N, T) log-probabilities under the old policy.
-        advantages: (N, T), *unweighted*.
+        advantages: (N, T), *without* α.
         response_mask: (N, T) bool or number.
         alpha: α of HPO, or A-HPO's from :func:`adaptive_alpha` on the whole batch.
         clip_low: ε_lo.

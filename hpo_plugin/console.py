@@ -1,4 +1,4 @@
-"""What commands print: progress bars, notes and errors."""
+"""Terminal output of the commands: progress bars, notes and errors."""
 
 from __future__ import annotations
 

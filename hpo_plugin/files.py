@@ -1,4 +1,4 @@
-"""Data sets on disk: a few files and a manifest, written so that an interruption leaves no half file behind.
+"""Data sets on disk: a few files and a manifest, each written atomically.
 
 The manifest is written last and removed first, so where it exists it describes the files next to it.
 """
@@ -19,12 +19,12 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Publication:
-    """What :func:`publish` did.
+    """Result of :func:`publish`.
 
     Attributes:
         directory: Where the files are.
         written: Names of the files that were written.
-        unchanged: Names of the files that were there already, with the same bytes.
+        unchanged: Names of the files that already existed with the same bytes.
     """
 
     directory: Path
@@ -47,7 +47,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part, also after a power cut.
+    """Write a file so that readers see the old content or the new, never a part, even after a power cut.
 
     Args:
         path: Where; its directory exists.
@@ -72,7 +72,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def check_output(directory: Path, parameters: Mapping[str, Any], *, force: bool = False) -> None:
-    """Refuse an unusable output directory before any work is done for it; create it if it does not exist.
+    """Check an output directory before the work for it starts; create it if it does not exist.
 
     Args:
         directory: Where data will be written.
@@ -92,24 +92,24 @@ def check_output(directory: Path, parameters: Mapping[str, Any], *, force: bool 
     try:
         existing = json.loads(manifest_path.read_bytes())["parameters"]
         differences = [
-            f"{key}: {existing.get(key)!r} there, {parameters.get(key)!r} asked for"
+            f"{key}: found {existing.get(key)!r}, requested {parameters.get(key)!r}"
             for key in sorted({*existing, *parameters})
             if existing.get(key) != parameters.get(key)
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileExistsError(
-            f"{manifest_path} is not a manifest of this program ({error}); choose another directory, or --force"
+            f"{manifest_path} is not a manifest of hpo-plugin ({error}); choose another directory, or pass --force"
         ) from error
     if differences:
         raise FileExistsError(
-            f"{directory} holds other data ({'; '.join(differences)}); choose another directory, or --force"
+            f"{directory} holds different data ({'; '.join(differences)}); choose another directory, or pass --force"
         )
 
 
 def publish(
     directory: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any], *, force: bool = False
 ) -> Publication:
-    """Write files and their manifest; leave alone what is already there with the same bytes.
+    """Write files and their manifest; keep existing files with the same bytes.
 
     Args:
         directory: Where; exists (see :func:`check_output`).
@@ -118,7 +118,7 @@ def publish(
         force: Replace files of the same names that differ, and remove others that the existing manifest names.
 
     Returns:
-        What was written and what was there.
+        The files that were written, and those that already existed.
 
     Raises:
         FileExistsError: If a file of the same name has other content and ``force`` is not set; nothing is written then.
@@ -135,7 +135,8 @@ def publish(
     in_the_way = [name for name in pending if (directory / name).exists()]
     if in_the_way and not force:
         raise FileExistsError(
-            f"{directory} holds other data: {', '.join(in_the_way)} would change; choose another directory, or --force"
+            f"{directory} holds different data: {', '.join(in_the_way)} would change; choose another directory, or "
+            "pass --force"
         )
     manifest_path = directory / MANIFEST_NAME
     if not pending and manifest_path.exists() and manifest_path.read_bytes() == manifest_bytes:

@@ -1,7 +1,8 @@
-r"""The token-sized parts of :mod:`hpo_plugin.algorithm` in one pass over memory; the definitions are there.
+r"""The per-token computations of :mod:`hpo_plugin.algorithm`, in one pass over memory.
 
-A policy loss is bound by memory, not by arithmetic: written with autograd, it writes and keeps a dozen tensors of the
-batch's size. Two things make one pass enough.
+:mod:`hpo_plugin.algorithm` has the definitions. A policy loss is limited by memory bandwidth, not by arithmetic: an
+implementation with autograd writes and keeps a dozen tensors of the batch's size. One pass is sufficient for two
+reasons.
 
 *The gradient is elementwise.* With :math:`x = \log\pi - \log\pi_{old}` and :math:`r = e^x`, response i's surrogate is
 
@@ -12,14 +13,16 @@ batch's size. Two things make one pass enough.
 
     \frac{\partial s_i}{\partial \log\pi_{it}} = u_{it}\; r A \; [S = r A] \; [|x| \le 20]
 
-(:math:`\min(cA, 0)` is the dual clip: it bounds negative advantages, and 0 never binds for the others). So the forward
-pass writes this one tensor, and the backward pass multiplies it by :math:`-k`, where the loss is :math:`-k \sum_i s_i`.
+The term :math:`\min(cA, 0)` is the dual clip: it bounds negative advantages and has no effect on the others. The
+forward pass writes this one tensor. The backward pass multiplies it by :math:`-k`, where the loss is
+:math:`-k \sum_i s_i`.
 
-*Everything else is a number a response.* The metrics need only sums over its tokens: plain tensor code on (N,) tensors.
+*All other results are one number per response.* The metrics need only sums over the tokens of a response, computed with
+plain tensor code on (N,) tensors.
 
-:math:`A` already contains the hysteretic weight: :func:`~hpo_plugin.algorithm.hysteretic_advantage` applies it.
+:math:`A` already contains the hysteretic weight, which :func:`~hpo_plugin.algorithm.hysteretic_advantage` applies.
 
-On a CPU the pass goes over blocks of rows that fit the cache, in buffers that are used again for each block.
+On a CPU, the pass processes blocks of rows that fit in the cache and reuses the same buffers for each block.
 """
 
 from __future__ import annotations
@@ -34,24 +37,25 @@ from hpo_plugin import algorithm
 
 __all__ = ["SurrogateSums", "responses_with_tokens", "rewards_of_responses", "spread_over_tokens", "surrogate_loss"]
 
-#: Elements: few enough that a block stays in the cache, and so many that threads, which wait for each other after every
-#: operation on a block, do so rarely: a core that is busy with something else then costs little.
+#: Elements of a block per thread. A block is small enough to stay in the cache. It is large enough that the threads,
+#: which synchronize after every operation on a block, synchronize rarely; a core that is busy with another process then
+#: costs little.
 BLOCK_PER_THREAD = 65536
 
-#: Elements: a batch within it is one block, so that the number of kernels does not grow with it.
+#: Elements of a block on an accelerator. A batch up to this size is one block, so the number of kernels is constant.
 BLOCK_ON_ACCELERATOR = 1 << 22
 
 
 class SurrogateSums(NamedTuple):
-    """What a loss is made of, for metrics: (N,) of one floating-point dtype, without gradients.
+    """Sums over the tokens of each response, for metrics: (N,) of one floating-point dtype, without gradients.
 
     Attributes:
         objective: s_i: the negative of :attr:`~hpo_plugin.algorithm.ClippedSurrogate.loss` times the token weights,
             summed over the response's tokens.
         sign: :func:`~hpo_plugin.algorithm.response_signs`.
         log_ratio: log r, clamped to ±20, summed over the response's tokens.
-        clipped: How many tokens the clip of the ratio decides.
-        dual_clipped: How many tokens the dual clip decides.
+        clipped: Number of tokens where the clip of the ratio decides the loss.
+        dual_clipped: Number of tokens where the dual clip decides the loss.
     """
 
     objective: Tensor
@@ -75,27 +79,26 @@ def surrogate_loss(
 ) -> tuple[Tensor, SurrogateSums]:
     """−k Σ_i Σ_t of :func:`~hpo_plugin.algorithm.clipped_surrogate`: HPO's loss, for k = 1 / tokens of the batch.
 
-    Differentiable in ``log_prob``, once. If another input requires a gradient, the loss is that of
-    :func:`plain_surrogate_loss`. Where a ratio lies exactly on the dual clip the gradient is that of the ratio;
-    autograd halves it there.
+    The loss is differentiable in ``log_prob``, once. If another input requires a gradient, the function calls
+    :func:`plain_surrogate_loss`. If a ratio is exactly at the dual clip, the gradient is that of the ratio; autograd
+    would halve it.
 
     Args:
         log_prob: (N, T) floating point, log-probabilities under the current policy; differentiated.
         old_log_prob: (N, T) floating point, log-probabilities under the old policy.
-        advantages: (N, T) or (N, 1) floating point, weighted.
-        response_mask: (N, T) bool or number; what stands where it is 0 is never used, not even a NaN.
+        advantages: (N, T) or (N, 1) floating point, with α applied.
+        response_mask: (N, T) bool or number; values at tokens where it is 0 have no effect, even if they are NaN.
         scale: k, a number or a 0-d tensor.
         clip_low: ε_lo, in [0, 1].
         clip_high: ε_hi ≥ 0.
-        clip_dual: c > 1, or None: no dual clip.
+        clip_dual: c > 1, or None for no dual clip.
         token_weights: (N, T) floating point, u (verl's ``rollout_is_weights``); 1 if None.
 
     Returns:
-        ``(loss, sums)``: 0-d, and :class:`SurrogateSums`; fp32 (fp64 if any input is); half precision is computed in
-        fp32.
+        ``(loss, sums)``: a 0-d loss, and :class:`SurrogateSums`; fp64 if any input is fp64, else fp32.
 
     Raises:
-        ValueError: if ``log_prob`` is not (N, T) or another input's shape does not fit it.
+        ValueError: if ``log_prob`` is not (N, T), or the shape of another input does not match it.
     """
     others = [advantages] if token_weights is None else [advantages, token_weights]
     shape, column = log_prob.shape, (*log_prob.shape[:1], 1)
@@ -105,8 +108,8 @@ def surrogate_loss(
         or any(x.shape not in (shape, column) for x in others)
     ):
         raise ValueError(
-            "log_prob, old_log_prob and response_mask must be (N, T), advantages and token_weights that or (N, 1): got "
-            f"{[tuple(x.shape) for x in (log_prob, old_log_prob, response_mask, *others)]}"
+            "log_prob, old_log_prob and response_mask must be (N, T); advantages and token_weights must be (N, T) or "
+            f"(N, 1): got {[tuple(x.shape) for x in (log_prob, old_log_prob, response_mask, *others)]}"
         )
     mask = response_mask.bool()
     settings = (scale, clip_low, clip_high, clip_dual)
@@ -136,7 +139,7 @@ def plain_surrogate_loss(
     clip_high: float,
     clip_dual: float | None,
 ) -> tuple[Tensor, SurrogateSums]:
-    """The definition of :func:`surrogate_loss`, with autograd: what it is tested against."""
+    """The definition of :func:`surrogate_loss`, with autograd; the tests compare the two."""
     surrogate = algorithm.clipped_surrogate(
         log_prob, old_log_prob, advantages, clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual
     )
@@ -156,7 +159,7 @@ def plain_surrogate_loss(
 
 
 class _SurrogateLoss(torch.autograd.Function):
-    """Gives :func:`_loss` its gradient: keeps ∂s/∂ log π, one (N, T) tensor."""
+    """:func:`_loss` with a gradient. Saves ∂s/∂ log π, one (N, T) tensor, for the backward pass."""
 
     @staticmethod
     def forward(
@@ -173,7 +176,7 @@ class _SurrogateLoss(torch.autograd.Function):
         ctx.save_for_backward(slope)
         ctx.scale, ctx.dtype = settings[0], log_prob.dtype
         ctx.mark_non_differentiable(*sums)
-        # The sums have no gradients: no zeros are made for them.
+        # The sums have no gradients, so torch need not allocate zeros for them.
         ctx.set_materialize_grads(False)
         return loss, *sums
 
@@ -221,7 +224,7 @@ def _one_pass(
     limit = algorithm.LOG_RATIO_LIMIT
     zero = torch.zeros((), dtype=dtype, device=device)
     buffers = torch.empty((3, height, width), dtype=dtype, device=device).unbind()
-    # Every block writes sums of its own, so that no order of addition has to be kept.
+    # Every block writes its own sums, so the order of the blocks does not matter.
     sums = torch.zeros((max(-(-t // width), 1), 5, n), dtype=dtype, device=device)
 
     inputs = (log_prob, old_log_prob, advantages, mask, token_weights, slope)
@@ -233,7 +236,7 @@ def _one_pass(
             new = new.to(dtype)
         objective, sign, log_ratio, clipped, dual_clipped = of_block.unbind()
 
-        # 0 outside of the mask makes all that follows 0 there.
+        # 0 outside the mask makes all following results 0 there.
         torch.where(inside, torch.sub(new, old, out=x), zero, out=x)
         torch.where(inside, advantage if advantage.dtype == dtype else advantage.to(dtype), zero, out=a)
         torch.sum(a, dim=1, out=sign)
@@ -254,7 +257,7 @@ def _one_pass(
         decided = torch.ne(surrogate, plain, out=spare)  # not [S = r A]: by either clip
         torch.sum(decided, dim=1, out=clipped)
         if gradient is not None:
-            # Products, not a selection: a NaN in the batch must reach the gradient.
+            # Products instead of torch.where: a NaN in the batch must reach the gradient.
             gradient.mul_(plain).addcmul_(gradient, decided, value=-1.0)
         if weight is not None:
             u = torch.where(inside, weight.to(dtype), zero, out=spare)
@@ -275,12 +278,12 @@ def _dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def _block_size(device: torch.device) -> int:
-    # Not more than 8 threads' worth: beyond it the buffers would be larger than most batches.
+    # At most 8 threads' share: with more, the buffers would be larger than most batches.
     return BLOCK_PER_THREAD * min(torch.get_num_threads(), 8) if device.type == "cpu" else BLOCK_ON_ACCELERATOR
 
 
 def _blocks(inputs: tuple[Tensor | None, ...], sums: Tensor, height: int, width: int) -> Iterator[tuple[Any, ...]]:
-    """Split (N, T) inputs into blocks of ``height`` rows and ``width`` columns, and (strips, 5, N) sums alike."""
+    """Split (N, T) inputs into blocks of ``height`` rows and ``width`` columns, with their parts of the sums."""
     log_prob = inputs[0]
     assert log_prob is not None
     if log_prob.shape[0] <= height and log_prob.shape[1] <= width:
@@ -295,13 +298,13 @@ def _blocks(inputs: tuple[Tensor | None, ...], sums: Tensor, height: int, width:
 
 
 def rewards_of_responses(token_level_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """A response's reward, and the scale of its rounding.
+    """The reward of each response, and the scale of its rounding.
 
     Args:
         token_level_rewards: (N, T) floating point.
 
     Returns:
-        Σ_t r_it and Σ_t |r_it|, both (N,); one and the same tensor where no token has a negative reward.
+        Σ_t r_it and Σ_t |r_it|, both (N,); the same tensor if no token has a negative reward.
     """
     rewards = token_level_rewards.sum(dim=-1)
     if token_level_rewards.numel() and token_level_rewards.amin() >= 0:
@@ -310,10 +313,10 @@ def rewards_of_responses(token_level_rewards: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def responses_with_tokens(response_mask: Tensor) -> Tensor:
-    """Which responses have a token at all, reading no more of the mask than it takes.
+    """Whether each response has a token.
 
-    Almost every response has its first token, so on a CPU only the others are read whole. On an accelerator the choice
-    would cost a synchronization, and the mask is read whole.
+    Almost every response has its first token, so on a CPU the function reads the whole mask only for the other
+    responses. On an accelerator this selection would need a synchronization, so the function reads the whole mask.
 
     Args:
         response_mask: (N, T) bool or number.
@@ -331,22 +334,22 @@ def responses_with_tokens(response_mask: Tensor) -> Tensor:
 
 
 def spread_over_tokens(values: Tensor, response_mask: Tensor, out: Tensor | None = None) -> Tensor:
-    """``values.unsqueeze(-1) * response_mask``, without a copy of an integer mask in floating point.
+    """``values.unsqueeze(-1) * response_mask``, without a floating-point copy of an integer mask.
 
     Args:
         values: (N,) floating point.
-        response_mask: (N, T) of 0 and 1, bool or any number; int64, as verl has it, takes one pass on a CPU.
-        out: (N, T) memory for the result on a CPU, dtype of ``values``; new memory, if None.
+        response_mask: (N, T) of 0 and 1, bool or any number; int64, verl's dtype, takes one pass on a CPU.
+        out: (N, T) memory for the result on a CPU, dtype of ``values``; the function allocates it if None.
 
     Returns:
         (N, T), dtype of ``values``.
     """
     column = values.unsqueeze(-1)
     if response_mask.device.type != "cpu":
-        return column * response_mask  # one kernel, which converts as it reads
+        return column * response_mask  # one kernel, which also converts the mask
     if out is None:
         out = torch.empty(response_mask.shape, dtype=values.dtype)
     if response_mask.dtype == torch.int64:
-        # 0 or the row's value: the mask is itself the index.
+        # The mask is the index into (0, value of the row).
         return torch.gather(torch.cat([torch.zeros_like(column), column], dim=1), 1, response_mask, out=out)
     return out.copy_(response_mask).mul_(column)

@@ -1,4 +1,4 @@
-"""The metrics of a step, from what the estimator counted (``docs/metrics.md``); each adapter adds its own prefix."""
+"""The metrics of a step, from the statistics of its batches (``docs/metrics.md``). Each adapter adds its own prefix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Observation", "observation_metrics", "observe", "step_metrics"]
 
 
 class Observation(NamedTuple):
-    """What A-HPO would count in one batch, whichever algorithm updates the model.
+    """What A-HPO would count in one batch of a run with any algorithm.
 
     Attributes:
         statistics: The statistics of the batch; ``alpha`` is A-HPO's.
@@ -30,12 +30,13 @@ def step_metrics(batches: Sequence[BatchStatistics]) -> dict[str, float]:
     """The metrics of one step.
 
     Args:
-        batches: One for each batch that α was computed of: one, but in verl's separate_async one for each local update.
+        batches: The statistics of each batch that α was computed from: one batch, or in verl's separate_async one for
+            each local update.
 
     Returns:
-        Shares and means over all batches together. ``alpha`` is the mean; with several batches, each α stands beside
-        it. No name contains a word (min, max, sum, total) by which verl's aggregators choose another reduction. Empty
-        without batches.
+        Shares and means over all batches. ``alpha`` is the mean; with several batches, ``alpha_update_<k>`` is the α of
+        each. No name contains a word (min, max, sum, total) that makes verl's aggregators use another reduction. Empty
+        if there are no batches.
     """
     if not batches:
         return {}
@@ -59,10 +60,10 @@ def step_metrics(batches: Sequence[BatchStatistics]) -> dict[str, float]:
 
 
 def observe(result: HystereticAdvantage, lengths: Tensor, alpha_min: float) -> Observation:
-    """Read the α of A-HPO, and the tokens of each sign, off a batch's advantages; nothing is changed.
+    """Compute the α of A-HPO, and the number of tokens of each sign, from the advantages of a batch.
 
     Args:
-        result: Of the whole rollout batch, with one advantage a response; whichever α it has.
+        result: The result for the whole rollout batch, with one advantage per response and any α.
         lengths: (N,) T_i in tokens.
         alpha_min: α_min of A-HPO.
     """
@@ -72,14 +73,14 @@ def observe(result: HystereticAdvantage, lengths: Tensor, alpha_min: float) -> O
 
 
 def observation_metrics(batches: Sequence[Observation]) -> dict[str, float]:
-    """The metrics of one step of a run that is observed.
+    """The metrics of one step of an observed run.
 
     Args:
-        batches: As for :func:`step_metrics`.
+        batches: The observations of each batch, see :func:`step_metrics`.
 
     Returns:
-        α and the shares of :func:`step_metrics` with ``hpo/observe/`` in place of ``hpo/``, and the mean length of the
-        positive and of the negative responses, where there are any. Empty without batches.
+        α and the shares of :func:`step_metrics`, with ``hpo/observe/`` instead of ``hpo/``, and the mean length of the
+        positive and of the negative responses, if there are any. Empty if there are no batches.
     """
     logged = step_metrics([batch.statistics for batch in batches])
     names = [name for name in logged if name.startswith(("hpo/alpha", "hpo/share_"))]

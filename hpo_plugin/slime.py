@@ -6,7 +6,7 @@
 slime calls the hook in one process with all samples of a rollout (``RolloutManager._post_process_rewards`` in
 ``slime/ray/rollout.py``), and ``--advantage-estimator grpo`` uses the number that it returns for a sample as the
 advantage of all tokens of the sample. So the hook returns w_i A_i. ``hpo_policy`` (``ahpo``) and its setting
-(``hpo_alpha`` or ``hpo_alpha_min``) stand in the YAML file of ``--custom-config-path``.
+(``hpo_alpha`` or ``hpo_alpha_min``) are keys of the YAML file of ``--custom-config-path``.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _REQUIRED = (
 
 
 def post_process_rewards(args: Namespace, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """Rewards of a rollout, and group-relative advantages with negative ones times α.
+    """Return the rewards of a rollout, and its group-relative advantages with negative ones multiplied by α.
 
-    Samples that slime removes from the loss (``remove_sample``, or a loss mask of zeros) are counted nowhere. The
+    Samples that slime removes from the loss (``remove_sample``, or a loss mask of zeros) are not counted. The
     metrics of the rollout are logged as one line.
 
     Args:
@@ -67,26 +67,26 @@ def post_process_rewards(args: Namespace, samples: Sequence[Any]) -> tuple[list[
     for name, needed, remedy in _REQUIRED:
         # Older versions of slime lack some of them.
         if (found := getattr(args, name, needed)) != needed:
-            raise ConfigError(f"{name}={found!r} is not HPO: {remedy}.")
+            raise ConfigError(f"{name}={found!r} does not give HPO's objective: {remedy}.")
     known = {f"hpo_{name}": name for name in settings()}
     if unknown := sorted(name for name in vars(args) if name.startswith("hpo_") and name not in {*known, "hpo_policy"}):
-        raise ConfigError(f"{unknown[0]} is not a setting of HPO; {', '.join(known)} and hpo_policy are.")
+        raise ConfigError(f"{unknown[0]} is not a setting of HPO; the settings are {', '.join(known)} and hpo_policy.")
     given = {name: getattr(args, key, None) for key, name in known.items()}
     variant, values = resolve(getattr(args, "hpo_policy", "ahpo"), given, prefix="hpo_")
     if args.n_samples_per_prompt < 2:
         raise ConfigError(
-            f"n_samples_per_prompt={args.n_samples_per_prompt}: every advantage would be 0, because it is relative to "
-            "a group. Set --n-samples-per-prompt 8, or another number above 1."
+            f"n_samples_per_prompt={args.n_samples_per_prompt}: every advantage would be 0, because advantages are "
+            "group-relative. Set --n-samples-per-prompt to 2 or more, for example 8."
         )
     rollouts = [sample.rollout_id for sample in samples if sample.rollout_id is not None]
     if len(set(rollouts)) != len(rollouts):
         raise ValueError(
-            "a rollout is split into several samples (equal rollout_id), which HPO would count as several responses; "
-            "hpo_plugin.slime supports one sample for each rollout."
+            "several samples have the same rollout_id, and HPO would count each as a response; hpo_plugin.slime "
+            "supports one sample per rollout."
         )
     if any(sample.group_index is None for sample in samples):
         raise ValueError(
-            "a sample has group_index=None, so the group of its advantage is unknown: set it in the rollout."
+            "a sample has group_index=None, so its group is unknown; set group_index in the rollout function."
         )
     rewards = [float(sample.get_reward_value(args)) for sample in samples]
     lengths = torch.tensor([_tokens(sample) for sample in samples])

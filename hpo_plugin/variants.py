@@ -1,8 +1,8 @@
-"""The algorithms by name: each is a rule that computes α from the batch's sign counts, and the settings of that rule.
+"""The table of variants. A variant is a rule that computes α from the batch's sign counts, with the rule's settings.
 
-A framework adapter reads everything it needs from this table: the names to register, the settings of its config with
-their bounds and defaults, the text to show. A new variant is one call of :func:`register_variant`
-(``docs/variants.md``). This module imports torch only.
+The framework adapters read from this table the names to register, the settings with their bounds and defaults, and the
+text to show. One call of :func:`register_variant` adds a variant (``docs/variants.md``). This module imports only
+torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class VariantSetting:
     """A number that a user may set.
 
     Attributes:
-        name: As a user writes it: a key below ``algorithm.hpo`` for verl, a field of ``HPOConfig`` for TRL,
+        name: The name in configs: a key of ``algorithm.hpo`` for verl, a field of ``HPOConfig`` for TRL,
             ``--hpo.NAME`` for OpenRLHF, ``hpo_NAME`` for slime.
-        default: Value where the config sets none.
+        default: Value if the config sets none.
         description: What the number is, for error messages.
         low: Smallest value.
         high: Largest value.
@@ -40,31 +40,34 @@ class VariantSetting:
     high: float = 1.0
 
     def checked(self, value: Any, key: str) -> float:
-        """The value as a number.
+        """Check a value and return it as a number.
 
         Args:
-            value: What the user gave.
-            key: What the user wrote in front of it, for the message.
+            value: The value that the user set.
+            key: The key that the user set, for the message.
 
         Raises:
-            ConfigError: It is not a number, or out of range.
+            ConfigError: The value is not a number, or out of range.
         """
-        # `not (low <= value)` refuses NaN, too.
+        # `not (low <= value)` also rejects NaN.
         if isinstance(value, bool) or not isinstance(value, Real) or not self.low <= float(value) <= self.high:
-            raise ConfigError(f"{key}={value!r} is not a number in [{self.low:g}, {self.high:g}] ({self.description}).")
+            raise ConfigError(
+                f"{key}={value!r} is not a number in [{self.low:g}, {self.high:g}] ({self.description}). Set a number "
+                f"in [{self.low:g}, {self.high:g}]."
+            )
         return float(value)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One algorithm: GRPO's advantages, negative ones weighted by α, over the batch's mean response length.
+    """One algorithm: GRPO's advantages with α on negative ones, and mean-length normalization.
 
     Attributes:
-        name: As in a config: ``ahpo``.
-        title: As in a text: ``A-HPO``.
-        formula: α, in one line: ``α = clip(p̂⁺ / p̂⁻, alpha_min, 1)``.
-        alpha: The rule: sign counts of the whole rollout batch, and the value of each setting, to α in [0, 1]. A
-            function of a module (it is looked up by its name in other processes), without state.
+        name: Name in configs: ``ahpo``.
+        title: Name in texts: ``A-HPO``.
+        formula: α in one line: ``α = clip(p̂⁺ / p̂⁻, alpha_min, 1)``.
+        alpha: The rule. It computes α in [0, 1] from the sign counts of the whole rollout batch and the value of each
+            setting. It must be a function of a module, because other processes look it up by name, and have no state.
         settings: Numbers that a user may set.
     """
 
@@ -91,12 +94,12 @@ def settings() -> dict[str, VariantSetting]:
 
 
 def resolve(policy: str, given: Mapping[str, Any], *, prefix: str = "") -> tuple[Variant, dict[str, float]]:
-    """The variant of a name, and the value of each setting, with defaults where the user gave none.
+    """Return the variant with a name, and the value of each setting.
 
     Args:
         policy: Name of a variant.
-        given: What the user gave for each setting; None, or absent: nothing.
-        prefix: What stands before the names where the user wrote them, for messages: ``--hpo.``
+        given: The values that the user set. A setting that is absent or None gets its default.
+        prefix: Prefix of the names in messages, as the user writes them: ``--hpo.``
 
     Returns:
         The variant, and a value for each setting of all variants.
@@ -106,7 +109,8 @@ def resolve(policy: str, given: Mapping[str, Any], *, prefix: str = "") -> tuple
             setting, its value, and what to do.
     """
     if policy not in VARIANTS:
-        raise ConfigError(f"{prefix}policy={policy!r} is none of {', '.join(map(repr, VARIANTS))}.")
+        names = ", ".join(map(repr, VARIANTS))
+        raise ConfigError(f"{prefix}policy={policy!r} is not a variant. Set {prefix}policy to one of {names}.")
     variant, values = VARIANTS[policy], {}
     for name, setting in settings().items():
         value = given.get(name)
@@ -117,30 +121,35 @@ def resolve(policy: str, given: Mapping[str, Any], *, prefix: str = "") -> tuple
             others = [other.name for other in VARIANTS.values() if setting in other.settings]
             raise ConfigError(
                 f"{prefix}{name}={value} has no effect with {prefix}policy={policy!r}: it is a setting of "
-                f"{prefix}policy={others[0]!r}. Remove it, or change the policy."
+                f"{prefix}policy={others[0]!r}. Remove it, or set {prefix}policy={others[0]!r}."
             )
         values[name] = setting.checked(value, f"{prefix}{name}")
     return variant, values
 
 
 def register_variant(variant: Variant) -> Variant:
-    """Make a variant available under its name, in every adapter.
+    """Make a variant available under its name in every adapter.
 
     Args:
-        variant: The entry. Variants may share a setting, if they define it alike.
+        variant: The variant. Variants may share a setting if their definitions of it are equal.
 
     Returns:
         The same variant.
 
     Raises:
-        ValueError: If the name is taken, or a setting has another definition already.
+        ValueError: If another variant has the name, or another variant defines a setting differently.
     """
     if VARIANTS.get(variant.name, variant) != variant:
-        raise ValueError(f"the variant {variant.name!r} is already registered: {VARIANTS[variant.name]}")
+        raise ValueError(
+            f"the variant {variant.name!r} is already registered: {VARIANTS[variant.name]}. Use another name."
+        )
     known = settings()
     for setting in variant.settings:
         if known.get(setting.name, setting) != setting:
-            raise ValueError(f"the setting {setting.name!r} of {variant.name!r} differs from {known[setting.name]}")
+            raise ValueError(
+                f"the setting {setting.name!r} of {variant.name!r} differs from {known[setting.name]}, which another "
+                "variant defines. Use the same definition, or another name."
+            )
     VARIANTS[variant.name] = variant
     for listener in _listeners:
         listener()
@@ -148,7 +157,7 @@ def register_variant(variant: Variant) -> Variant:
 
 
 def on_registration(listener: Callable[[], None]) -> None:
-    """Call ``listener`` after every later :func:`register_variant`: an adapter then registers what is new."""
+    """Call ``listener`` after every later :func:`register_variant`, so that an adapter can register the variant."""
     _listeners.append(listener)
 
 

@@ -267,7 +267,9 @@ def reading(project: Project, measured: Mapping[str, Measured]) -> str:
         f"Trees: {trees}.",
     ]
     for test in sorted({test for tree in measured.values() for test in tree.failed}):
-        where = ", ".join(f"{tree.failed[test]} on `{name}`" for name, tree in measured.items() if test in tree.failed)
+        where = " and ".join(
+            f"on `{name}` ({tree.failed[test]})" for name, tree in measured.items() if test in tree.failed
+        )
         reason = REASONS.get(test, "the reason is not known")
         lines.append(f"One of the project's own tests fails {where}: `{test}`; {reason}.")
     if any("skipped" in answer for tree in measured.values() for both in tree.gates.values() for answer in both):

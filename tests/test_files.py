@@ -105,7 +105,7 @@ def test_files_have_the_permissions_of_any_file(tmp_path: Path) -> None:
 def test_other_parameters_are_refused_before_any_work_naming_the_difference(tmp_path: Path) -> None:
     publish(tmp_path, FILES, MANIFEST)
     check_output(tmp_path, {"seed": 0})
-    with pytest.raises(FileExistsError, match="seed: 0 there, 1 asked for"):
+    with pytest.raises(FileExistsError, match="seed: found 0, requested 1"):
         check_output(tmp_path, {"seed": 1})
     check_output(tmp_path, {"seed": 1}, force=True)
 
@@ -113,7 +113,7 @@ def test_other_parameters_are_refused_before_any_work_naming_the_difference(tmp_
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"parameters": 3}'])
 def test_a_foreign_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(FileExistsError, match="not a manifest of this program"):
+    with pytest.raises(FileExistsError, match="not a manifest of hpo-plugin"):
         check_output(tmp_path, {"seed": 0})
 
 

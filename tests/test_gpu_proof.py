@@ -573,9 +573,9 @@ def test_the_acceptance_run_of_the_page_is_a_recipe_over_16_gpus():
         "checked {checked}: {report.summary}",
         "the trainer failed: {error.cause}",
         "Ray lost {lost}",
-        "waits for {lacks}",
+        "waiting for {lacks}",
         "Ray has lost {lost}",
-        "starts again, {self._failures} of {self.launch.retries}",
+        "restarting the trainer, {self._failures} of {self.launch.retries} retries",
         "finished: {steps} steps in {len(attempts)} attempts",
     ],
 )

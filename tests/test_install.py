@@ -203,7 +203,7 @@ def test_the_base_gives_data_explanations_and_scores(base_only: Path):
 def test_a_command_says_which_packages_it_lacks_and_how_to_install_them(base_only: Path, arguments, lacks, extra):
     done = run(base_only, "-m", "hpo_plugin.cli", *arguments)
     assert done.returncode == 1
-    assert f"lacks {lacks}" in done.stderr
+    assert f"not installed: {lacks}" in done.stderr
     assert f"pip install 'hpo-plugin[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert (

@@ -108,7 +108,10 @@ def test_the_metrics_are_logged(caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"advantage_estimator": "gspo"}, "advantage_estimator='gspo' is not HPO: set --advantage-estimator grpo"),
+        (
+            {"advantage_estimator": "gspo"},
+            "advantage_estimator='gspo' does not give HPO's objective: set --advantage-estimator grpo",
+        ),
         ({"calculate_per_token_loss": False}, "add --calculate-per-token-loss"),
         ({"rewards_normalization": False}, "remove --disable-rewards-normalization"),
         ({"normalize_advantages": True}, "remove --normalize-advantages"),
@@ -118,8 +121,11 @@ def test_the_metrics_are_logged(caplog):
         ({"loss_type": "custom_loss"}, "set --loss-type policy_loss"),
         ({"use_opd": True}, "remove --use-opd"),
         ({"n_samples_per_prompt": 1}, "every advantage would be 0"),
-        ({"hpo_min_alpha": 0.5}, "hpo_min_alpha is not a setting of HPO; hpo_alpha, hpo_alpha_min and hpo_policy are"),
-        ({"hpo_policy": "ppo"}, "hpo_policy='ppo' is none of 'hpo', 'ahpo'"),
+        (
+            {"hpo_min_alpha": 0.5},
+            "hpo_min_alpha is not a setting of HPO; the settings are hpo_alpha, hpo_alpha_min and hpo_policy",
+        ),
+        ({"hpo_policy": "ppo"}, "hpo_policy='ppo' is not a variant. Set hpo_policy to one of 'hpo', 'ahpo'"),
         ({"hpo_alpha_min": 1.5}, r"hpo_alpha_min=1.5 is not a number in \[0, 1\]"),
         ({"hpo_alpha": 0.5}, "hpo_alpha=0.5 has no effect with hpo_policy='ahpo'"),
     ],
@@ -132,7 +138,7 @@ def test_what_would_not_be_hpo_is_refused(changes, message):
 def test_samples_that_cannot_be_counted_are_refused():
     split = samples()
     split[0].rollout_id = split[1].rollout_id = 5
-    with pytest.raises(ValueError, match="split into several samples"):
+    with pytest.raises(ValueError, match="several samples have the same rollout_id"):
         slime.post_process_rewards(arguments(), split)
     with pytest.raises(ValueError, match="group_index=None"):
         slime.post_process_rewards(arguments(), samples(group_index=None))

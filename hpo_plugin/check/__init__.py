@@ -1,1 +1,1 @@
-"""What ``hpo-plugin check`` looks at, in this process and on every node of a Ray cluster."""
+"""The checks of ``hpo-plugin check``, in this process and on every node of a Ray cluster."""

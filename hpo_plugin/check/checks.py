@@ -1,4 +1,4 @@
-"""What ``hpo-plugin check`` looks at. Each function returns findings and raises nothing that a user can cause."""
+"""The checks of ``hpo-plugin check``. The functions return findings; errors of the user raise no exception."""
 
 from __future__ import annotations
 
@@ -43,38 +43,36 @@ def run_checks(
     shared: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
-    """Run every check.
+    """Run all checks.
 
     Args:
-        config_name: The config that ``python -m verl.trainer.main_ppo --config-name`` would be given; None checks the
-            installation only.
+        config_name: Name of the trainer config, as for ``python -m verl.trainer.main_ppo --config-name``. None checks
+            only the installation.
         overrides: Hydra overrides.
-        config_dir: A further directory of configs.
-        timeout: Seconds a node has to answer.
-        local: Leave Ray alone.
-        shared: A file in a directory that all nodes have to share, and to be able to write.
-        progress: Told what is being done.
+        config_dir: An additional directory of configs.
+        timeout: Time limit for the answer of a node, in seconds.
+        local: Whether to check only this process, without Ray.
+        shared: A file in a directory that all nodes must share and be able to write to.
+        progress: Called with a description of the current check.
 
     Returns:
-        The report; its ``ok`` is the verdict.
+        The report. Its ``ok`` is True if all checks passed.
     """
     begin = time.monotonic()
     report = CheckReport()
     tell = progress or (lambda _: None)
 
     config: DictConfig | None = None
-    composing = Finding("config", "none given: the installation only", remedy="")
+    composing = Finding("config", "no config given; only the installation is checked", remedy="")
     if config_name is None and overrides:
-        composing = Finding(
-            "config", f"{len(overrides)} overrides, but no config", False, "name it: --config-name NAME"
-        )
+        composing = Finding("config", f"{len(overrides)} overrides, but no config", False, "add --config-name NAME")
     elif config_name is not None:
         tell(f"composing {config_name}")
         config, composing = compose(config_name, overrides, config_dir)
         if config is None and config_dir is None:
-            composing = replace(composing, remedy=f"{composing.remedy}; --config-dir adds a directory")
+            composing = replace(composing, remedy=f"{composing.remedy}; --config-dir adds a directory of configs")
 
-    # The nodes import verl (seconds) while this process does.
+    # The nodes import verl, which takes seconds, at the same time as this process.
     tell("starting or joining Ray")
     with nullcontext(None) if local else Cluster.join(config) as cluster:
         if cluster is not None:
@@ -100,12 +98,12 @@ def run_checks(
 
 @contextmanager
 def quiet(log: Path, console: Console | None = None, status: str = "") -> Iterator[None]:
-    """Run checks for a caller that shows the report alone, and restore its signal handlers at the end.
+    """Run checks without their output, and restore the signal handlers of the caller at the end.
 
     Args:
-        log: Receives everything that is printed on standard output and standard error, from C++ too.
-        console: Where to show ``status`` meanwhile, if it is a terminal.
-        status: What is being done.
+        log: File for everything that is printed to standard output and standard error, including output of C++.
+        console: The console on which to show ``status`` during the checks, if it is a terminal.
+        status: Description of the checks.
     """
     with ExitStack() as stack:
         if console is not None and console.is_terminal:
@@ -134,7 +132,7 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 
 def required_versions(name: str) -> SpecifierSet:
-    """The versions of a distribution that verl and this package ask for in their metadata; empty if any will do."""
+    """The versions of a distribution that the metadata of verl and this package require; empty for any version."""
     asked = SpecifierSet()
     for owner in ("hpo-plugin", "verl"):
         try:
@@ -142,7 +140,7 @@ def required_versions(name: str) -> SpecifierSet:
         except metadata.PackageNotFoundError:
             continue
         for requirement in map(Requirement, lines):
-            # verl names what its V1 trainer needs in an extra of its own.
+            # verl lists the requirements of its V1 trainer in an extra.
             extras = ("", "verl-core", "verl")
             wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in extras)
             if requirement.name.lower() == name.lower() and wanted:
@@ -162,9 +160,9 @@ def check_versions() -> list[Finding]:
     findings.append(
         Finding(
             "python",
-            found if ok else f"{found}, needs {pythons}",
+            found if ok else f"{found}, but hpo-plugin requires {pythons}",
             ok,
-            "" if ok else "use a supported Python",
+            "" if ok else f"use Python {pythons}",
         )
     )
     for name in CHECKED_PACKAGES:
@@ -176,41 +174,41 @@ def check_versions() -> list[Finding]:
         except metadata.PackageNotFoundError:
             findings.append(Finding(name, "not installed", False, f"pip install '{name}{asked}'"))
             continue
-        # Which verl will do is found by trying it (check_self_test), not by its number.
+        # check_self_test checks verl; its version number is not sufficient.
         if asked.contains(version, prereleases=True) or name == "verl":
             findings.append(Finding(name, version))
         else:
-            findings.append(Finding(name, f"{version}, needs {asked}", False, f"pip install '{name}{asked}'"))
+            findings.append(Finding(name, f"{version}, but {asked} is required", False, f"pip install '{name}{asked}'"))
     return findings
 
 
 def check_registration(here: dict[str, Any]) -> list[Finding]:
-    """What :func:`probe` found in this process."""
+    """The findings of :func:`probe` in this process."""
     if not here["problems"]:
-        registered = "hpo and ahpo are registered: advantage estimators, policy losses"
+        registered = "hpo and ahpo are registered as advantage estimators and policy losses"
         return [Finding("this process", here["built_in"] or registered)]
     return [Finding("this process", what, False, remedy) for what, remedy in here["problems"]]
 
 
 def check_self_test() -> Finding:
-    """Whether this package works with this verl, found by trying it; where it was tested with it, too."""
+    """The result of the self-test, which runs with every version of verl."""
     from verl import __version__
 
     from hpo_plugin.verl.self_test import TESTED_VERL, self_test
 
     if problem := self_test():
         return Finding("self-test", problem, False, f"install verl {' or '.join(TESTED_VERL)}")
-    tested = "" if __version__ in TESTED_VERL else f"; this package was tested with {', '.join(TESTED_VERL)}"
-    return Finding("self-test", f"advantages and gradient are right with verl {__version__}{tested}")
+    tested = "" if __version__ in TESTED_VERL else f"; this package was tested with verl {', '.join(TESTED_VERL)}"
+    return Finding("self-test", f"advantages and gradient are correct with verl {__version__}{tested}")
 
 
 # --- the config ----------------------------------------------------------------------------------------------------
 
 
 def check_config(config: DictConfig) -> list[Finding]:
-    """Algorithm, verl's own validation, model, data and reward of a composed config."""
+    """Check the algorithm, verl's own validation, the model, the data and the reward of a composed config."""
     findings = [*check_algorithm(config), *check_recipe(config)]
-    # verl's validation resolves algorithm and recipe too: the same complaint twice helps nobody.
+    # verl's validation checks the algorithm and the recipe again and would repeat the same error.
     if all(finding.ok for finding in findings):
         findings.append(check_by_verl(config))
     findings.append(check_model(config))
@@ -220,7 +218,7 @@ def check_config(config: DictConfig) -> list[Finding]:
 
 
 def check_algorithm(config: DictConfig) -> list[Finding]:
-    """The algorithm that the config selects and which batch its α is of, or how it contradicts itself."""
+    """Check the algorithm that the config selects, and name the batch that α is computed from."""
     config = config.copy()
     try:
         from hpo_plugin.verl.registration import RegistrationError
@@ -231,10 +229,10 @@ def check_algorithm(config: DictConfig) -> list[Finding]:
     except (ConfigError, RegistrationError) as error:
         return [Finding("algorithm", "contradictory config", False, str(error))]
     except ImportError as error:
-        return [Finding("algorithm", f"cannot be checked: {error}", False, "correct the cause named here")]
+        return [Finding("algorithm", f"cannot be checked: {error}", False, "correct the cause of this error")]
     observation = [Finding("observe", observed)] if observed else []
     if selection is None:
-        provided = f"{config.algorithm.adv_estimator}, which verl provides and checks itself"
+        provided = f"{config.algorithm.adv_estimator}, which verl itself provides and checks"
         return [Finding("algorithm", provided), *observation]
     low, high, both = (
         OmegaConf.select(config, f"actor_rollout_ref.actor.{key}")
@@ -256,7 +254,7 @@ def check_algorithm(config: DictConfig) -> list[Finding]:
 
 
 def check_recipe(config: DictConfig) -> list[Finding]:
-    """How a config composed from ``hpo_recipe`` is sharded over GPUs, with the memory it takes; nothing for another."""
+    """The layout over GPUs and the memory of a config composed from ``hpo_recipe``; empty for other configs."""
     if OmegaConf.select(config, KEY_RECIPE) is None:
         return []
     try:
@@ -266,10 +264,10 @@ def check_recipe(config: DictConfig) -> list[Finding]:
     recipe = config[KEY_RECIPE]
     named = f"{recipe.task}, {recipe.model}, {recipe.engine}"
     if layout is None:
-        return [Finding("recipe", f"{named}: the sizes of this engine are not checked")]
+        return [Finding("recipe", f"{named}; the parallel sizes of this engine are not checked")]
     sharded = (
-        f"{named} on {layout.gpus} GPUs: {layout.ranks} data-parallel ranks with {layout.rows_of_rank} rows of a "
-        "mini-batch"
+        f"{named} on {layout.gpus} GPUs: {layout.ranks} data-parallel ranks, {layout.rows_of_rank} rows of a "
+        "mini-batch per rank"
     )
     if recipe.engine not in MEMORY_ENGINES or layout.strategy != recipe.engine:
         return [Finding("recipe", f"{sharded}; the memory of this engine is not estimated")]
@@ -277,14 +275,14 @@ def check_recipe(config: DictConfig) -> list[Finding]:
     return [
         Finding(
             "recipe",
-            f"{sharded}; estimated GiB of a GPU: {sizes.update_peak / GIB:.0f} to update, "
-            f"{sizes.rollout_peak / GIB:.0f} to generate",
+            f"{sharded}; estimated peak memory per GPU: {sizes.update_peak / GIB:.0f} GiB during the update, "
+            f"{sizes.rollout_peak / GIB:.0f} GiB during the rollout",
         )
     ]
 
 
 def check_by_verl(config: DictConfig) -> Finding:
-    """What ``main_ppo`` does with the config before it starts anything, on a copy."""
+    """Run the validation that ``main_ppo`` runs before it starts anything, on a copy of the config."""
     config = config.copy()
     try:
         from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -296,13 +294,13 @@ def check_by_verl(config: DictConfig) -> Finding:
             config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
         )
     except Exception as error:
-        # verl asserts, raises ValueError, and OmegaConf wraps whatever a resolver raises; all of them stop the run.
-        return Finding("verl's checks", "verl refuses this config", False, " ".join(str(error).split()))
+        # verl asserts or raises ValueError, and OmegaConf wraps exceptions of resolvers. All of them stop the run.
+        return Finding("verl's checks", "verl rejects this config", False, " ".join(str(error).split()))
     return Finding("verl's checks", "passed")
 
 
 def check_model(config: DictConfig) -> Finding:
-    """That a local model is there; one on the hub is not asked for."""
+    """Check that a local model exists. A model on the hub is not checked."""
     key = "actor_rollout_ref.model.path"
     path = OmegaConf.select(config, key)
     if path is None:
@@ -312,9 +310,9 @@ def check_model(config: DictConfig) -> Finding:
         return Finding("model", str(path))
     if local.is_absolute() or str(path).startswith((".", "~")) or local.exists() or str(path).count("/") != 1:
         if "://" in str(path):
-            return Finding("model", f"{path} (remote, not looked at)")
-        return Finding("model", f"{path} holds no config.json", False, f"correct {key}")
-    return Finding("model", f"{path} (on the hub, not looked at)")
+            return Finding("model", f"{path} (remote, not checked)")
+        return Finding("model", f"{path} has no config.json", False, f"set {key} to the directory of a model")
+    return Finding("model", f"{path} (on the hub, not checked)")
 
 
 def _files(value: Any) -> list[str]:
@@ -324,9 +322,9 @@ def _files(value: Any) -> list[str]:
 
 
 def local_files(config: DictConfig) -> list[tuple[str, str]]:
-    """The files and directories that verl's processes read on whichever node they run: (config key, path) pairs.
+    """The files and directories that verl's processes read on any node: (config key, path) pairs.
 
-    What is not on this machine, a model of the hub for instance, is left out.
+    Paths that do not exist on this machine are left out, for example a model on the hub.
     """
     keys = (
         "actor_rollout_ref.model.path",
@@ -339,7 +337,7 @@ def local_files(config: DictConfig) -> list[tuple[str, str]]:
 
 
 def check_data(config: DictConfig) -> list[Finding]:
-    """That data files exist, can be read, and hold a batch."""
+    """Check that the data files exist, can be read, and contain at least one batch."""
     findings = []
     for kind in ("train", "val"):
         key = f"data.{kind}_files"
@@ -364,7 +362,7 @@ def check_data(config: DictConfig) -> list[Finding]:
                     label,
                     f"{rows} rows, fewer than one batch (data.train_batch_size={batch})",
                     False,
-                    "verl drops the last incomplete batch: give more rows, or a smaller data.train_batch_size",
+                    "verl drops the last incomplete batch: add rows, or set a smaller data.train_batch_size",
                 )
             )
             continue
@@ -373,13 +371,13 @@ def check_data(config: DictConfig) -> list[Finding]:
             remedy = "`hpo-plugin prepare` and hpo_plugin.tasks.task.write_rows write all columns"
             findings.append(Finding(label, missing, False, remedy))
             continue
-        shown = f"{rows:,} rows" if not remote else "remote, not looked at"
-        findings.append(Finding(label, f"{shown} in {', '.join(files)}"))
+        names = ", ".join(files)
+        findings.append(Finding(label, f"{names} (remote, not checked)" if remote else f"{rows:,} rows in {names}"))
     return findings
 
 
 def _count_rows(files: Iterable[str]) -> tuple[int, bool]:
-    """Rows in all files, and whether any could not be looked at from here; OSError says what is wrong."""
+    """The number of rows in all files, and whether a file is remote. OSError if a file cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -402,13 +400,13 @@ def _count_rows(files: Iterable[str]) -> tuple[int, bool]:
 
 
 def _missing_column(config: DictConfig, files: Iterable[str]) -> str:
-    """Say which column of :data:`ROW_COLUMNS` verl's own data set or reward managers do not find; empty if none."""
+    """The first column of :data:`ROW_COLUMNS` that the data set or reward managers of verl need and do not find."""
     import pyarrow.parquet as pq
 
     if OmegaConf.select(config, "data.custom_cls.path"):
         return ""
     keys = {"prompt": "data.prompt_key", "data_source": "data.reward_fn_key"}
-    # verl does without the last one; a reward manager of the user's own may do without more.
+    # verl does not need the last column; a custom reward manager may not need others.
     optional = {"extra_info"}
     if OmegaConf.select(config, "reward.reward_manager.source", default="register") != "register":
         optional |= {"data_source", "reward_model"}
@@ -421,7 +419,7 @@ def _missing_column(config: DictConfig, files: Iterable[str]) -> str:
             key = keys.get(column)
             wanted = OmegaConf.select(config, key, default=column) if key else column
             if wanted not in there and column not in optional:
-                return f"{name} has no column {wanted}{f' ({key})' if key else ''}; it has {', '.join(there)}"
+                return f"{name} has no column {wanted}{f' ({key})' if key else ''}; its columns are {', '.join(there)}"
     return ""
 
 
@@ -436,7 +434,7 @@ def _first_row(config: DictConfig) -> dict[str, Any] | None:
                 try:
                     batch = next(pq.ParquetFile(path).iter_batches(batch_size=1), None)
                 except (pa.ArrowException, OSError):
-                    # check_data says what is wrong with it.
+                    # check_data reports this error.
                     continue
                 if batch is not None and batch.num_rows:
                     row: dict[str, Any] = batch.to_pylist()[0]
@@ -445,7 +443,7 @@ def _first_row(config: DictConfig) -> dict[str, Any] | None:
 
 
 class _EmptyAnswer:
-    """A tokenizer to which every response is the empty text."""
+    """A tokenizer that decodes every response to the empty string."""
 
     eos_token = ""
 
@@ -454,40 +452,40 @@ class _EmptyAnswer:
 
 
 def check_reward(config: DictConfig) -> Finding:
-    """That verl's reward manager, with the configured function, scores an empty answer to the first row."""
+    """Check that verl's reward manager, with the configured function, scores an empty response to the first row."""
     import asyncio
 
     key = "reward.custom_reward_function"
     reward_model = OmegaConf.select(config, "reward.reward_model.enable")
     if reward_model and not OmegaConf.select(config, f"{key}.path"):
-        return Finding("reward", "a reward model scores (not looked at)")
+        return Finding("reward", "reward model (not checked)")
     path, name = (OmegaConf.select(config, f"{key}.{part}") for part in ("path", "name"))
-    label = f"{path}:{name}" if path else "verl's own, by data_source"
+    label = f"{path}:{name}" if path else "verl's reward function by data_source"
     remedy = f"correct {key}.path and {key}.name" if path else f"set {key}.path and {key}.name"
     try:
         from verl.trainer.ppo.reward import get_custom_reward_fn, load_reward_manager
 
         get_custom_reward_fn(config)
     except Exception as error:
-        # verl wraps what the module raised.
+        # verl wraps the exception of the module.
         cause = error.__cause__ or error
         return Finding("reward", f"{label} cannot be loaded: {type(cause).__name__}: {cause}", False, remedy)
     row = _first_row(config)
     if row is None:
-        return Finding("reward", f"{label} loads (no local row to try it on)")
+        return Finding("reward", f"{label} can be loaded; not called, because there is no local row")
     if reward_model:
-        return Finding("reward", f"{label} loads (it asks a reward model, and is not tried)")
+        return Finding("reward", f"{label} can be loaded; not called, because it uses a reward model")
     source = row.get(OmegaConf.select(config, "data.reward_fn_key", default="data_source"))
 
     async def scored() -> Any:
-        # The manager takes the running event loop when it is made.
+        # The constructor of the manager needs the running event loop.
         manager = load_reward_manager(config, _EmptyAnswer())
         return (await manager.run_single(_one_response(row)))["reward_score"]
 
     try:
         value = asyncio.run(scored())
     except Exception as error:
-        what = f"{label} raises {type(error).__name__} for an empty answer to {source!r}: {error}"
+        what = f"{label} raises {type(error).__name__} for an empty response to a row of {source!r}: {error}"
         return Finding("reward", what, False, remedy)
     if isinstance(value, tuple | list):
         value = value[0] if value else None
@@ -496,13 +494,13 @@ def check_reward(config: DictConfig) -> Finding:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        what = f"{label} gives {value!r}, which is not a finite number, for an empty answer to {source!r}"
+        what = f"{label} returns {value!r} for an empty response to a row of {source!r}, which is not a finite number"
         return Finding("reward", what, False, remedy)
-    return Finding("reward", f"{label} gives {number:g} for an empty answer to {source!r}")
+    return Finding("reward", f"{label} returns {number:g} for an empty response to a row of {source!r}")
 
 
 def _one_response(row: dict[str, Any]) -> Any:
-    """A row of data with a response of one token, as verl's agent loop hands it to a reward manager."""
+    """A row of data with a response of one token, as verl's agent loop passes it to a reward manager."""
     import numpy as np
     import torch
     from verl import DataProto

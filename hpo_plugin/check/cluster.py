@@ -1,4 +1,4 @@
-"""The Ray cluster a run would use: joined as verl joins it, and one question to each of its nodes."""
+"""Connects to the Ray cluster that a run would use, and checks each of its nodes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from hpo_plugin.check.report import Finding
 from hpo_plugin.check.signals import signal_handlers_kept
 from hpo_plugin.cpu.checks import CPUS_PER_RANK
 
-#: Seconds to reach the head of a cluster before giving up; Ray itself tries for a minute or more.
+#: Time limit for a connection to the head of a cluster, in seconds. Ray itself tries for a minute or more.
 CONNECT_TIMEOUT = 5.0
-#: TransferQueue's actor (transfer_queue/interface.py, ``init``): its name and namespace are fixed, and a trainer that
-#: finds one takes it for its own.
+#: TransferQueue's actor (transfer_queue/interface.py, ``init``). Its name and namespace are fixed. A trainer uses an
+#: existing actor of this name.
 QUEUE_ACTOR = {"name": "TransferQueueController", "namespace": "transfer_queue"}
-#: What Ray says when its raylet did not come up within 15 seconds, on a busy or freshly booted machine.
+#: Ray's message if its raylet did not start within 15 seconds, on a busy machine or shortly after booting.
 SLOW_START = "timed out during startup"
 
 
 class Cluster:
-    """A Ray cluster, or the reason why there is none."""
+    """A Ray cluster, or the reason why there is no connection."""
 
     def __init__(self, failure: Finding | None = None) -> None:
-        """Remember why there is no cluster, if there is none."""
+        """Create a cluster.
+
+        Args:
+            failure: Why there is no connection; None if there is one.
+        """
         self.failure = failure
         self._answers: dict[str, Any] = {}
         self._nodes: dict[str, dict[str, Any]] = {}
@@ -39,7 +43,7 @@ class Cluster:
     @classmethod
     @contextmanager
     def join(cls, config: DictConfig | None) -> Iterator[Cluster]:
-        """Connect as ``verl.trainer.main_ppo`` would: ``ray_kwargs.ray_init``, ``RAY_ADDRESS``, or a local cluster.
+        """Connect like ``verl.trainer.main_ppo``: ``ray_kwargs.ray_init``, ``RAY_ADDRESS``, or a new local cluster.
 
         Args:
             config: A whole verl config; None for Ray's own defaults.
@@ -60,12 +64,12 @@ class Cluster:
             refuse_unreachable(arguments.get("address") or os.environ.get("RAY_ADDRESS"))
             _init_ray(arguments)
         except Exception as error:
-            # ConnectionError, ValueError, RuntimeError: whichever it is, verl would meet it too.
+            # verl would fail with the same exception: ConnectionError, ValueError or RuntimeError.
             failure = Finding(
                 "ray",
                 f"cannot be reached or started: {_reason(error)}",
                 False,
-                "start it (`ray start --head`), or correct RAY_ADDRESS and ray_kwargs.ray_init of the config",
+                "start Ray (`ray start --head`), or correct RAY_ADDRESS and ray_kwargs.ray_init of the config",
             )
         try:
             yield cls(failure)
@@ -74,11 +78,11 @@ class Cluster:
                 ray.shutdown()
 
     def ask_every_node(self, files: Sequence[tuple[str, str]] = (), shared: Path | None = None) -> None:
-        """Start the probe on each node that is alive, in a fresh worker process.
+        """Start the probe on each living node, in a new worker process.
 
         Args:
             files: See :func:`hpo_plugin.check.probe.probe`.
-            shared: The same.
+            shared: See :func:`hpo_plugin.check.probe.probe`.
         """
         if self.failure is not None:
             return
@@ -86,10 +90,10 @@ class Cluster:
         from ray import cloudpickle
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # A node without this package, or with another version of it, must be able to say so.
+        # By value, because a node may not have this package, or may have another version of it.
         cloudpickle.register_pickle_by_value(probe)
         try:
-            # One call per worker process, so that it is fresh; no CPU asked for, so that a busy node answers.
+            # One call per worker process, so that the process is new. No CPU, so that a busy node answers.
             task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(probe.probe)
             self._begin = time.monotonic()
             for node in ray.nodes():
@@ -103,11 +107,11 @@ class Cluster:
             cloudpickle.unregister_pickle_by_value(probe)
 
     def check_nodes(self, here: dict[str, Any], timeout: float) -> list[Finding]:
-        """Wait for the answers and compare them with this process.
+        """Wait for the results of the nodes and compare them with this process.
 
         Args:
-            here: What :func:`hpo_plugin.check.probe.probe` found in this process.
-            timeout: Seconds each node has, from when it was asked.
+            here: The result of :func:`hpo_plugin.check.probe.probe` in this process.
+            timeout: Time limit for each node, in seconds from the start of its probe.
         """
         if self.failure is not None:
             return [self.failure]
@@ -123,19 +127,19 @@ class Cluster:
             except ray.exceptions.GetTimeoutError:
                 host = self._nodes[node_id]["NodeManagerHostname"]
                 found = f"{host}: no answer within {timeout:g} s"
-                findings.append(Finding(label, found, False, "look at the node, or give it longer: --timeout"))
+                findings.append(Finding(label, found, False, "check the node, or increase --timeout"))
             except ray.exceptions.RayError as error:
                 host = self._nodes[node_id]["NodeManagerHostname"]
                 found = f"{host}: {' '.join(str(error).split())[-400:]}"
-                findings.append(Finding(label, found, False, "look at the node's Ray logs"))
+                findings.append(Finding(label, found, False, "see the Ray logs of the node"))
             else:
                 findings += compare_node(label, here, there)
         if not findings:
-            findings.append(Finding("ray", "the cluster has no living node", False, "start it: `ray start --head`"))
+            findings.append(Finding("ray", "the cluster has no living node", False, "start Ray: `ray start --head`"))
         return findings
 
     def check_devices(self, config: DictConfig) -> list[Finding]:
-        """Compare the accelerators that the config asks for with what the cluster has."""
+        """Compare the accelerators that the config requests with those of the cluster."""
         if self.failure is not None:
             return []
         import ray
@@ -143,21 +147,25 @@ class Cluster:
         nodes, per_node = _asked(config)
         have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         counts = ", ".join(map(str, sorted((_accelerators(resources) for resources in have), reverse=True)))
-        found = f"{nodes} x {per_node} asked for; the cluster's nodes have {counts or 'none'}"
+        found = (
+            f"trainer.nnodes={nodes} x trainer.n_gpus_per_node={per_node} requested; the nodes of the cluster have "
+            f"{counts or 'none'}"
+        )
         if not _holds(have, nodes, per_node, cpus=0):
-            return [Finding("accelerators", found, False, "correct trainer.nnodes and trainer.n_gpus_per_node")]
+            remedy = "correct trainer.nnodes and trainer.n_gpus_per_node, or add nodes to the cluster"
+            return [Finding("accelerators", found, False, remedy)]
         if not _holds(have, nodes, per_node, cpus=CPUS_PER_RANK):
             cpus = ", ".join(str(int(resources.get("CPU", 0))) for resources in have)
-            found = f"{per_node * CPUS_PER_RANK} of each node's logical CPUs are needed; the nodes have {cpus}"
-            remedy = "give `ray start` a larger --num-cpus: verl waits forever for CPUs that are not there"
+            found = f"each node needs {per_node * CPUS_PER_RANK} logical CPUs; the nodes have {cpus}"
+            remedy = "start Ray with a larger `ray start --num-cpus`; with too few CPUs, verl waits forever"
             return [Finding("accelerators", found, False, remedy)]
         return [Finding("accelerators", found)]
 
     def lacks(self, config: DictConfig) -> str | None:
-        """What a run has to wait for: nodes, accelerators that are still in use, the end of another run.
+        """What a run has to wait for: nodes, free accelerators, or the end of another run.
 
         Returns:
-            It, in a line; None where a run can start.
+            A description in one line; None if a run can start.
         """
         import ray
 
@@ -165,12 +173,15 @@ class Cluster:
         have = [_accelerators(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         fit = sum(count // per_node for count in have) if per_node else nodes
         if fit < nodes:
-            return f"{nodes} nodes with {per_node} accelerators each; the cluster has {fit} of them"
+            return f"{nodes} nodes with {per_node} accelerators each; the cluster has {fit} of these"
         free = _accelerators(ray.available_resources())
         if free < nodes * per_node:
-            return f"{nodes * per_node} free accelerators; {free} of the cluster's {sum(have)} are"
+            return f"{nodes * per_node} free accelerators; {free} of the cluster's {sum(have)} are free"
         if QUEUE_ACTOR in ray.util.list_named_actors(all_namespaces=True):
-            return f"the end of another run of verl, whose {QUEUE_ACTOR['name']} is on the cluster: it would be shared"
+            return (
+                f"the end of another run of verl: its actor {QUEUE_ACTOR['name']} is on the cluster, and both runs "
+                "would use it"
+            )
         return None
 
     def living_nodes(self) -> set[str]:
@@ -180,7 +191,7 @@ class Cluster:
         return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def dead_nodes(self) -> dict[str, str]:
-        """Ids and addresses of the nodes that were part of the cluster and died."""
+        """Ids and addresses of the dead nodes of the cluster."""
         import ray
 
         return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}
@@ -196,7 +207,7 @@ def _accelerators(resources: Mapping[str, float]) -> int:
 
 
 def _holds(nodes: Iterable[Mapping[str, float]], asked: int, per_node: int, *, cpus: int) -> bool:
-    """Whether the nodes hold so many placement groups of so many ranks, each of which takes so many CPUs."""
+    """Whether the nodes have room for ``asked`` placement groups of ``per_node`` ranks with ``cpus`` CPUs each."""
     if not per_node:
         return True
     room = 0
@@ -207,14 +218,14 @@ def _holds(nodes: Iterable[Mapping[str, float]], asked: int, per_node: int, *, c
 
 
 def _reason(error: Exception) -> str:
-    """In one line; with the last line of the cause, where Ray has the end of a traceback (a refused token, say)."""
+    """The error in one line, with the last line of its cause if Ray attaches a traceback, as for a rejected token."""
     said = " ".join(str(error).split())
     cause = str(error.__cause__ or "").strip().splitlines()
     return f"{said}: {cause[-1].strip()[:300]}" if cause else said
 
 
 def _init_ray(arguments: dict[str, Any]) -> None:
-    """``ray.init``, once more where the machine was too slow to start a node: the installation is not at fault."""
+    """Call ``ray.init``, and once more if the machine was too slow to start a node."""
     import ray
 
     for last in (False, True):
@@ -230,13 +241,13 @@ def _init_ray(arguments: dict[str, Any]) -> None:
 
 
 def ray_arguments(config: DictConfig | None) -> dict[str, Any]:
-    """Arguments of ``ray.init``: the config's own, without what would write into the report."""
+    """Arguments of ``ray.init``: those of the config, with Ray's output disabled."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if config is None:
-        # Without a config, and without a cluster: the least that answers.
+        # Without a config and without a cluster: a minimal local cluster.
         local = not os.environ.get("RAY_ADDRESS") and not _has_current_cluster()
         return quiet | ({"num_cpus": 1, "include_dashboard": False} if local else {})
-    # As in main_ppo, verl's plugins come first: they register the resolvers that configs use.
+    # verl's plugins register the resolvers that configs use; main_ppo also imports verl first.
     import verl  # noqa: F401
 
     given = OmegaConf.select(config, "ray_kwargs.ray_init")
@@ -246,7 +257,7 @@ def ray_arguments(config: DictConfig | None) -> dict[str, Any]:
 
 
 def _has_current_cluster() -> bool:
-    # What ray.init() without an address looks at.
+    # The same look-up as in ray.init() without an address.
     from ray._private.services import canonicalize_bootstrap_address
 
     try:
@@ -256,13 +267,13 @@ def _has_current_cluster() -> bool:
 
 
 def refuse_unreachable(address: str | None) -> None:
-    """Try the head of a cluster for a few seconds.
+    """Raise if the head of a cluster does not answer within :data:`CONNECT_TIMEOUT`.
 
     Args:
-        address: ``host:port``, ``ray://host:port``, or ``auto``, ``local``, None, for which nothing is tried.
+        address: ``host:port`` or ``ray://host:port``. For ``auto``, ``local`` and None, the function does nothing.
 
     Raises:
-        ConnectionError: Nothing answers there.
+        ConnectionError: There is no answer at the address.
     """
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
@@ -270,16 +281,16 @@ def refuse_unreachable(address: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
     except OSError as error:
-        raise ConnectionError(f"nothing answers at {address}: {error}") from error
+        raise ConnectionError(f"no answer at {address}: {error}") from error
 
 
 def compare_node(label: str, here: dict[str, Any], there: dict[str, Any]) -> list[Finding]:
     """Findings about one node.
 
     Args:
-        label: What the findings are called.
-        here: What the probe found in this process.
-        there: What it found on the node.
+        label: Name of the findings.
+        here: The result of the probe in this process.
+        there: The result of the probe on the node.
     """
     findings = [Finding(label, f"{there['host']}: {what}", False, remedy) for what, remedy in there["problems"]]
     pairs = {"python": (there["python"], here["python"])} | {
@@ -287,10 +298,10 @@ def compare_node(label: str, here: dict[str, Any], there: dict[str, Any]) -> lis
     }
     for name, (found, expected) in pairs.items():
         if found != expected:
-            what = f"{there['host']}: {name} {found or 'is missing'}, here {expected or 'missing'}"
+            what = f"{there['host']}: {name} is {found or 'not installed'}, but {expected or 'not installed'} locally"
             findings.append(Finding(label, what, False, "install the same versions on every node"))
     if there["code"] != here["code"] and pairs["hpo-plugin"][0] == pairs["hpo-plugin"][1]:
-        what = f"{there['host']}: other code of the same version ({there['code']}, here {here['code']})"
+        what = f"{there['host']}: the code differs from the local code ({there['code']}, locally {here['code']})"
         findings.append(Finding(label, what, False, "install the same source on every node"))
     if not findings:
         findings.append(Finding(label, f"{there['host']}: registered, same versions ({there['seconds']:.0f} s)"))

@@ -1,4 +1,4 @@
-"""Composing a config as verl's trainer does, in this process."""
+"""Composes a config like verl's trainer, in this process."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hpo_plugin.configs import config_names, explain_renamed_groups
 def compose(
     config_name: str, overrides: Sequence[str], config_dir: Path | None = None
 ) -> tuple[DictConfig | None, Finding]:
-    """Compose a config as ``verl.trainer.main_ppo`` does: verl's own directory, then the search-path plugins.
+    """Compose a config like ``verl.trainer.main_ppo``: from verl's directory and the search-path plugins.
 
     Args:
         config_name: Name of the config, without directory and suffix.
         overrides: Hydra overrides.
-        config_dir: A further directory to search.
+        config_dir: An additional directory to search.
 
     Returns:
-        The config, or None; and a finding: what was composed, or why not.
+        The config, or None on failure; and a finding that states what was composed, or the error.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -39,7 +39,8 @@ def compose(
         found = f"hpo_plugin has renamed its config groups: {instead}"
         return None, Finding("config", found, False, "use the new names")
     if config_dir is not None and not config_dir.is_dir():
-        return None, Finding("config", f"--config-dir={config_dir} is not a directory", False, "correct the path")
+        found = f"--config-dir={config_dir} is not a directory"
+        return None, Finding("config", found, False, "set --config-dir to an existing directory")
     directory = Path(verl.submodule_search_locations[0]) / "trainer" / "config"
     try:
         with _searched_too(config_dir), initialize_config_dir(str(directory), version_base=None):
@@ -57,7 +58,7 @@ def compose(
 
 @contextmanager
 def _searched_too(config_dir: Path | None) -> Iterator[None]:
-    """What Hydra's ``--config-dir`` does. Hydra does not look for a primary config in ``hydra.searchpath``."""
+    """The same as Hydra's ``--config-dir``. Hydra does not look for a primary config in ``hydra.searchpath``."""
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -76,5 +77,5 @@ def _searched_too(config_dir: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        # Hydra has no way to take a plugin back.
+        # Hydra cannot unregister a plugin.
         directories.clear()

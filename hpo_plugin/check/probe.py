@@ -1,6 +1,7 @@
-"""What is installed and registered in a process. Shipped by value to Ray workers, so it imports this package lazily.
+"""Probes what is installed and registered in a process.
 
-A node may lack the package, or have another version of it: that is what the probe is there to find out.
+Ray workers get this module by value, because a node may not have this package, or may have another version of it.
+Therefore the functions import the package when they run.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ CHECKED_PACKAGES = ("hpo-plugin", "verl", "torch", "ray", "tensordict", "transfo
 
 
 def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> dict[str, Any]:
-    """Look at this process.
+    """Probe this process.
 
     Args:
-        files: Config keys and their local files or directories, each of which has to be there.
-        shared: A file in a directory that all nodes have to share, and to be able to write.
+        files: Config keys and their local files or directories, all of which must exist.
+        shared: A file in a directory that all nodes must share and be able to write to.
 
     Returns:
-        ``host`` and ``python`` (str), ``versions`` (distribution -> version, None where it is not installed), ``code``
-        (a short hash of the mathematics and the adapter: two copies of one version may differ), ``seconds`` (float),
-        ``problems``: (what is wrong, what to do) pairs, empty if HPO and A-HPO can be used here, and ``built_in``:
-        what verl itself provides of them, in one line, or None.
+        A dictionary with these keys:
+
+        - ``host`` and ``python`` (str);
+        - ``versions``: distribution -> version, or None if it is not installed;
+        - ``code``: a short hash of the mathematics and the adapter, because two copies of one version may differ;
+        - ``seconds`` (float);
+        - ``problems``: (problem, remedy) pairs, empty if HPO and A-HPO can be used in this process;
+        - ``built_in``: the parts of HPO that verl itself provides, in one line, or None.
     """
     import platform
     import socket
@@ -47,22 +52,22 @@ def _file_problems(files: Sequence[tuple[str, str]], shared: str | None) -> list
     import tempfile
 
     problems = [
-        (f"{key}={path} is not there", "put it where every node finds it, under the same absolute path")
+        (f"{key}={path} does not exist on this node", "use an absolute path that exists on every node")
         for key, path in files
         if not os.path.exists(os.path.expanduser(path))
     ]
     if shared is None:
         return problems
     directory = os.path.dirname(shared)
-    # trainer.default_local_dir lies in it: every rank writes its part of a checkpoint, and all of them read it again.
-    remedy = "take a --run-dir on a file system that all nodes share and can write to"
+    # It contains trainer.default_local_dir: every rank writes its part of a checkpoint, and all ranks read it.
+    remedy = "set --run-dir to a directory on a file system that all nodes share and can write to"
     if not os.path.exists(shared):
-        return [*problems, (f"the run directory {directory} is another one here, or not there", remedy)]
+        return [*problems, (f"the run directory {directory} is not shared with this node, or does not exist", remedy)]
     try:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        problems.append((f"the run directory {directory} cannot be written to: {_one_line(error)}", remedy))
+        problems.append((f"the run directory {directory} is not writable: {_one_line(error)}", remedy))
     return problems
 
 
@@ -103,7 +108,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _plugin_problems() -> list[tuple[str, str]]:
-    """Why verl did not load the entry point, which it does not say itself."""
+    """Why verl did not load the entry point; verl does not report it."""
     import importlib
     import os
     import sys
@@ -111,7 +116,7 @@ def _plugin_problems() -> list[tuple[str, str]]:
 
     if "hpo_plugin.verl.plugin" in sys.modules:
         failure = sys.modules["hpo_plugin.verl.plugin"].FAILURE
-        return [(f"the plugin could not load: {failure}", "correct the cause named here")] if failure else []
+        return [(f"the plugin could not be loaded: {failure}", "correct the cause of this error")] if failure else []
     import verl
     from packaging.version import Version
 
@@ -120,8 +125,8 @@ def _plugin_problems() -> list[tuple[str, str]]:
         return [
             (
                 f"verl {verl.__version__} loads no plugins",
-                f"set VERL_USE_EXTERNAL_MODULES={module} in the environment of the command, and for Ray's workers "
-                f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES={module}",
+                f"set VERL_USE_EXTERNAL_MODULES={module} in the environment of the command, and add the override "
+                f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES={module} for Ray's workers",
             )
         ]
     points = [point for point in metadata.entry_points(group="verl.plugins") if point.name == "hpo"]
@@ -129,31 +134,31 @@ def _plugin_problems() -> list[tuple[str, str]]:
         return [
             (
                 "the installed packages declare no entry point hpo in the group verl.plugins",
-                "install hpo-plugin (pip install), rather than putting it on PYTHONPATH",
+                "install hpo-plugin with pip install; PYTHONPATH is not sufficient",
             )
         ]
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     if policy != "auto" and "hpo" not in {name.strip() for name in policy.split(",")}:
         return [
             (
-                f"VERL_USE_EXTERNAL_PLUGINS={policy} keeps the entry point hpo out",
+                f"VERL_USE_EXTERNAL_PLUGINS={policy} excludes the entry point hpo",
                 "unset it, or add hpo to the list, in the environment of every node",
             )
         ]
     try:
         importlib.import_module(points[0].module)
     except Exception as error:
-        return [(f"the plugin could not load: {_one_line(error)}", "correct the cause named here")]
+        return [(f"the plugin could not be loaded: {_one_line(error)}", "correct the cause of this error")]
     return [
         (
-            "verl did not load the entry point hpo, although it loads now",
-            "look for a package that imports verl before the environment is complete",
+            "verl did not load the entry point hpo, although it can be loaded now",
+            "a package may import verl before sys.path or the environment is complete; import verl later",
         )
     ]
 
 
 def has_v1_trainer() -> bool:
-    """Whether this verl has the V1 trainer: 0.8 does not. True without a verl."""
+    """Whether the installed verl has the V1 trainer, which 0.8 does not have. True if verl is not installed."""
     import importlib.util
     from pathlib import Path
 
@@ -165,7 +170,7 @@ def _registration_problems() -> list[tuple[str, str]]:
     import importlib
 
     problems: list[tuple[str, str]] = []
-    # The modules of hpo_plugin.verl.plugin's hooks, which a node may lack.
+    # Repeated from hpo_plugin.verl.seams, because a node may not have this package.
     seams = {
         "verl.utils.config": "validate_config",
         "verl.trainer.main_ppo": "run_ppo",
@@ -180,12 +185,15 @@ def _registration_problems() -> list[tuple[str, str]]:
             modules[name] = importlib.import_module(name)
         except Exception as error:
             problems.append(
-                (f"{name} cannot be imported: {_one_line(error)}", "correct the cause, or install what is missing")
+                (
+                    f"{name} cannot be imported: {_one_line(error)}",
+                    "correct the cause of this error, or install the missing package",
+                )
             )
             break
     plugin = _plugin_problems()
     if problems or plugin:
-        # The cause, once: what follows from it would only be more text.
+        # Report only the cause, not the errors that follow from it.
         return plugin + problems
     try:
         from hpo_plugin.verl.registration import require_registered
@@ -193,9 +201,9 @@ def _registration_problems() -> list[tuple[str, str]]:
         for name in ("hpo", "ahpo"):
             require_registered(name, name)
     except Exception as error:
-        return [(_one_line(error), "correct the cause named here")]
+        return [(_one_line(error), "correct the cause of this error")]
     return [
-        (f"{module}.{function} is not this package's", "another package replaced it; import hpo_plugin later")
+        (f"another package has replaced {module}.{function}", "import hpo_plugin after that package")
         for module, function in seams.items()
         if not hasattr(getattr(modules[module], function), "__wrapped__")
     ]

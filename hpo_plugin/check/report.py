@@ -1,4 +1,4 @@
-"""Findings of ``hpo-plugin check``, as a table, as plain text, or as JSON."""
+"""The report of ``hpo-plugin check``, as a table, plain text, or JSON."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: What was looked at.
-        found: What was found.
-        ok: Whether it is as it has to be.
+        name: Name of the check.
+        found: Result of the check.
+        ok: Whether the check passed.
         remedy: What to do; empty if there is nothing to do.
     """
 
@@ -31,11 +31,11 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """Findings in the order in which they are shown.
+    """The findings of all checks.
 
     Attributes:
-        findings: The findings.
-        seconds: Wall time of the checks in seconds.
+        findings: The findings, in the order of the report.
+        seconds: Wall time of the checks, in seconds.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -43,23 +43,23 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether all checks passed."""
         return all(finding.ok for finding in self.findings)
 
     @property
     def summary(self) -> str:
-        """The last line."""
+        """The last line of the report."""
         failed = sum(not finding.ok for finding in self.findings)
         verdict = f"{failed} of {len(self.findings)} checks failed" if failed else "all checks passed"
         return f"{verdict} ({self.seconds:.0f} s)"
 
     def to_json(self) -> str:
-        """``{"ok", "seconds", "checks": [{"name", "found", "ok", "remedy"}]}``."""
+        """The report as JSON: ``{"ok", "seconds", "checks": [{"name", "found", "ok", "remedy"}]}``."""
         checks = [asdict(finding) for finding in self.findings]
         return json.dumps({"ok": self.ok, "seconds": round(self.seconds, 1), "checks": checks}, ensure_ascii=False)
 
     def show(self, console: Console) -> None:
-        """Print a table on a terminal, and lines without layout elsewhere."""
+        """Print a table on a terminal, and plain lines otherwise."""
         if not console.is_terminal:
             width = max((len(finding.name) for finding in self.findings), default=0)
             for finding in self.findings:

@@ -11,9 +11,10 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def signal_handlers_kept() -> Iterator[None]:
-    """Put back the handlers of the signals that end a program.
+    """Restore the handlers of the signals that end a program.
 
-    For calls that set their own: Ray replaces that of SIGTERM when a process connects to it, and leaves it so.
+    Use it around calls that set their own handlers: Ray replaces the handler of SIGTERM when a process connects to it,
+    and does not restore it.
     """
     before = {number: signal.getsignal(number) for number in _ENDING}
     try:
@@ -25,10 +26,10 @@ def signal_handlers_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Treat the signals that end a program like Ctrl-C, so that the trainer is ended too.
+    """Raise KeyboardInterrupt on the signals that end a program, so that the command also ends the trainer.
 
-    The first one counts. Others are ignored: ``timeout``, shells and impatient people send more than one, and the
-    second would break off the ending of the trainer, which takes seconds. A signal that was ignored stays so (nohup).
+    Only the first signal has an effect. ``timeout``, shells and users may send more than one, and a second signal would
+    interrupt the shutdown of the trainer, which takes seconds. A signal that was ignored before stays ignored (nohup).
     """
     numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 

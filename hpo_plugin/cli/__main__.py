@@ -1,4 +1,4 @@
-"""``python -m hpo_plugin.cli``: the ``hpo-plugin`` command where the scripts' directory is not on the path."""
+"""``python -m hpo_plugin.cli``: the ``hpo-plugin`` command if the directory of scripts is not on the path."""
 
 from hpo_plugin.cli.app import app
 

@@ -4,7 +4,7 @@ import typer
 
 from hpo_plugin.cli import check, files, launch, preview, quickstart, study, tasks
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="HPO and A-HPO for verl.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="HPO and A-HPO for verl, TRL and OpenRLHF.")
 app.add_typer(tasks.prepare, name="prepare")
 app.add_typer(tasks.explain, name="explain")
 app.add_typer(tasks.score, name="score")

@@ -1,4 +1,4 @@
-"""``hpo-plugin check``: can HPO run here, on every node, with this config?"""
+"""``hpo-plugin check``: checks the installation, every node of a Ray cluster, and a config."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ def check(
     ] = None,
     config_name: Annotated[
         str | None,
-        typer.Option(help="The trainer config to check, for example hpo_trainer. Without it: the installation only."),
+        typer.Option(
+            help="Trainer config to check, for example hpo_trainer. Without it, only the installation is checked."
+        ),
     ] = None,
-    config_dir: Annotated[Path | None, typer.Option(help="A directory with configs of your own.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds a node has to answer.")] = 120.0,
-    local: Annotated[bool, typer.Option("--local", help="Look at this process only; start or join no Ray.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    config_dir: Annotated[Path | None, typer.Option(help="Additional directory to search for configs.")] = None,
+    timeout: Annotated[float, typer.Option(help="Time limit for the answer of a node, in seconds.")] = 120.0,
+    local: Annotated[bool, typer.Option("--local", help="Check only this process. Do not start or join Ray.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Check versions, registration on every node of the Ray cluster, and a config. Exit status 0 or 1.
+    """Check the installation, every node of a Ray cluster, and a config.
 
-    The cluster is the one that verl would use: ray_kwargs.ray_init of the config, RAY_ADDRESS, or a local one that is
-    started for the check.
+    The checks use the cluster that verl would use: ray_kwargs.ray_init
+    of the config, RAY_ADDRESS, or a local cluster started for the check.
+
+    Exit status 0: all checks passed; 1: a check failed.
     """
     import contextlib
     import sys
@@ -41,7 +45,7 @@ def check(
     show_status = errors.is_terminal and not as_json
     with contextlib.ExitStack() as stack:
         status = stack.enter_context(errors.status("checking")) if show_status else None
-        # verl and Ray print while they are imported; standard output is for the report.
+        # verl and Ray print during import; standard output is for the report.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         report = run_checks(
             config_name,

@@ -1,4 +1,4 @@
-"""``hpo-plugin launch``: a training on a Ray cluster, to its last step."""
+"""``hpo-plugin launch``: trains on a Ray cluster to the last step, and resumes after failures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import typer
 
 
 def launch(
-    config_name: Annotated[str, typer.Option(help="The trainer config, for example hpo_trainer.", show_default=False)],
+    config_name: Annotated[str, typer.Option(help="Trainer config, for example hpo_trainer.", show_default=False)],
     run_dir: Annotated[
         Path,
         typer.Option(
-            help="For logs, metrics and checkpoints, on a file system that all nodes share. A run there is resumed.",
+            help="Directory for logs, metrics and checkpoints, on a file system that all nodes share. If it has a run, "
+            "the command resumes the run.",
             show_default=False,
         ),
     ],
@@ -22,19 +23,25 @@ def launch(
         typer.Argument(help="Overrides, as for `python -m verl.trainer.main_ppo`.", show_default=False),
     ] = None,
     retries: Annotated[
-        int, typer.Option(min=0, help="Starts after failures in a row without a new checkpoint, before giving up.")
+        int, typer.Option(min=0, help="Maximum number of restarts after consecutive failures without a new checkpoint.")
     ] = 3,
-    wait_for_nodes: Annotated[float, typer.Option(min=0, help="Seconds to wait for the nodes of the run.")] = 600.0,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds a node has to answer the checks.")] = 300.0,
+    wait_for_nodes: Annotated[
+        float, typer.Option(min=0, help="Maximum time to wait for the nodes of the run, in seconds.")
+    ] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Time limit for the checks of a node, in seconds.")] = 300.0,
     stall: Annotated[
-        float, typer.Option(min=1, help="Seconds without a step after which the trainer counts as failed.")
+        float, typer.Option(min=1, help="Time without a step after which the trainer counts as failed, in seconds.")
     ] = 3600.0,
 ) -> None:
-    """Train on a Ray cluster: RAY_ADDRESS, or ray_kwargs.ray_init of the config.
+    """Train on the Ray cluster of RAY_ADDRESS, or of ray_kwargs.ray_init in the config.
 
-    Waits for trainer.nnodes nodes with trainer.n_gpus_per_node accelerators, runs the checks of `hpo-plugin check` on
-    all of them, and trains. Where the trainer fails, it resumes from the last checkpoint; the same command resumes a
-    run that was stopped. Exit status 0: finished; 1: failed; 143 or 130: stopped by SIGTERM or Ctrl-C.
+    The command waits for trainer.nnodes nodes with trainer.n_gpus_per_node
+    accelerators, runs the checks of `hpo-plugin check` on all of them, and
+    trains. If the trainer fails, the command resumes the run from the last
+    checkpoint. Run the same command again to resume a run that was stopped.
+
+    Exit status 0: finished; 1: failed; 143 or 130: stopped by SIGTERM or
+    Ctrl-C.
     """
     import signal
     import sys
@@ -49,7 +56,7 @@ def launch(
     from hpo_plugin.runs.launch import Launch, run_launch
     from hpo_plugin.runs.training import TrainingError
 
-    # The file is named: while others' output is sent elsewhere, the launcher's own is not.
+    # An explicit file: the checks redirect standard output, but not that of the launcher.
     console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
     wanted = Launch(
         config_name=config_name,
@@ -67,5 +74,5 @@ def launch(
         raise stopped(error) from None
     except KeyboardInterrupt as ended:
         name = str(ended) or "SIGINT"
-        console.print(f"Stopped by {name}; the same command resumes from the last checkpoint.")
+        console.print(f"Stopped by {name}. Run the same command again to resume from the last checkpoint.")
         raise typer.Exit(128 + signal.Signals[name]) from None

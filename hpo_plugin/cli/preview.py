@@ -1,4 +1,4 @@
-"""``hpo-plugin preview``: what would HPO have made of rollouts that are there already?"""
+"""``hpo-plugin preview``: computes the α of HPO and A-HPO from existing rollouts."""
 
 from __future__ import annotations
 
@@ -12,33 +12,42 @@ def preview(
     rollouts: Annotated[
         list[Path],
         typer.Argument(
-            help="verl's trainer.rollout_data_dir or validation_data_dir, TRL's folder of log_completions, or files "
-            "(.jsonl, .parquet) with a prompt or uid, a response or its length, and a reward.",
+            help="Directory of verl's trainer.rollout_data_dir or validation_data_dir, directory of TRL's "
+            "log_completions, or files (.jsonl, .parquet) with a prompt or uid, a response or its length, and a "
+            "reward.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of preview.html, preview.png and steps.jsonl.")] = Path(
+    output: Annotated[Path, typer.Option(help="Directory for preview.html, preview.png and steps.jsonl.")] = Path(
         "preview"
     ),
     reward: Annotated[
         list[str] | None,
-        typer.Option(help="Column of the reward, NAME or NAME=WEIGHT; more than once: their sum.", show_default=False),
+        typer.Option(
+            help="Column with the reward, NAME or NAME=WEIGHT. Repeat the option to sum several columns.",
+            show_default=False,
+        ),
     ] = None,
-    group: Annotated[str | None, typer.Option(help="Column that tells the prompt.", show_default=False)] = None,
-    length: Annotated[str | None, typer.Option(help="Column of lengths in tokens.", show_default=False)] = None,
+    group: Annotated[str | None, typer.Option(help="Column that identifies the prompt.", show_default=False)] = None,
+    length: Annotated[
+        str | None, typer.Option(help="Column with the response length in tokens.", show_default=False)
+    ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Name or folder of a tokenizer, to measure responses in its tokens.", show_default=False),
+        typer.Option(help="Name or directory of a tokenizer that measures response lengths.", show_default=False),
     ] = None,
     alpha: Annotated[float, typer.Option(min=0.0, max=1.0, help="α of HPO.")] = 0.6,
     alpha_min: Annotated[
         list[float] | None,
-        typer.Option(min=0.0, max=1.0, help="α_min of A-HPO; more than once: compared. Default: 0.1."),
+        typer.Option(
+            min=0.0, max=1.0, help="α_min of A-HPO. Repeat the option to compare several values. Default: 0.1."
+        ),
     ] = None,
 ) -> None:
-    """Show what HPO and A-HPO would have done to a run, from the rollouts that its trainer wrote.
+    """Show the effect that HPO and A-HPO would have had on a run, from its rollouts.
 
-    No GPU, no model, no trainer is needed.
+    The command reads the rollouts that the trainer wrote. It needs no GPU,
+    no model and no trainer.
     """
     import dataclasses
     import json
@@ -94,4 +103,4 @@ def preview(
         console.print()
         for reason, count in read.bad.items():
             console.print(f"rows left out, {reason}: {count:,}", style="yellow", markup=False, highlight=False)
-    console.print(f"\nIn {output}: preview.html, preview.png, steps.jsonl", markup=False, soft_wrap=True)
+    console.print(f"\nFiles in {output}: preview.html, preview.png, steps.jsonl", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``hpo-plugin quickstart``: verl's own trainer, with A-HPO, learns a task on this machine."""
+"""``hpo-plugin quickstart``: trains a small model on a task, with verl's own trainer on CPU cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class Rollout(str, Enum):
-    """Who generates the responses."""
+    """The rollout backend."""
 
     HF = "hf"
     VLLM = "vllm"
@@ -20,36 +20,44 @@ def quickstart(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Further overrides of the task's config, such as countdown_cpu, in Hydra's syntax.", show_default=False
+            help="Additional Hydra overrides of the task's config, for example of countdown_cpu.", show_default=False
         ),
     ] = None,
     task: Annotated[
         str,
         typer.Option(
-            help="countdown; telelogs, in a reduced form, after a stage of supervised fine-tuning; or a task's file."
+            help="countdown, telelogs, or the path of a task's file. telelogs uses a reduced form of the task, after "
+            "supervised fine-tuning."
         ),
     ] = "countdown",
     policy_loss: Annotated[
-        str, typer.Option(help="ahpo, hpo, grpo, gspo, sapo, dapo, dr_grpo or cispo: algorithm.policy_loss.")
+        str, typer.Option(help="Value of algorithm.policy_loss: ahpo, hpo, grpo, gspo, sapo, dapo, dr_grpo or cispo.")
     ] = "ahpo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, start model and sampling.")] = 0,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps. Default: the task's, 60 for countdown, 40 for telelogs.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of training steps. Default: set by the task, 60 for countdown and 40 for telelogs."
+        ),
     ] = None,
     rollout: Annotated[
-        Rollout, typer.Option(help="hf: transformers' own generate. vllm: verl's vLLM rollout (extra cpu-vllm).")
+        Rollout, typer.Option(help="hf: generate of transformers. vllm: verl's vLLM rollout (extra cpu-vllm).")
     ] = Rollout.HF,
-    output: Annotated[Path, typer.Option(help="Where runs, data and start models go.")] = Path("runs"),
-    n_test: Annotated[int, typer.Option(min=1, help="Held-out problems; of Countdown up to 700.")] = 512,
+    output: Annotated[Path, typer.Option(help="Directory for runs, data and start models.")] = Path("runs"),
+    n_test: Annotated[int, typer.Option(min=1, help="Number of held-out problems; at most 700 for countdown.")] = 512,
     new: Annotated[
-        bool, typer.Option("--new", help="Start another run, even if an unfinished one could be resumed.")
+        bool, typer.Option("--new", help="Start a new run, even if an unfinished run could be resumed.")
     ] = False,
-    stall: Annotated[float, typer.Option(min=1, help="Seconds without progress after which to give up.")] = 600.0,
+    stall: Annotated[
+        float, typer.Option(min=1, help="Time without progress after which the run counts as failed, in seconds.")
+    ] = 600.0,
 ) -> None:
-    """Train a small model on a task with verl's own trainer, on this machine's CPU cores.
+    """Train a small model on a task, with verl's own trainer on CPU cores.
 
-    Makes the data and a start model, checks the installation, trains, evaluates on held-out problems before and after,
-    and draws the curves. The same command resumes a run that was interrupted, or else starts another one.
+    The command makes the data and a start model, checks the installation,
+    trains, evaluates on held-out problems before and after the training,
+    and draws the curves. Run the same command again to resume an
+    interrupted run. If there is none, the command starts a new run.
     """
     import sys
 
@@ -93,5 +101,5 @@ def quickstart(
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.print("\nInterrupted; all processes of the run have stopped. The same command resumes the run.")
+        console.print("\nInterrupted; all processes of the run have stopped. Run the same command again to resume it.")
         raise typer.Exit(130) from None

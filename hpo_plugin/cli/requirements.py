@@ -1,4 +1,4 @@
-"""Which packages a command lacks, from this package's own metadata."""
+"""Finds the missing packages of a command, from the metadata of this package."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ DISTRIBUTION = "hpo-plugin"
 
 
 def require(command: str, *extras: str) -> None:
-    """Stop a command whose packages are not installed. Versions are what ``hpo-plugin check`` looks at.
+    """Stop a command if packages that it needs are not installed. ``hpo-plugin check`` checks their versions.
 
     Args:
         command: Name of the command.
-        *extras: The extras of this package that have its packages.
+        *extras: The extras of this package that contain its packages.
 
     Raises:
-        SystemExit: With status 1, after a line that names the packages and the command that installs them.
+        SystemExit: Packages are missing: status 1, after a line that names them and the command that installs them.
     """
     missing = [name for extra in extras for name in missing_packages(extra)]
     if missing:
         names = ", ".join(dict.fromkeys(missing))
         install = f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"
-        raise stopped(RuntimeError(f"`hpo-plugin {command}` lacks {names}: {install}"))
+        raise stopped(RuntimeError(f"`hpo-plugin {command}` needs packages that are not installed: {names}. {install}"))
 
 
 def missing_packages(extra: str) -> list[str]:
-    """Return the distributions of an extra that are not installed, in the order of its requirements."""
+    """Return the distributions of an extra that are not installed, in the order of the requirements."""
     return [name for name in dict.fromkeys(_names(extra)) if not _installed(name)]
 
 
@@ -47,7 +47,7 @@ def _names(extra: str) -> Iterator[str]:
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        # Imported from a source tree: nothing is known.
+        # The package is imported from a source tree and has no metadata.
         return
     for requirement in map(Requirement, lines):
         marker = requirement.marker

@@ -1,4 +1,4 @@
-"""``hpo-plugin study``: arms × settings × seeds from one file, run, collected and reported."""
+"""``hpo-plugin study``: runs a matrix of arms, settings and seeds from one file, collects the data, and reports it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ if TYPE_CHECKING:
     from hpo_plugin.study.cells import Workspace
     from hpo_plugin.study.spec import Cell
 
-app = typer.Typer(no_args_is_help=True, help="Run a matrix of arms, settings and seeds, and report it.")
+app = typer.Typer(no_args_is_help=True, help="Run a study, a matrix of arms, settings and seeds, and report it.")
 
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study.", show_default=False)]
-Output = Annotated[Path, typer.Option(help="Where runs, data and start models go, in a directory named as the study.")]
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="File of the study.", show_default=False)]
+Output = Annotated[
+    Path,
+    typer.Option(help="Directory for runs, data and start models, in a subdirectory with the name of the study."),
+]
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="Only these cells: a setting, an arm, seed0, or several joined by '/'. May be repeated."),
+    typer.Option(
+        help="Select cells by setting, arm or seed (seed0), or by several of them joined by '/'. May be repeated."
+    ),
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(help="The collected data. Default: beside STUDY.yaml, as STUDY.parquet.", show_default=False),
+    typer.Option(help="File of the collected data. Default: STUDY.parquet next to STUDY.yaml.", show_default=False),
 ]
 DEFAULT_OUTPUT = Path("runs")
 
@@ -45,7 +50,10 @@ def prepare(
     only: Only = None,
     check: Annotated[bool, typer.Option(help="Check the installation and the configs.")] = True,
 ) -> None:
-    """Make data and start models, and check the config of each arm in each setting. `run` does this first."""
+    """Make the data and start models, and check the config of each arm in each setting.
+
+    `hpo-plugin study run` runs this command first.
+    """
     from hpo_plugin.cli.requirements import require
 
     require("study prepare", "verl", "study")
@@ -61,7 +69,7 @@ def prepare(
         with interruptible():
             workspace, cells = _load(study_file, output, only)
             if any(workspace.study.settings[cell.setting].prepare for cell in cells):
-                # Start models are made here.
+                # The study makes its own start models.
                 require("study prepare", "cpu")
             workspace.directory.mkdir(parents=True, exist_ok=True)
             compose_cells(cells)
@@ -80,22 +88,25 @@ def run(
     output: Output = DEFAULT_OUTPUT,
     data: Data = None,
     only: Only = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of cells that run at the same time.")] = 1,
     stall: Annotated[
-        float, typer.Option(min=1, help="Seconds without progress after which a cell has failed.")
+        float, typer.Option(min=1, help="Time without progress after which a cell counts as failed, in seconds.")
     ] = 900.0,
     print_commands: Annotated[
         bool,
-        typer.Option("--print", help="Print the command that hands each unfinished cell to a cluster; run nothing."),
+        typer.Option("--print", help="Print the command that submits each unfinished cell to a cluster. Run nothing."),
     ] = False,
-    submit: Annotated[bool, typer.Option("--submit", help="Hand the unfinished cells to a cluster.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit the unfinished cells to a cluster.")] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="With --submit: also cells that were submitted before.")
+        bool, typer.Option("--again", help="With --submit: also submit cells that were submitted before.")
     ] = False,
 ) -> None:
-    """Run the cells that are not finished. The same command resumes a study that was killed.
+    """Run the unfinished cells. Run the same command again to resume a study.
 
-    Exit status 1 if a cell failed; the others are run all the same, and the next call tries it again.
+    If a cell fails, the other cells still run, and the next call tries the
+    cell again.
+
+    Exit status 1: a cell failed.
     """
     from hpo_plugin.cli.requirements import require
 
@@ -113,7 +124,7 @@ def run(
     console = Console(highlight=False)
     try:
         if print_commands and submit:
-            raise StudyError("--print and --submit: give one of them")
+            raise StudyError("--print and --submit exclude each other. Remove one of them.")
         with interruptible():
             workspace, cells = _load(study_file, output, only)
             collected = read_data(_data_file(study_file, data))
@@ -130,11 +141,13 @@ def run(
     except (StudyError, OSError) as error:
         raise stopped(error) from None
     except KeyboardInterrupt:
-        console.print("Interrupted; every process of the cells has stopped. The same command resumes them.")
+        console.print(
+            "Interrupted; all processes of the cells have stopped. Run the same command again to resume them."
+        )
         raise typer.Exit(130) from None
     show_failures(work.failed, console)
     if work.failed:
-        console.print(f"\n{len(work.failed)} cells failed; the same command tries them again", style="bold red")
+        console.print(f"\n{len(work.failed)} cells failed. Run the same command again to retry them.", style="bold red")
         raise typer.Exit(1)
 
 
@@ -151,7 +164,7 @@ def _hand_over(workspace: Workspace, cells: list[Cell], *, submit: bool, again: 
 
 @app.command()
 def status(study_file: StudyFile, output: Output = DEFAULT_OUTPUT, data: Data = None, only: Only = None) -> None:
-    """Show where every cell is, and why cells failed."""
+    """Show the state of each cell, and why cells failed."""
     from hpo_plugin.cli.requirements import require
 
     require("study status", "study")
@@ -185,9 +198,12 @@ def collect(
     study_file: StudyFile,
     output: Output = DEFAULT_OUTPUT,
     data: Data = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Drop collected cells that the study no longer has.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove collected cells that are not in the study.")] = False,
 ) -> None:
-    """Read the logs of all finished cells into one parquet file. What was collected before stays in it."""
+    """Collect the logs of all finished cells in one parquet file.
+
+    Cells that were collected before stay in the file.
+    """
     from hpo_plugin.cli.requirements import require
 
     require("study collect", "study")
@@ -209,21 +225,26 @@ def collect(
         if names:
             console.print(f"{label}: {len(names)} ({', '.join(names)})", markup=False)
     if done.kept:
-        console.print(f"as before: {len(done.kept)}")
+        console.print(f"unchanged: {len(done.kept)}")
     if done.foreign:
-        console.print(f"{'dropped' if prune else 'kept'}, but not of this study: {done.foreign} (--prune drops them)")
+        console.print(
+            f"removed, because not in the study: {done.foreign}"
+            if prune
+            else f"kept, although not in the study: {done.foreign} (--prune removes them)"
+        )
 
 
 @app.command()
 def report(
     study_file: StudyFile,
     data: Data = None,
-    output: Annotated[Path, typer.Option(help="Where the pages and pictures go.")] = Path("report"),
-    png: Annotated[bool, typer.Option(help="Write the pictures as PNG too.")] = True,
+    output: Annotated[Path, typer.Option(help="Directory for the pages and pictures.")] = Path("report"),
+    png: Annotated[bool, typer.Option(help="Also write the pictures as PNG.")] = True,
 ) -> None:
-    """Draw and tabulate the collected data: a Markdown page, a self-contained HTML page, SVG and PNG pictures.
+    """Write a report of the collected data: Markdown and HTML pages, SVG and PNG pictures.
 
-    Needs STUDY.yaml and the data, nothing else; the same data give the same bytes.
+    The command needs only STUDY.yaml and the data. The same data give the
+    same bytes. The HTML page is self-contained.
     """
     from hpo_plugin.cli.requirements import require
 
@@ -237,7 +258,9 @@ def report(
     try:
         study = load_study(study_file)
         if not path.exists():
-            raise StudyError(f"{path} does not exist: `hpo-plugin study collect` makes it of the finished runs")
+            raise StudyError(
+                f"{path} does not exist. Run `hpo-plugin study collect` to make it from the finished runs."
+            )
         pages = write_report(build_report(study, read_data(path)), output, png=png)
     except (StudyError, OSError) as error:
         raise stopped(error) from None

@@ -1,4 +1,4 @@
-"""``hpo-plugin prepare``, ``explain`` and ``score``: one subcommand per task, made of the task's own options."""
+"""``hpo-plugin prepare``, ``explain`` and ``score``, with one subcommand per task, built from the task's options."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def task_commands(help_text: str, build: Callable[[Task], Callable[..., None]]) -> typer.Typer:
-    """Return a command group whose subcommands are tasks: the tasks of this package, or the path of a task's file.
+    """Return a command group with one subcommand per task: a task of this package, or the path of a task's file.
 
     Args:
-        help_text: Its help.
-        build: Makes a task's command: a function with typer's annotations.
+        help_text: Help of the group.
+        build: Builds the command of a task, a function with typer's annotations.
     """
 
     class TaskGroup(TyperGroup):
@@ -61,7 +61,7 @@ def _prepare_command(task: Task) -> Callable[..., None]:
         inspect.Parameter(
             "output",
             inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[Path, typer.Option(help="Directory of the parquet files and manifest.json.")],
+            annotation=Annotated[Path, typer.Option(help="Directory for the parquet files and manifest.json.")],
         )
     ]
     for field in dataclasses.fields(task.Options):
@@ -69,8 +69,11 @@ def _prepare_command(task: Task) -> Callable[..., None]:
         # typer takes lists for options that may be repeated.
         kind = list[int] | None if kind in (tuple[int, ...] | None, tuple[int, ...]) else kind
         if field.name in ("output", "force"):
-            raise typer.BadParameter(f"an option of the task {task.name} has the name of prepare's own --{field.name}")
-        # Without a flag of its own, typer would add --no-… to a switch.
+            raise typer.BadParameter(
+                f"the option {field.name} of the task {task.name} has the same name as the option --{field.name} of "
+                "`hpo-plugin prepare`. Rename the option of the task."
+            )
+        # Without an explicit flag, typer would add --no-… to a switch.
         flag = field.metadata.get("flag") or (f"--{field.name.replace('_', '-')}" if field.default is False else "")
         option = typer.Option(
             *([flag] if flag else []), help=field.metadata.get("help", ""), min=field.metadata.get("minimum")
@@ -88,7 +91,7 @@ def _prepare_command(task: Task) -> Callable[..., None]:
             "force",
             inspect.Parameter.KEYWORD_ONLY,
             default=False,
-            annotation=Annotated[bool, typer.Option("--force", help="Replace other data in the directory.")],
+            annotation=Annotated[bool, typer.Option("--force", help="Overwrite files with other content.")],
         )
     )
 
@@ -112,8 +115,9 @@ def _prepare_command(task: Task) -> Callable[..., None]:
     prepare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     prepare.__annotations__ = {}
     prepare.__doc__ = (
-        f"Write {task.title} data with a training and a test split, in verl's parquet format.\n\n"
-        "The same options give the same bytes. Identical files stay as they are; --force replaces other data."
+        f"Write a training and a test split of {task.title} in verl's parquet format.\n\n"
+        "The same options give the same bytes. The command does not overwrite\n"
+        "files with other content without --force."
     )
     return prepare
 
@@ -136,7 +140,7 @@ def _print_data_set(made: DataSet) -> None:
     for row in _count_rows(counts):
         table.add_row(*row)
     for name in sorted({*written, *made.publication.unchanged} - {"manifest.json"}):
-        table.add_row(str(directory / name), "written" if name in written else "already there, identical")
+        table.add_row(str(directory / name), "written" if name in written else "already exists, identical")
     console = Console()
     console.print(table, soft_wrap=True)
     for name, examples in counts.items():
@@ -146,7 +150,7 @@ def _print_data_set(made: DataSet) -> None:
     if leakage and leakage["shared_scenarios"]:
         Console(stderr=True).print(
             f"warning: {leakage['train_rows']:,} training rows and {leakage['test_rows']:,} test rows share a base "
-            "scenario; held-out success will be too high",
+            "scenario, so the held-out success will be too high",
             style="yellow",
             highlight=False,
             soft_wrap=True,
@@ -173,11 +177,11 @@ def _explain_command(task: Task) -> Callable[..., None]:
         file: Annotated[
             str,
             typer.Argument(
-                help="A prompt as text (- for standard input), or a .parquet/.json/.jsonl/.csv file of rows, such as "
-                "one that `hpo-plugin prepare` wrote."
+                help="File with a prompt as text (- for standard input), or .parquet, .json, .jsonl or .csv file of "
+                "rows, for example from `hpo-plugin prepare`."
             ),
         ],
-        row: Annotated[int, typer.Option(min=0, help="Row of the file, from 0.")] = 0,
+        row: Annotated[int, typer.Option(min=0, help="Index of the row in the file, from 0.")] = 0,
         text: Annotated[bool, typer.Option("--text", help="Print the derivation instead of the table.")] = False,
     ) -> None:
         from rich.console import Console
@@ -203,19 +207,19 @@ def _explain_command(task: Task) -> Callable[..., None]:
             console.print(f"  {line}", markup=False, soft_wrap=True)
         truth = given["reward_model"].get("ground_truth")
         if isinstance(truth, str) and truth != found.answer:
-            console.print(f"The file's answer is {truth}; the rules do not agree.", style="yellow", markup=False)
+            console.print(f"The answer in the file is {truth}; the rules disagree.", style="yellow", markup=False)
 
     explain.__doc__ = (
         f"Explain the answer to one row of {task.title}.\n\n"
-        "Exit status 1 if there is no answer, or the row cannot be read."
+        "Exit status 0: there is an answer; 1: there is none, or the row cannot be read."
     )
-    # The names that its annotations use are those of this function, which typer does not see.
+    # typer cannot resolve the names in the annotations, which are local to this function.
     explain.__annotations__ = get_type_hints(explain, globals(), include_extras=True)
     return explain
 
 
 def _read_row(task: Task, file: str, number: int) -> Row:
-    """Return a row from a file of rows, or one that holds a prompt alone."""
+    """Return a row from a file of rows, or a row with only a prompt."""
     from hpo_plugin.tasks.sources import FILE_SUFFIXES, read_file
 
     path = Path(file)
@@ -225,7 +229,7 @@ def _read_row(task: Task, file: str, number: int) -> Row:
         return {"prompt": [{"role": "user", "content": prompt}], "reward_model": {"ground_truth": None}}
     rows = read_file(path)
     if number >= len(rows):
-        raise ValueError(f"--row {number}: {path} has {len(rows)} rows, counted from 0")
+        raise ValueError(f"--row={number} does not exist: {path} has {len(rows)} rows, counted from 0")
     entry = rows[number] if isinstance(rows[number], dict) else {}
     try:
         return task.read_row({str(name).strip().lower(): value for name, value in entry.items()})
@@ -239,7 +243,8 @@ def _read_row(task: Task, file: str, number: int) -> Row:
 def _score_command(task: Task) -> Callable[..., None]:
     def score(
         file: Annotated[
-            Path, typer.Argument(help="<step>.jsonl of verl's trainer.validation_data_dir: one sample a line.")
+            Path,
+            typer.Argument(help="File <step>.jsonl of verl's trainer.validation_data_dir, with one sample per line."),
         ],
     ) -> None:
         from rich.console import Console
@@ -259,8 +264,9 @@ def _score_command(task: Task) -> Callable[..., None]:
         _print_groups(console, groups, prompts)
 
     score.__doc__ = (
-        f"Print pass@1 of a validation of {task.title}, and maj@k where its k samples a prompt name an answer.\n\n"
-        "verl's own maj@k is a bootstrap estimate; this is the plain majority."
+        f"Print pass@1 of a validation of {task.title}, and maj@k if samples have an answer.\n\n"
+        "k is the number of samples per prompt. verl's own maj@k is a bootstrap\n"
+        "estimate; this command computes the majority itself."
     )
     score.__annotations__ = get_type_hints(score, globals(), include_extras=True)
     return score
@@ -301,11 +307,12 @@ def _read_samples(file: Path) -> list[tuple[Any, list[Mapping[str, Any]]]]:
     for number, row in enumerate(read_file(file)):
         if not isinstance(row, Mapping) or not {"gts", "score"} <= row.keys() or not {"uid", "input"} & row.keys():
             raise ValueError(
-                f"{file}, line {number + 1}: not a sample of a validation of verl's, with gts, score, and uid or input"
+                f"{file}, line {number + 1} is not a sample of verl's validation: it must have gts, score, and uid or "
+                "input. Use a file of trainer.validation_data_dir."
             )
         for name in ("score", "acc"):
             if name in row and not isinstance(row[name], int | float):
-                raise ValueError(f"{file}, line {number + 1}: {name} is not a number: {row[name]!r:.100}")
+                raise ValueError(f"{file}, line {number + 1}: {name}={row[name]!r:.100} is not a number")
         # verl's default trainer names samples <prompt>_<session>_<index>.
         prompt = str(row["uid"]).rsplit("_", 2)[0] if "uid" in row else str(row["input"])
         key = (prompt, json.dumps(row["gts"], sort_keys=True))
@@ -317,6 +324,6 @@ def _read_samples(file: Path) -> list[tuple[Any, list[Mapping[str, Any]]]]:
 
 _TASK = "TASK is a name below, or the path of a task's file."
 
-prepare = task_commands(f"Write data files in verl's parquet format. {_TASK}", _prepare_command)
-explain = task_commands(f"Explain the answer to a row. {_TASK}", _explain_command)
+prepare = task_commands(f"Write the data files of a task in verl's parquet format. {_TASK}", _prepare_command)
+explain = task_commands(f"Explain the answer to a row of a task. {_TASK}", _explain_command)
 score = task_commands(f"Compute metrics from the samples of a validation. {_TASK}", _score_command)

@@ -1,6 +1,6 @@
-"""Hydra configs. ``hydra_plugins/hpo_plugin_searchpath.py`` puts this package on Hydra's search path.
+"""Hydra configs. ``hydra_plugins/hpo_plugin_searchpath.py`` adds this package to Hydra's search path.
 
-Groups lie below ``hpo/``, because every Hydra application sees them.
+Config groups are below ``hpo/``, because they are on the search path of every Hydra application.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-#: Config groups of version 0.1.0 to their names since.
+#: Config group of version 0.1.0 -> its present name.
 RENAMED_GROUPS = {
     "backend": "hpo/backend",
     "cpu_rollout": "hpo/cpu_rollout",
@@ -20,12 +20,12 @@ RENAMED_GROUPS = {
 
 
 def config_names() -> set[str]:
-    """Return the names of the configs of this package, as ``--config-name`` takes them."""
+    """Return the names of the configs of this package, as for ``--config-name``."""
     return {path.stem for path in Path(__file__).parent.glob("*.yaml")}
 
 
 def renamed(override: str) -> str:
-    """Return an override with the present name of its group.
+    """Return an override with the present name of its config group.
 
     Args:
         override: A Hydra override: ``recipe/task=countdown4`` becomes ``hpo/task=countdown4``.
@@ -37,7 +37,7 @@ def renamed(override: str) -> str:
 
 
 def explain_renamed_groups(overrides: Sequence[str]) -> str:
-    """Return what to write instead of overrides of groups that were renamed; empty if there are none.
+    """Return the new form of overrides whose config groups were renamed; empty if there are none.
 
     Args:
         overrides: Hydra overrides.

@@ -1,5 +1,5 @@
-"""verl on a CPU-only machine: chosen by ``VERL_PLATFORM=cpu`` and by nothing else.
+"""The CPU backend of verl, which only ``VERL_PLATFORM=cpu`` selects.
 
-Where each piece meets verl, and why, is the table of seams in ``docs/cpu.md``; ``tests/cpu/test_cpu_seams.py`` fails
-when verl moves one of them.
+``docs/cpu.md`` lists the places where the backend connects to verl, and the reasons. ``tests/cpu/test_cpu_seams.py``
+fails if verl moves one of them.
 """

@@ -1,7 +1,7 @@
-"""The checkpoint engine ``gloo``: sends the actor's weights to rollout servers of their own, over gloo.
+"""The checkpoint engine ``gloo``, which sends the actor's weights to separate rollout servers.
 
-verl's engines for this need an accelerator. Selected by ``actor_rollout_ref.rollout.checkpoint_engine.backend=gloo``,
-for the trainers whose rollout is separate from training; verl imports this module as
+verl's own engines for this purpose need an accelerator. ``actor_rollout_ref.rollout.checkpoint_engine.backend=gloo``
+selects this engine, for trainers whose rollout is separate from training. verl imports this module as
 ``checkpoint_engine.custom_backend_module``.
 """
 
@@ -18,22 +18,22 @@ from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 
 from hpo_plugin.cpu.rollout import buckets
 
-#: Of one broadcast. The sender computes each bucket while the receivers wait.
+#: Time limit of one broadcast. The sender computes each bucket while the receivers wait.
 TIMEOUT = timedelta(minutes=10)
 
-#: Host and port of the store where the ranks of one update meet.
+#: Host and port of the store that the ranks of one update use.
 Address = tuple[str, int]
 
 
 @CheckpointEngineRegistry.register("gloo")
 class GlooCheckpointEngine(CheckpointEngine):
-    """Broadcasts buckets of weights from actor rank 0 to all rollout workers, in a process group of each update."""
+    """Broadcasts buckets of weights from actor rank 0 to all rollout workers, in a new process group per update."""
 
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:
         """Build an engine without a process group.
 
         Args:
-            bucket_size: Bytes of one broadcast, or one tensor where that is larger
+            bucket_size: Maximum number of bytes of one broadcast, or of one tensor if that is larger
                 (``checkpoint_engine.update_weights_bucket_megabytes``).
             is_master: Whether this process is actor rank 0, which sends.
         """
@@ -44,7 +44,7 @@ class GlooCheckpointEngine(CheckpointEngine):
 
     @override
     def prepare(self) -> Address | None:
-        """Open the store in the sender; all other processes have nothing to announce."""
+        """Open the store in the sender. All other processes return None."""
         if not self._is_master:
             return None
         host = ray.util.get_node_ip_address().strip("[]")
@@ -56,7 +56,7 @@ class GlooCheckpointEngine(CheckpointEngine):
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[Any]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """Give rank 0 to the sender, the following ones to the rollout workers, and −1 to the other actor ranks."""
+        """Assign rank 0 to the sender, the following ranks to the rollout workers, and −1 to the other actor ranks."""
         world_size = 1 + rollout_world_size
 
         def arguments(ranks: list[int]) -> dict[str, list[Any]]:
@@ -73,9 +73,9 @@ class GlooCheckpointEngine(CheckpointEngine):
         """Join the group of this update.
 
         Args:
-            rank: −1 for a process that neither sends nor receives.
-            world_size: Sender and receivers.
-            address: Where the sender's store is.
+            rank: Rank of this process; −1 if it neither sends nor receives.
+            world_size: Number of senders and receivers.
+            address: Address of the sender's store.
         """
         if rank < 0:
             return
@@ -89,7 +89,7 @@ class GlooCheckpointEngine(CheckpointEngine):
         self._store = None
 
     def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        assert self._group is not None, "init_process_group comes before a transfer"
+        assert self._group is not None, "call init_process_group before a transfer"
         options = dist.BroadcastOptions()
         options.rootRank = 0
         self._group.broadcast([tensor], options).wait()
@@ -100,10 +100,10 @@ class GlooCheckpointEngine(CheckpointEngine):
     async def send_weights(
         self, weights: Generator[tuple[str, torch.Tensor], None, None], global_steps: int | None = None
     ) -> None:
-        """Send all weights; an actor rank that does not send takes part in gathering them.
+        """Send all weights. Actor ranks that do not send take part in gathering them.
 
         Args:
-            weights: ``(name, full tensor)`` pairs; each one is gathered from all actor ranks.
+            weights: ``(name, full tensor)`` pairs; each tensor is gathered from all actor ranks.
             global_steps: Not used.
         """
         if not self._is_master:
@@ -112,7 +112,7 @@ class GlooCheckpointEngine(CheckpointEngine):
             return
         async for bucket in buckets(weights, self._bucket_size):
             stream = io.BytesIO()
-            # A tensor that is a view would bring its whole storage.
+            # torch.save would save the whole storage of a view.
             torch.save({name: tensor.contiguous().clone() for name, tensor in bucket.items()}, stream)
             payload = torch.frombuffer(stream.getbuffer(), dtype=torch.uint8)
             self._broadcast(torch.tensor([payload.numel()]))
@@ -121,7 +121,7 @@ class GlooCheckpointEngine(CheckpointEngine):
 
     @override
     async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
-        """Receive what :meth:`send_weights` sends.
+        """Receive the weights that :meth:`send_weights` sends.
 
         Args:
             global_steps: Not used.

@@ -16,7 +16,7 @@ from hpo_plugin.cpu.checks import require_fsdp2
 class CPUFSDPEngineWithLMHead(FSDPEngineWithLMHead):
     """The language-model engine of verl for ``actor_rollout_ref.{actor,ref}.strategy=fsdp2`` on CPU.
 
-    ``fsdp`` is registered too, so that asking for it is answered with what to do instead.
+    ``fsdp`` is also registered, so that its error message states what to do.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class CPUFSDPEngineWithLMHead(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         if not self.engine_config.forward_only:
             return super()._build_fsdp_module(module)
-        # verl shards a forward-only model (the reference) with CPUOffloadPolicy(pin_memory=True); without an
-        # accelerator there is nothing to pin memory for and torch raises. The parameters are in CPU memory anyway.
+        # verl shards a forward-only model (the reference) with CPUOffloadPolicy(pin_memory=True). Without an
+        # accelerator torch cannot pin memory and raises. The parameters are in CPU memory in any case.
         self._is_offload_param = False
         self._is_offload_optimizer = False
         mixed_precision = self.engine_config.mixed_precision or {}

@@ -1,8 +1,8 @@
-"""Batched, seeded generation with ``transformers``' own ``generate``: no Ray, no verl.
+"""Batched, seeded generation with ``generate`` of ``transformers``. This module uses neither Ray nor verl.
 
-A sample depends on the seed, the version of the weights, the prompt and how often that prompt was asked before, not on
-which requests happened to share its batch: each request draws from a random stream of its own, and sampling is the
-arg max of log-probability plus Gumbel noise (which is a draw from the distribution).
+A sample depends on the seed, the version of the weights, the prompt, and the number of earlier requests for the prompt.
+It does not depend on the other requests of its batch: each request has its own random stream. Sampling takes the arg
+max of log-probability plus Gumbel noise, which is a draw from the distribution.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ from transformers.generation.logits_process import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; requests with equal values share a batch.
+    """Sampling parameters. Requests with equal parameters share a batch.
 
     Attributes:
-        temperature: 0 means greedy.
+        temperature: Temperature; 0 means greedy.
         top_p: Probability of the nucleus in (0, 1]; 1 keeps all tokens.
-        top_k: Number of tokens kept; -1 or 0 keeps all.
-        repetition_penalty: 1 means none; counts the tokens of prompt and response.
+        top_k: Number of tokens to keep; -1 or 0 keeps all.
+        repetition_penalty: Penalty for tokens of the prompt and the response; 1 means none.
         ignore_eos: Whether to continue after the end-of-sequence token.
     """
 
@@ -47,34 +47,34 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values outside their range.
+        """Check the ranges.
 
         Raises:
-            ValueError: Naming the parameter and the value.
+            ValueError: A value is out of range; the message names the parameter and the value.
         """
         if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is greedy)")
+            raise ValueError(f"temperature={self.temperature} is negative; set at least 0 (0 is greedy)")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+            raise ValueError(f"top_p={self.top_p} is outside (0, 1]; set a value in (0, 1]")
         if self.top_k < -1:
-            raise ValueError(f"top_k={self.top_k} must be positive, or -1 or 0 to keep all tokens")
+            raise ValueError(f"top_k={self.top_k} is invalid; set a positive number, or -1 or 0 to keep all tokens")
         if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} is not positive; set a positive number")
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is taken."""
+        """Whether sampling takes the most probable token."""
         return self.temperature == 0
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to continue.
+    """A request to continue one prompt.
 
     Attributes:
-        prompt_ids: Token ids.
-        max_tokens: Most response tokens, at least 1.
-        seed: Of this request's random stream.
+        prompt_ids: Token ids of the prompt.
+        max_tokens: Maximum number of response tokens, at least 1.
+        seed: Seed of the random stream of this request.
     """
 
     prompt_ids: tuple[int, ...]
@@ -84,13 +84,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Response:
-    """One continuation.
+    """The response to one request.
 
     Attributes:
-        token_ids: Response tokens, the end-of-sequence token included where it was reached.
-        log_probs: Of each response token under the distribution it was drawn from (after temperature, top-k and top-p;
-            for greedy decoding, under the model's own distribution).
-        finished: Whether the end-of-sequence token was reached.
+        token_ids: Response tokens, including the end-of-sequence token if the response has one.
+        log_probs: Log-probability of each response token under the sampling distribution (after temperature, top-k and
+            top-p), or under the model's own distribution for greedy decoding.
+        finished: Whether the response ends with the end-of-sequence token.
     """
 
     token_ids: list[int]
@@ -99,23 +99,23 @@ class Response:
 
 
 class RequestSeeds:
-    """Seeds for requests that depend on content and repetition, not on arrival among other prompts."""
+    """Seeds of requests. A seed depends on the prompt and its repetition, not on the order of different prompts."""
 
     def __init__(self, seed: int) -> None:
-        """Start with no request seen.
+        """Start without earlier requests.
 
         Args:
-            seed: The run's seed (``actor_rollout_ref.rollout.seed``).
+            seed: Seed of the run (``actor_rollout_ref.rollout.seed``).
         """
         self._seed = seed
         self._weights_version = 0
         self._seen: Counter[tuple] = Counter()
 
     def new_weights(self, version: int) -> None:
-        """Start a new set of streams: the same prompt is sampled anew after each update.
+        """Start new random streams after an update of the weights.
 
         Args:
-            version: Of the weights (the trainer's step).
+            version: Version of the weights, which is the trainer's step.
         """
         self._weights_version = version
         self._seen.clear()
@@ -124,8 +124,8 @@ class RequestSeeds:
         """Return the seed (64 bits) of the next request for this prompt.
 
         Args:
-            prompt_ids: Token ids.
-            sampling: Parameters; validation and training requests for one prompt are counted apart.
+            prompt_ids: Token ids of the prompt.
+            sampling: Sampling parameters; requests with different parameters are counted separately.
         """
         key = (prompt_ids, sampling)
         repetition = self._seen[key]
@@ -135,9 +135,9 @@ class RequestSeeds:
 
 
 class _SeededSampler(LogitsProcessor):
-    """Turns logits into scores whose arg max is the sample, and keeps the log-probs of what was sampled.
+    """Turns logits into scores whose arg max is the sample, and keeps the log-probs of the sampled tokens.
 
-    Holds one step's log-probs (batch x vocabulary), not those of the whole response.
+    It keeps the full log-probs (batch x vocabulary) of one step only.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
@@ -157,7 +157,7 @@ class _SeededSampler(LogitsProcessor):
         self.log_probs: list[torch.Tensor] = []
 
     def collect(self, last_tokens: torch.Tensor) -> None:
-        """Record the log-probs of the tokens chosen at the step before; ``last_tokens`` has shape (batch,)."""
+        """Record the log-probs of the tokens of the previous step; ``last_tokens`` has shape (batch,)."""
         if self._pending is not None:
             self.log_probs.append(self._pending.gather(1, last_tokens[:, None])[:, 0])
             self._pending = None
@@ -191,23 +191,23 @@ class Generator:
     """Continues prompts with a causal language model.
 
     Attributes:
-        interrupted: While it is set, a batch ends after its next token, with responses that are not finished.
+        interrupted: While this event is set, a batch ends after its next token, with unfinished responses.
     """
 
     def __init__(self, model: PreTrainedModel, *, eos_token_ids: Sequence[int], pad_token_id: int) -> None:
-        """Take a model in evaluation mode.
+        """Set the model to evaluation mode.
 
         Args:
             model: The model, on CPU.
             eos_token_ids: Tokens that end a response.
-            pad_token_id: Token to pad with; masked out everywhere.
+            pad_token_id: Padding token, which is always masked.
         """
         self.interrupted = threading.Event()
         self._model = model.eval()
         self._eos = list(eos_token_ids)
         self._pad = pad_token_id
-        # Defaults of the checkpoint (a top_k, say) must not leak into what the trainer asked for. Nor must its
-        # end-of-sequence tokens: `generate` replaces an eos_token_id of None by them.
+        # Defaults of the checkpoint, for example a top_k, must not change the trainer's sampling parameters. The same
+        # applies to its end-of-sequence tokens, which `generate` uses if eos_token_id is None.
         self._model.generation_config = GenerationConfig(pad_token_id=self._pad)
 
     @torch.inference_mode()
@@ -215,14 +215,14 @@ class Generator:
         """Continue all requests as one left-padded batch.
 
         Args:
-            requests: At least one.
-            sampling: Shared parameters.
+            requests: At least one request.
+            sampling: Sampling parameters of all requests.
 
         Returns:
-            A response for each request, in their order.
+            A response for each request, in the same order.
         """
         if sampling.repetition_penalty != 1 and len({len(request.prompt_ids) for request in requests}) > 1:
-            # The penalty reads the prompt's tokens, so prompts of unequal length cannot share a padded batch.
+            # The penalty depends on the tokens of the prompt, so prompts with different lengths cannot be padded.
             return [self([request], sampling)[0] for request in requests]
         width = max(len(request.prompt_ids) for request in requests)
         max_tokens = max(request.max_tokens for request in requests)

@@ -1,7 +1,7 @@
-"""verl's platform interface, answered by a CPU.
+"""verl's platform interface for CPUs.
 
-Registered under the name ``cpu``, which only ``VERL_PLATFORM=cpu`` selects: :meth:`PlatformCPU.is_platform_available`
-says no to verl's auto-detection, so a machine with accelerators never ends up here by itself.
+The platform has the name ``cpu``, which only ``VERL_PLATFORM=cpu`` selects. :meth:`PlatformCPU.is_platform_available`
+returns False, so verl's auto-detection never selects it.
 """
 
 import resource
@@ -17,9 +17,9 @@ from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
 class _CPUDeviceModule(types.ModuleType):
-    """``torch.cpu``, completed by what verl asks of an accelerator's module (``torch.cuda`` and the like).
+    """``torch.cpu`` with the functions that verl uses of an accelerator's module, such as ``torch.cuda``.
 
-    Memory questions are answered for this process: bytes resident now, and the peak since it started.
+    The memory functions return values of this process: the current resident memory, and the peak since its start.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +43,7 @@ class _CPUDeviceModule(types.ModuleType):
     memory_reserved = memory_allocated
 
     def max_memory_allocated(self, device: object = None) -> int:
-        # Linux counts ru_maxrss in KiB.
+        # On Linux, ru_maxrss is in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     max_memory_reserved = max_memory_allocated
@@ -72,7 +72,7 @@ _DEVICE_MODULE = _CPUDeviceModule("hpo_plugin.cpu.device_module")
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    """verl on CPU cores. One logical Ray ``GPU`` stands for one training rank."""
+    """verl's platform for CPU cores. One training rank uses one logical Ray ``GPU``."""
 
     @property
     @override
@@ -95,12 +95,12 @@ class PlatformCPU(PlatformBase):
 
     @override
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        # The auto-detection of verl must never choose this platform.
+        # verl's auto-detection must not select this platform.
         return False
 
     @override
     def current_device(self) -> torch.device:
-        # verl passes this to Tensor.to(), to which an index would mean an accelerator.
+        # verl passes this value to Tensor.to(), which would take an index as an accelerator.
         return torch.device("cpu")
 
     @override
@@ -141,7 +141,7 @@ class PlatformCPU(PlatformBase):
 
     @override
     def visible_devices_envvar(self) -> str:
-        # Ray manages this variable for its resource "GPU", whose logical units are the ranks here.
+        # Ray manages this variable for its resource "GPU", of which each rank uses one logical unit.
         return "CUDA_VISIBLE_DEVICES"
 
     @contextmanager
@@ -174,7 +174,7 @@ class PlatformCPU(PlatformBase):
     @override
     def rollout_env_vars(self) -> dict[str, str]:
         return {
-            # vLLM would pin its threads to cores that the trainer needs as well.
+            # Otherwise vLLM pins its threads to cores that the trainer also needs.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
         }

@@ -1,8 +1,8 @@
-"""Loaded in every verl process (entry point ``verl.plugins``), so it imports next to nothing.
+"""Entry point of the group ``verl.plugins`` for the CPU backend.
 
-verl asks for its platform after it has loaded its plugins, so registering here is early enough in the driver, the
-trainer, the workers and the rollout servers alike. If this module fails to load, verl stops with "Unknown platform
-'cpu'": the failure is not silent.
+Every verl process loads this module, so it imports little. verl selects its platform after it has loaded its plugins,
+so this module registers the platform early enough in the driver, the trainer, the workers and the rollout servers. If
+this module cannot be loaded, verl stops with "Unknown platform 'cpu'".
 """
 
 import os
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def _device(*, _root_: DictConfig) -> str:
-    """Resolver behind ``trainer.device: ${hpo_cpu.device:}``: check the config, then answer ``"cpu"``."""
+    """Resolver of ``trainer.device: ${hpo_cpu.device:}``: check the config and return ``"cpu"``."""
     from hpo_plugin.cpu.checks import check_config
 
     check_config(_root_)
@@ -22,7 +22,7 @@ def _device(*, _root_: DictConfig) -> str:
 
 
 def _of_config(name: str) -> Callable[..., int]:
-    """Resolver that answers with a function of ``hpo_plugin.cpu.checks``, called with the root config."""
+    """Return a resolver that calls a function of ``hpo_plugin.cpu.checks`` with the root config."""
 
     def resolve(*, _root_: DictConfig) -> int:
         from hpo_plugin.cpu import checks
@@ -33,7 +33,7 @@ def _of_config(name: str) -> Callable[..., int]:
     return resolve
 
 
-# Registered on every platform: a CPU config started without VERL_PLATFORM=cpu must say so.
+# Registered on every platform, so that a CPU config without VERL_PLATFORM=cpu raises a clear error.
 OmegaConf.register_new_resolver("hpo_cpu.device", _device, replace=True)
 for _name in ("num_gpus", "num_cpus", "is_separate"):
     OmegaConf.register_new_resolver(f"hpo_cpu.{_name}", _of_config(_name), replace=True)
@@ -45,7 +45,7 @@ if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
 
     install_vllm_alias()
 
-    # With verl's own module, so that processes which do not need it do not pay for the import.
+    # Post-import hooks, so that only processes that need these modules import them.
     @wrapt.when_imported("verl.workers.engine.fsdp.transformer_impl")
     def _register_engine(_module: ModuleType) -> None:
         from hpo_plugin.cpu import engine  # noqa: F401

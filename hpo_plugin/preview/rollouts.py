@@ -1,7 +1,7 @@
-"""Rollouts as trainers write them: which column is what, and the rows of one step after another.
+"""Reads the rollouts that trainers write: finds the columns, and yields the rows of each step.
 
-DuckDB reads the files: it parses JSON lines and parquet in parallel, and sorts in a file what does not fit into its
-share of memory. Texts are not kept: of a prompt its hash, of a response its length.
+DuckDB reads the files: it parses JSON lines and parquet in parallel, and sorts on disk what exceeds its memory
+limit. It keeps no text: only the hash of a prompt and the length of a response.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PreviewError(ValueError):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the rollouts is what.
+    """The columns of the rollouts by their role.
 
     Attributes:
         group: Responses with an equal value in a step are a group.
@@ -79,13 +79,13 @@ class Columns:
     def __str__(self) -> str:
         rewards = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in self.rewards)
         length = self.length or f"of {self.response}"
-        step = self.step or "from the file names, or one for all rows"
+        step = self.step or "from the file names, else one step for all rows"
         return f"group {self.group}, reward {rewards}, length {length}, step {step}" + (", acc" if self.acc else "")
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that was left out.
+    """A row that was skipped.
 
     Attributes:
         file: Its file.
@@ -125,7 +125,7 @@ class Rollouts:
         columns: Which column is what.
         rows: Responses that are used.
         unit: Of lengths: ``tokens`` or ``characters``.
-        bad: How many rows were left out, by reason.
+        bad: Number of skipped rows, by reason.
         listed: The first of them.
     """
 
@@ -140,7 +140,7 @@ class Rollouts:
         """Each step's responses, in the order of the steps.
 
         Raises:
-            PreviewError: DuckDB cannot sort them, for want of space for its files.
+            PreviewError: DuckDB has too little disk space to sort them.
         """
         import duckdb
 
@@ -193,7 +193,7 @@ def open_rollouts(
         paths: Files (``.jsonl``, ``.parquet``), or directories that hold them.
         rewards: Columns whose sum is the reward, each ``NAME`` or ``NAME=WEIGHT``; by default one that is known by its
             name. In a sum, a missing value counts as 0, unless all are missing.
-        group: The column that tells the prompt.
+        group: The column that identifies the prompt.
         length: The column of lengths in tokens.
         tokenizer: A model's name or folder; responses are measured in its tokens.
         progress: Receives the stage, the work done and the total.
@@ -202,7 +202,7 @@ def open_rollouts(
         The rollouts, which can be read until the context ends.
 
     Raises:
-        PreviewError: No rows, a column that is not there, or several that might be meant.
+        PreviewError: There are no rows, or a column is missing or ambiguous.
     """
     import duckdb
 
@@ -235,15 +235,15 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             inside = [file for file in sorted(path.iterdir()) if file.suffix in (".jsonl", ".parquet")]
             if not inside:
                 below = sorted({str(file.parent) for kind in ("jsonl", "parquet") for file in path.rglob(f"*.{kind}")})
-                hint = f"; these folders in it do: {', '.join(below[:5])}" if below else ""
-                raise PreviewError(f"{path} holds no .jsonl and no .parquet file{hint}")
+                hint = f"; pass a subdirectory that does: {', '.join(below[:5])}" if below else ""
+                raise PreviewError(f"{path} contains no .jsonl or .parquet file{hint}")
             found += inside
         elif path.suffix in (".jsonl", ".parquet"):
             found.append(path)
         else:
-            raise PreviewError(f"{path} is neither a .jsonl nor a .parquet file nor a directory")
+            raise PreviewError(f"{path} is not a .jsonl file, a .parquet file or a directory")
     if len({file.suffix for file in found}) > 1:
-        raise PreviewError("the rollouts are .jsonl and .parquet files: give those of one run")
+        raise PreviewError("the rollouts mix .jsonl and .parquet files; pass the files of one run")
     return list({file.resolve(): file for file in found}.values())
 
 
@@ -309,7 +309,9 @@ def _names(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> list
     except duckdb.Error as error:
         raise _unreadable(error) from error
     if not found:
-        raise PreviewError(f"{looked_at[0]} has no row that is a JSON object")
+        raise PreviewError(
+            f"{looked_at[0]} has no row that is a JSON object; pass rollouts with one JSON object per line"
+        )
     return sorted(found)
 
 
@@ -326,7 +328,7 @@ def _columns(
 
     def pick(given: str | None, known: Sequence[str]) -> str | None:
         if given is not None and given not in there:
-            raise PreviewError(f"{files[0]} has no column {given!r}: it has {', '.join(there)}")
+            raise PreviewError(f"{files[0]} has no column {given!r}; its columns are {', '.join(there)}")
         return given or next((name for name in known if name in there), None)
 
     summands: list[tuple[str, float]] = []
@@ -346,20 +348,25 @@ def _columns(
             known = others[0]
         if known is None:
             raise PreviewError(
-                f"which column of {files[0]} is the reward? It has {', '.join(there)}: give --reward NAME, more than "
-                "once for a sum"
+                f"no reward column found in {files[0]}; its columns are {', '.join(there)}. Pass --reward NAME, "
+                "several times for a sum"
             )
         summands = [(known, 1.0)]
     found_group, found_length = pick(group, GROUP_NAMES), pick(length, LENGTH_NAMES)
     response = pick(None, RESPONSE_NAMES)
     if found_group is None:
-        raise PreviewError(f"which column of {files[0]} tells the prompt? It has {', '.join(there)}: give --group NAME")
+        raise PreviewError(
+            f"no column for the prompt found in {files[0]}; its columns are {', '.join(there)}. Pass --group NAME"
+        )
     if with_text and response is None:
-        raise PreviewError(f"--tokenizer needs the responses, and {files[0]} has no column {', '.join(RESPONSE_NAMES)}")
+        raise PreviewError(
+            f"--tokenizer needs the responses, but {files[0]} has no column {' or '.join(RESPONSE_NAMES)}; remove the "
+            "option"
+        )
     if response is None and found_length is None:
         raise PreviewError(
-            f"{files[0]} has neither a response ({', '.join(RESPONSE_NAMES)}) nor its length "
-            f"({', '.join(LENGTH_NAMES)}): give --length NAME"
+            f"{files[0]} has neither a response column ({', '.join(RESPONSE_NAMES)}) nor a length column "
+            f"({', '.join(LENGTH_NAMES)}). Pass --length NAME"
         )
     return Columns(
         group=found_group,
@@ -412,8 +419,8 @@ def _create_table(files: Sequence[Path], columns: Columns, *, tokens: bool) -> s
     return f"""
         CREATE TABLE every AS SELECT * EXCLUDE (excerpt, is_object, exact_step, any_reward), CASE
             WHEN NOT is_object THEN 'not a JSON object'
-            WHEN step IS NULL OR step <> exact_step THEN 'the step is missing or not a whole number'
-            WHEN key IS NULL THEN {_text("no " + columns.group)}
+            WHEN step IS NULL OR step <> exact_step THEN 'the step is missing or not an integer'
+            WHEN key IS NULL THEN {_text(f"{columns.group} is missing")}
             WHEN NOT any_reward OR abs(reward) > {LARGEST} THEN 'the reward is missing, or not finite in fp32'
             WHEN length IS NULL OR NOT isfinite(length) OR length < 0 THEN 'the response or its length is missing'
             END AS reason, CASE WHEN reason IS NOT NULL THEN excerpt END AS excerpt
@@ -463,7 +470,7 @@ def _open_table(
         bad["not UTF-8, or longer than 500 MB"] = rejected
     if not rows:
         why = "; ".join(f"{reason}: {count:,}" for reason, count in bad.items()) or "the files are empty"
-        raise PreviewError(f"no row can be used: {why}")
+        raise PreviewError(f"no usable rows: {why}")
     listed = connection.execute(
         f"SELECT file, reason, coalesce(excerpt, '') FROM every WHERE reason IS NOT NULL LIMIT {LISTED}"
     ).fetchall()

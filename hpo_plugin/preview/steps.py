@@ -1,4 +1,4 @@
-"""What the algorithms make of one step's rollouts: signs, α, and who gets how much of the update."""
+"""Signs, α and shares of the update for the rollouts of one step."""
 
 from __future__ import annotations
 

@@ -55,9 +55,12 @@ def data_options(task: Task, given: Mapping[str, Any]) -> DataOptions:
     known = [field.name for field in fields(task.Options)]
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"{name} is not an option of {task.name} data; the options are {', '.join(known)}")
+            raise ValueError(f"{name} is not an option of the {task.name} data; the options are {', '.join(known)}")
         if name in fixed and value != fixed[name]:
-            raise ValueError(f"{name}={value!r}: the laptop form of {task.name} sets {name}={fixed[name]!r}")
+            raise ValueError(
+                f"{name}={value!r} conflicts with the laptop form of {task.name}, which sets {name}={fixed[name]!r}; "
+                "remove it"
+            )
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     options = task.Options(**{**fixed, **values})
     for field in fields(options):
@@ -87,8 +90,13 @@ def start_model_config(task: Task, given: Mapping[str, Any]) -> StartModelConfig
         if name not in known:
             if name in asdict(StartModelConfig()):
                 sizes = ", ".join(known)
-                raise ValueError(f"{name} has no effect: verl's SFT trainer trains this start model; sizes are {sizes}")
-            raise ValueError(f"{name} is not known for {task.name}; there are {', '.join(known)}")
+                raise ValueError(
+                    f"{name} has no effect, because verl's SFT trainer trains this start model; the settings are "
+                    f"{sizes}"
+                )
+            raise ValueError(
+                f"{name} is not a setting of the start model of {task.name}; the settings are {', '.join(known)}"
+            )
     config = StartModelConfig(**{**form.start_model, **given})
     config.validate()
     return config

@@ -47,9 +47,9 @@ def make_inputs(
     form = laptop_form(task)
     with stage_bars(console, transient=True) as progress:
         made = task.prepare(data, options, progress=progress)
-    state = "written" if made.publication.written else "already there"
+    state = "written" if made.publication.written else "reused"
     sizes = [_count(made.files[split]) for split in ("train", "test")]
-    note(console, "data", f"{task.title}: {sizes[0]:,} problems to train on, {sizes[1]:,} held out ({state})")
+    note(console, "data", f"{task.title}: {sizes[0]:,} training problems, {sizes[1]:,} held-out problems ({state})")
     if form.sft_config_name is None:
         start = _build(task, made.files, model, config, seed, console)
     else:
@@ -69,7 +69,7 @@ def _build(
     train, test = (pq.read_table(files[split]).to_pylist() for split in ("train", "test"))
     with stage_bars(console, transient=True) as progress:
         report = build_start_model(model, task, train, test, seed=seed, config=config, progress=progress)
-    made = "already there" if report.reused else f"built in {report.seconds:.0f} s"
+    made = "reused" if report.reused else f"built in {report.seconds:.0f} s"
     note(
         console,
         "model",

@@ -74,7 +74,7 @@ def run_quickstart(request: RunRequest, output: Path, *, new: bool, stall: float
             note(console, "run", f"{run.directory}{' (resumed)' if resumed else ''}")
             left = end_leftovers(run.processes)
             if left:
-                note(console, "", f"ended {left} processes that an earlier call had left running")
+                note(console, "", f"stopped {left} processes that an earlier command left running")
             inputs = quickstart_inputs(task, request, output, logs=run.directory, console=console)
             training = training_of(task, request, inputs)
             _check(run, training, console)
@@ -125,7 +125,7 @@ def _check(run: Run, training: Training, console: Console) -> None:
     if not report.ok:
         report.show(console)
         raise TrainingError("The checks failed. See the remedy below each failed check.")
-    note(console, "check", f"{report.summary}; `hpo-plugin check` shows them")
+    note(console, "check", f"{report.summary}; run `hpo-plugin check` to list them")
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -272,11 +272,11 @@ def _finish(run: Run, title: str, training: Training, request: RunRequest, *, se
     console.print(_summary_table(result, request, seconds))
     console.print()
     # One line each, whatever the width, so that it can be copied.
-    console.print(f"In {run.directory}:", markup=False, soft_wrap=True)
+    console.print(f"Files in {run.directory}:", markup=False, soft_wrap=True)
     for label, path in _written_files(run, result["steps"]):
         console.print(f"  {label:<12}{path}", markup=False, soft_wrap=True)
     console.print()
-    console.print("The same training by verl alone:", style="dim")
+    console.print("The same training with verl's own command:", style="dim")
     console.print(command, markup=False, soft_wrap=True)
 
 
@@ -296,7 +296,7 @@ def summarize(rows: Rows, n_test: int) -> dict[str, Any]:
     """
     tested, views = evaluations(rows), step_views(rows)
     if not tested or tested[0][0] != 0 or tested[-1][0] != views[-1].step:
-        raise TrainingError(f"evaluations at steps {[step for step, _ in tested]}: before or after is missing")
+        raise TrainingError(f"the evaluation before or after training is missing: steps {[step for step, _ in tested]}")
     before, after = tested[0][1], tested[-1][1]
     alphas = [view.alpha for view in views if view.alpha == view.alpha]
     return {
@@ -320,7 +320,8 @@ def _summary_table(result: dict[str, Any], request: RunRequest, seconds: float) 
     )
     table.add_row(
         "steps",
-        f"{result['steps']}, {_duration(result['training_seconds'])} of training; this call took {_duration(seconds)}",
+        f"{result['steps']}, {_duration(result['training_seconds'])} of training; this command took "
+        f"{_duration(seconds)}",
     )
     if result["alpha"]:
         low, high = result["alpha"]

@@ -90,7 +90,7 @@ def fine_tune(
         wanted["sizes"] = sizes
     wanted |= demonstrated(task, pq.read_table(files["sft_train"]).to_pylist(), seed)
     if model.exists():
-        return _describe(model, wanted, "already there", console)
+        return _describe(model, wanted, "reused", console)
     model.parent.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)
     # Beside the model, so that it appears by a rename.
@@ -105,7 +105,7 @@ def fine_tune(
         trained.rename(model)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return _describe(model, wanted, "trained now", console)
+    return _describe(model, wanted, "trained", console)
 
 
 def start_texts(task: Task, rows: Sequence[Row], seed: int) -> pa.Table:
@@ -144,9 +144,9 @@ def _describe(model: Path, wanted: Mapping[str, Any], state: str, console: Conso
         manifest = json.loads((model / SFT_MANIFEST).read_bytes())
         there, results = manifest["request"], manifest["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileExistsError(f"{model} exists and is not a start model ({error}); remove it") from error
+        raise FileExistsError(f"{model} exists but is not a start model ({error}); remove it") from error
     if there != wanted:
-        raise FileExistsError(f"{model} holds another start model ({there}, {wanted} asked for); remove it")
+        raise FileExistsError(f"{model} holds a different start model (found {there}, requested {wanted}); remove it")
     note(
         console,
         "model",
@@ -197,7 +197,7 @@ def run_sft(
         raise TrainingError(f"{finding.found}: {finding.remedy}")
     total = form.sft_epochs * (len(rows) // composed.data.train_batch_size)
     losses: dict[int, float] = {}
-    advice = "The same command trains it again."
+    advice = "Run the same command again to train the start model again."
     with (
         stage_bars(console, transient=True) as show,
         Trainer([sys.executable, *command], environment, log=log, record=logs / "processes.json") as trainer,
@@ -216,7 +216,7 @@ def run_sft(
         except StalledError as error:
             raise failure(log, f"The SFT trainer was stopped: {error}.", advice) from error
     if status != 0:
-        raise failure(log, f"SFT: {why(status)}", advice)
+        raise failure(log, f"Supervised fine-tuning: {why(status)}", advice)
     if not losses:
         raise failure(log, "The SFT trainer ended without an evaluation.", advice)
     last = max(losses)

@@ -1,4 +1,4 @@
-"""The model a laptop run starts from: it knows what an answer looks like, and is rarely correct.
+"""The start model of a laptop run: it writes well-formed answers, which are rarely correct.
 
 HPO is about *sparse* rewards, so a run that shows it needs a start at which a few percent of the samples are correct,
 and an ability that training can amplify. A pretrained language model has both; it is also a thousand times too large
@@ -111,7 +111,7 @@ class StartModelConfig:
         if self.head_dim not in _HEAD_DIMS:
             raise ValueError(
                 f"head_dim={self.head_dim} must be one of {', '.join(map(str, _HEAD_DIMS))}: "
-                "vLLM's CPU attention takes no other"
+                "vLLM's CPU attention supports no other value"
             )
         if self.hidden_size % self.head_dim:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of head_dim={self.head_dim}")
@@ -122,7 +122,7 @@ class StartModelConfig:
         if not 0 < guessed < self.batch_size:
             raise ValueError(
                 f"guessed_demonstrations={self.guessed_demonstrations} of batch_size={self.batch_size} is {guessed} "
-                "demonstrations: a batch needs at least one of each kind"
+                "guessed demonstrations; a batch needs at least one guessed and one calculated demonstration"
             )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
@@ -149,7 +149,7 @@ class Success:
 
 @dataclass(frozen=True)
 class StartModelReport:
-    """What :func:`build_start_model` made, or found.
+    """Result of :func:`build_start_model`.
 
     Attributes:
         directory: The model folder, for ``actor_rollout_ref.model.path``.
@@ -253,7 +253,9 @@ def build_start_model(
     _publish(directory, model, tokenizer, request, results)
     published = _read_existing(directory, request)
     if published is None:
-        raise FileNotFoundError(f"{directory} was written and has vanished; is another program removing it?")
+        raise FileNotFoundError(
+            f"{directory} was written but no longer exists; check whether another program removed it"
+        )
     return StartModelReport(**{**vars(published), "reused": False})
 
 
@@ -312,12 +314,12 @@ def evaluate_success(
         ValueError: If there is nothing to measure, or no tokenizer.
     """
     if not rows or samples < 1:
-        raise ValueError(f"{len(rows)} rows with samples={samples}: there is nothing to measure")
+        raise ValueError(f"{len(rows)} rows with samples={samples} leave nothing to measure; pass at least one of each")
     if not isinstance(model, Qwen2ForCausalLM):
         tokenizer = AutoTokenizer.from_pretrained(model)
         model = Qwen2ForCausalLM.from_pretrained(model, dtype=torch.float32)
     elif tokenizer is None:
-        raise ValueError("tokenizer: needed where the model is given as an object")
+        raise ValueError("tokenizer is missing; it is required if model is an object")
     was_training, generation_config = model.training, model.generation_config
     generate = Generator(model, eos_token_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
     sampling = Sampling(temperature=temperature)
@@ -535,12 +537,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _check_disjoint(task: Task, rows: Sequence[Row], held_out: Sequence[Row]) -> None:
     for name, given in (("rows", rows), ("held_out", held_out)):
         if not given:
-            raise ValueError(f"{name} is empty: the start model is trained on the one and measured on the other")
+            raise ValueError(f"{name} is empty; the start model is trained on rows and measured on held_out")
     shared = {json.dumps(task.identity(row)) for row in rows} & {json.dumps(task.identity(row)) for row in held_out}
     if shared:
         raise ValueError(
             f"rows and held_out share {len(shared)} problems, for example {min(shared)}: held-out success would "
-            "measure memory; pass disjoint splits"
+            "measure memorization; pass disjoint splits"
         )
 
 
@@ -653,12 +655,14 @@ def _read_existing(directory: Path, request: dict[str, Any]) -> StartModelReport
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileExistsError(
-            f"{directory} is there and is not a start model ({error}); choose another folder or remove it"
+            f"{directory} exists but is not a start model ({error}); choose another folder or remove it"
         ) from error
     differing = [key for key in request if request[key] != there.get(key)]
     if differing:
-        details = "; ".join(f"{key}: {there.get(key)!r} there, {request[key]!r} asked for" for key in differing)
-        raise FileExistsError(f"{directory} holds another start model ({details}); choose another folder or remove it")
+        details = "; ".join(f"{key}: found {there.get(key)!r}, requested {request[key]!r}" for key in differing)
+        raise FileExistsError(
+            f"{directory} holds a different start model ({details}); choose another folder or remove it"
+        )
     damaged = [
         name
         for name, digest in files.items()
@@ -666,6 +670,7 @@ def _read_existing(directory: Path, request: dict[str, Any]) -> StartModelReport
     ]
     if damaged:
         raise FileExistsError(
-            f"{directory} is damaged: {', '.join(damaged)} changed since it was made; remove it to build it again"
+            f"{directory} is damaged: {', '.join(damaged)} changed after it was built; remove the folder to build it "
+            "again"
         )
     return report

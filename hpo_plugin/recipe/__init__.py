@@ -1,1 +1,1 @@
-"""How a recipe places its model and batch on GPUs, and the memory that this takes."""
+"""The layout of a recipe over GPUs, and an estimate of its memory."""

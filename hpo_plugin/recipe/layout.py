@@ -1,7 +1,7 @@
-"""How a recipe's batch and model are sharded over GPUs, and whether they can be.
+"""The sizes of a recipe over GPUs, and checks that its batch and model can be sharded.
 
-verl finds most of this out in a worker, after models are loaded or after the first rollout. Here it is found when the
-config is read. This module imports OmegaConf only.
+verl detects most of these errors in a worker, after it has loaded models or after the first rollout. This module
+detects them when it reads the config. It imports only OmegaConf.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hpo_plugin.errors import ConfigError
 
 __all__ = ["KEY_RECIPE", "STRATEGIES", "Layout", "check_layout", "check_sharding"]
 
-#: The node that configs composed from ``hpo_recipe`` have; only such configs are checked here.
+#: The node of configs that are composed from ``hpo_recipe``. This module checks only such configs.
 KEY_RECIPE = "recipe"
 
 _ACTOR = "actor_rollout_ref.actor"
@@ -42,8 +42,8 @@ def _torchtitan(actor: DictConfig) -> tuple[int, int, int]:
     return sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.context_parallel_size
 
 
-#: ``actor_rollout_ref.actor.strategy`` -> tensor, pipeline and context parallel sizes from the actor's config.
-#: MindSpeed is verl's ``megatron`` on an NPU; verl has no actor config for Automodel.
+#: ``actor_rollout_ref.actor.strategy`` -> function that reads the tensor, pipeline and context parallel sizes from the
+#: actor's config. MindSpeed is verl's ``megatron`` on an NPU; verl has no actor config for Automodel.
 STRATEGIES: dict[str, Callable[[DictConfig], tuple[int, int, int]]] = {
     "fsdp2": _fsdp,
     "fsdp": _fsdp,
@@ -55,12 +55,12 @@ STRATEGIES: dict[str, Callable[[DictConfig], tuple[int, int, int]]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a run: GPUs, how the trainer and the rollout shard the model, rows.
+    """Sizes of a run: GPUs, parallel sizes of the trainer and the rollout, batch, tokens.
 
     Attributes:
         strategy: ``actor_rollout_ref.actor.strategy``.
         nodes: Number of nodes.
-        gpus_per_node: GPUs of a node.
+        gpus_per_node: GPUs per node.
         tensor: Tensor-parallel size of the actor; 1 for FSDP and VeOmni.
         pipeline: Pipeline-parallel size of the actor; 1 for FSDP and VeOmni.
         context: GPUs that share a row: context parallel for Megatron and TorchTitan, Ulysses for FSDP and VeOmni.
@@ -68,9 +68,9 @@ class Layout:
         prompts: Prompts of a step.
         mini_batch_prompts: Prompts of an optimizer step.
         responses: Responses per prompt.
-        prompt_tokens: Largest number of prompt tokens.
-        response_tokens: Largest number of response tokens.
-        tokens_per_gpu: Largest number of tokens in a micro-batch of one GPU.
+        prompt_tokens: Maximum number of prompt tokens.
+        response_tokens: Maximum number of response tokens.
+        tokens_per_gpu: Maximum number of tokens in a micro-batch of one GPU.
     """
 
     strategy: str
@@ -92,11 +92,13 @@ class Layout:
         """Read a composed config.
 
         Raises:
-            ConfigError: if the actor's strategy is none of :data:`STRATEGIES`.
+            ConfigError: if the actor's strategy is not one of :data:`STRATEGIES`.
         """
         actor, rollout = OmegaConf.select(config, _ACTOR), OmegaConf.select(config, _ROLLOUT)
         if actor.strategy not in STRATEGIES:
-            raise ConfigError(f"{_ACTOR}.strategy={actor.strategy} is none of {', '.join(STRATEGIES)}.")
+            raise ConfigError(
+                f"{_ACTOR}.strategy={actor.strategy} is not supported. Set one of {', '.join(STRATEGIES)}."
+            )
         tensor, pipeline, context = STRATEGIES[actor.strategy](actor)
         return cls(
             strategy=actor.strategy,
@@ -116,22 +118,22 @@ class Layout:
 
     @property
     def gpus(self) -> int:
-        """Of all nodes."""
+        """Number of GPUs on all nodes."""
         return self.nodes * self.gpus_per_node
 
     @property
     def model_parallel(self) -> int:
-        """GPUs that one row passes through."""
+        """Number of GPUs that process one row together."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def ranks(self) -> int:
-        """Data-parallel ranks of the trainer."""
+        """Number of data-parallel ranks of the trainer."""
         return self.gpus // self.model_parallel
 
     @property
     def replicas(self) -> int:
-        """Copies of the model that generate."""
+        """Number of rollout replicas of the model."""
         return self.gpus // self.rollout_tensor
 
     @property
@@ -146,25 +148,25 @@ class Layout:
 
     @property
     def row_tokens(self) -> int:
-        """Of the longest row: prompt and response."""
+        """Number of tokens of the longest row, prompt and response."""
         return self.prompt_tokens + self.response_tokens
 
 
 def check_layout(config: DictConfig) -> Layout | None:
-    """Refuse a recipe whose batch or model cannot be sharded as it says.
+    """Check that the batch and the model of a recipe can be sharded with its sizes.
 
     Args:
         config: the root config. Without ``recipe.architecture``, or with an engine that is not in
-            :data:`STRATEGIES`, nothing is checked: another's config is verl's to judge.
+            :data:`STRATEGIES`, the function checks nothing and leaves the checks to verl.
 
     Returns:
-        The layout; None where nothing was checked.
+        The layout; None if nothing was checked.
 
     Raises:
         ConfigError: each message names the keys, their values and what to do.
     """
     architecture = OmegaConf.select(config, f"{KEY_RECIPE}.architecture")
-    # An engine that somebody added to verl is theirs to judge.
+    # Engines that a user has added to verl are not checked.
     if architecture is None or OmegaConf.select(config, f"{_ACTOR}.strategy") not in STRATEGIES:
         return None
     layout = Layout.of(config)
@@ -175,11 +177,12 @@ def check_layout(config: DictConfig) -> Layout | None:
 
 
 def check_sharding(layout: Layout, architecture: Any) -> None:
-    """Refuse a layout that does not fit itself or its model.
+    """Check that the sizes of a layout are consistent and fit the model.
 
     Args:
         layout: the sizes.
-        architecture: has ``heads``, ``kv_heads`` and ``layers``: the node ``recipe.architecture``, or what it becomes.
+        architecture: an object with ``heads``, ``kv_heads`` and ``layers``: the node ``recipe.architecture``, or an
+            ``Architecture``.
 
     Raises:
         ConfigError: see :func:`check_layout`.
@@ -191,40 +194,41 @@ def check_sharding(layout: Layout, architecture: Any) -> None:
 
 def _gpus(layout: Layout) -> str:
     return (
-        f"trainer.nnodes={layout.nodes} x trainer.n_gpus_per_node={layout.gpus_per_node} (hpo/cluster) "
-        f"are {layout.gpus} GPUs"
+        f"trainer.nnodes={layout.nodes} x trainer.n_gpus_per_node={layout.gpus_per_node} = {layout.gpus} GPUs "
+        "(hpo/cluster)"
     )
 
 
 def _check_gpus(layout: Layout) -> None:
     if layout.gpus % layout.model_parallel:
         raise ConfigError(
-            f"{_gpus(layout)}, which {_ACTOR} cannot divide into groups of {layout.model_parallel} (tensor "
-            f"{layout.tensor} x pipeline {layout.pipeline} x context {layout.context}). Take a multiple of "
-            f"{layout.model_parallel} GPUs, or smaller parallel sizes."
+            f"{_gpus(layout)} cannot be divided into model-parallel groups of {layout.model_parallel} GPUs (sizes of "
+            f"{_ACTOR}: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}). Use a "
+            f"multiple of {layout.model_parallel} GPUs, or smaller parallel sizes."
         )
     if layout.gpus_per_node % layout.rollout_tensor:
         raise ConfigError(
             f"trainer.n_gpus_per_node={layout.gpus_per_node} cannot be divided into rollout replicas of "
-            f"{_ROLLOUT}.tensor_model_parallel_size={layout.rollout_tensor} GPUs. Take a size that divides it."
+            f"{_ROLLOUT}.tensor_model_parallel_size={layout.rollout_tensor} GPUs. Set a size that divides "
+            f"{layout.gpus_per_node}."
         )
 
 
 def _check_torchtitan(layout: Layout, sizes: DictConfig) -> None:
-    """TorchTitan takes its data-parallel sizes from the config, where the other engines compute them."""
+    """Check the data-parallel sizes of TorchTitan, which it reads from the config; other engines compute them."""
     replicas, shards = sizes.data_parallel_replicate_size, sizes.data_parallel_shard_size
     if replicas * shards != layout.ranks:
         raise ConfigError(
-            f"{_gpus(layout)}, and groups of {layout.model_parallel} share a row, but {_ACTOR}.torchtitan has "
-            f"data_parallel_replicate_size={replicas} x data_parallel_shard_size={shards}. Set the two so that their "
-            f"product is {layout.ranks}."
+            f"{_ACTOR}.torchtitan.data_parallel_replicate_size={replicas} x data_parallel_shard_size={shards} is not "
+            f"the number of data-parallel ranks: {_gpus(layout)} in model-parallel groups of {layout.model_parallel} "
+            f"are {layout.ranks} ranks. Set the two sizes so that their product is {layout.ranks}."
         )
     # TorchTitan's own default (verl/trainer/config/engine/torchtitan.yaml).
     positions = sizes.max_seq_len or 2048
     if layout.row_tokens > positions:
         raise ConfigError(
             f"data.max_prompt_length={layout.prompt_tokens} + data.max_response_length={layout.response_tokens} exceed "
-            f"{_ACTOR}.torchtitan.max_seq_len={positions}. Set it to {layout.row_tokens} or more."
+            f"{_ACTOR}.torchtitan.max_seq_len={positions}. Set max_seq_len to {layout.row_tokens} or more."
         )
 
 
@@ -233,20 +237,21 @@ def _check_batch(layout: Layout) -> None:
     mini_batch = f"{_ACTOR}.ppo_mini_batch_size={layout.mini_batch_prompts}"
     if layout.prompts % layout.mini_batch_prompts or layout.prompts < 2 * layout.mini_batch_prompts:
         raise ConfigError(
-            f"{batch} is not two or more times {mini_batch}. With one mini-batch a step, ratios are 1 and most "
-            f"algorithms coincide; what is left over, verl fills with empty rows. Set {_ACTOR}.ppo_mini_batch_size to "
-            f"{layout.prompts // 2}, or another divisor."
+            f"{batch} must be a multiple of {mini_batch}, and at least twice as large. With one mini-batch per step, "
+            "ratios are 1 and most algorithms are the same; verl fills an incomplete mini-batch with empty rows. Set "
+            f"{_ACTOR}.ppo_mini_batch_size to {layout.prompts // 2}, or to a smaller divisor of {layout.prompts}."
         )
     if layout.mini_batch_rows % layout.ranks:
         raise ConfigError(
-            f"{_gpus(layout)} and {layout.ranks} data-parallel ranks, among which a mini-batch of {mini_batch} x "
-            f"{_ROLLOUT}.n={layout.responses} = {layout.mini_batch_rows} rows cannot be divided. Take fewer GPUs "
-            f"(ranks that divide {layout.mini_batch_rows}), or a larger mini-batch together with {batch}."
+            f"{_gpus(layout)} give {layout.ranks} data-parallel ranks, which do not divide the mini-batch of "
+            f"{mini_batch} x {_ROLLOUT}.n={layout.responses} = {layout.mini_batch_rows} rows. Use fewer GPUs, so that "
+            f"the number of ranks divides {layout.mini_batch_rows}, or increase both {_ACTOR}.ppo_mini_batch_size and "
+            f"{batch}."
         )
     if layout.row_tokens > layout.tokens_per_gpu * layout.context:
         raise ConfigError(
             f"data.max_prompt_length={layout.prompt_tokens} + data.max_response_length={layout.response_tokens} exceed "
-            f"{_ACTOR}.ppo_max_token_len_per_gpu={layout.tokens_per_gpu} x {layout.context} GPUs that share a row. "
+            f"{_ACTOR}.ppo_max_token_len_per_gpu={layout.tokens_per_gpu} x {layout.context} (GPUs that share a row). "
             f"Set {_ACTOR}.ppo_max_token_len_per_gpu to {-(-layout.row_tokens // layout.context)} or more."
         )
 
@@ -259,7 +264,7 @@ _ULYSSES = {
 
 
 def _size(layout: Layout, kind: str, *, to_set: bool = False) -> str:
-    """The config key of a parallel size; ``hpo/model`` sets Megatron's under ``recipe``."""
+    """The config key of a parallel size. ``hpo/model`` sets the keys of Megatron under ``recipe``."""
     if layout.strategy == "torchtitan":
         return f"{_ACTOR}.torchtitan.{kind}_parallel_size"
     return f"{'recipe' if to_set else _ACTOR}.megatron.{kind}_model_parallel_size"
@@ -267,25 +272,25 @@ def _size(layout: Layout, kind: str, *, to_set: bool = False) -> str:
 
 def _check_model(layout: Layout, architecture: Any) -> None:
     heads, kv_heads, layers = architecture.heads, architecture.kv_heads, architecture.layers
-    shape = f"a model of {heads} attention heads, {kv_heads} key-value heads and {layers} layers (hpo/model)"
+    shape = f"a model with {heads} attention heads, {kv_heads} key-value heads and {layers} layers (hpo/model)"
     size = layout.rollout_tensor
-    # vLLM and SGLang copy key-value heads where there are fewer than GPUs.
+    # vLLM and SGLang copy key-value heads if there are fewer heads than GPUs.
     if heads % size or (kv_heads % size and size % kv_heads):
         raise ConfigError(
-            f"{_ROLLOUT}.tensor_model_parallel_size={size} does not divide {shape}. Take a divisor of {kv_heads}."
+            f"{_ROLLOUT}.tensor_model_parallel_size={size} cannot shard {shape}. Set a divisor of {kv_heads}."
         )
-    # Ulysses exchanges heads; verl repeats key-value heads where there are fewer.
+    # Ulysses exchanges heads; verl repeats key-value heads if there are fewer heads than GPUs.
     if layout.strategy in ("fsdp", "fsdp2", "veomni") and heads % layout.context:
         raise ConfigError(
-            f"{_ULYSSES[layout.strategy]}={layout.context} does not divide {shape}. Take a divisor of {heads}."
+            f"{_ULYSSES[layout.strategy]}={layout.context} cannot shard {shape}. Set a divisor of {heads}."
         )
     if heads % layout.tensor or kv_heads % layout.tensor:
         raise ConfigError(
-            f"{_size(layout, 'tensor')}={layout.tensor} does not divide {shape}. "
+            f"{_size(layout, 'tensor')}={layout.tensor} cannot shard {shape}. "
             f"Set {_size(layout, 'tensor', to_set=True)} to a divisor of {kv_heads}."
         )
     if layers % layout.pipeline:
         raise ConfigError(
-            f"{_size(layout, 'pipeline')}={layout.pipeline} does not divide {shape}. "
+            f"{_size(layout, 'pipeline')}={layout.pipeline} cannot shard {shape}. "
             f"Set {_size(layout, 'pipeline', to_set=True)} to a divisor of {layers}."
         )

@@ -1,1 +1,1 @@
-"""One training run of verl: its directory, process, log, resume, curves, and its launch on a cluster."""
+"""Training runs of verl: directory, trainer process, log, resuming, curves, and the launch on a cluster."""

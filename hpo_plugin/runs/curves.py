@@ -1,4 +1,4 @@
-"""What every picture of training shares: how curves are smoothed, and how they look."""
+"""Smoothing and style of all plots of training curves."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-#: Steps of a trailing mean.
+#: Number of steps of the trailing mean.
 SMOOTHED_OVER = 5
 
-#: matplotlib's settings.
+#: Settings of matplotlib.
 STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -24,7 +24,7 @@ STYLE: dict[str, Any] = {
 
 
 def smooth(values: Sequence[float], over: int = SMOOTHED_OVER) -> list[float]:
-    """Trailing mean over up to ``over`` values; NaNs are left out."""
+    """Trailing mean over up to ``over`` values, without NaNs."""
     means = []
     for end in range(1, len(values) + 1):
         window = [value for value in values[max(0, end - over) : end] if not math.isnan(value)]

@@ -1,4 +1,4 @@
-"""Run directories: which one a call of the quickstart continues, and what an interrupted run has left."""
+"""Run directories: selects the run to resume, and reads what an interrupted run has left."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from hpo_plugin.runs.verl_log import Rows, merge_attempts, read_rows
 
 
 class RunBusyError(RuntimeError):
-    """Another process is at work in this run directory."""
+    """Another process uses the run directory."""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What was asked for. Two calls with equal requests mean the same run, as long as it is not finished.
+    """The arguments that identify a run. Calls with equal requests use the same run until it is finished.
 
     Attributes:
         policy_loss: ``algorithm.policy_loss``.
-        seed: Of data, start model and sampling.
-        steps: Training steps.
+        seed: Seed of data, start model and sampling.
+        steps: Number of training steps.
         rollout: ``hf`` or ``vllm``.
-        n_test: Held-out problems.
-        overrides: Further Hydra overrides.
+        n_test: Number of held-out problems.
+        overrides: Additional Hydra overrides.
         task: Name of the task, or the path of its file.
     """
 
@@ -43,23 +43,23 @@ class RunRequest:
     task: str = "countdown"
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values, with the version that made them."""
+        """The request as JSON values, with the version of this package."""
         return {**asdict(self), "overrides": list(self.overrides), "hpo_plugin": hpo_plugin.__version__}
 
     @property
     def stem(self) -> str:
-        """Name of the run directory, without its number."""
+        """Name of the run directory without its number."""
         rollout = "" if self.rollout == "hf" else f"-{self.rollout}"
         return f"{Path(self.task).stem}_cpu-{self.policy_loss}{rollout}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One process of training within a run.
+    """One trainer process of a run.
 
     Attributes:
-        directory: Its files: ``metrics.jsonl`` and ``trainer.log``, and Hydra's copy of the config in ``hydra/``.
-        resumed_from: Step of the checkpoint it resumed from; None from the start.
+        directory: Directory with ``metrics.jsonl``, ``trainer.log``, and Hydra's copy of the config in ``hydra/``.
+        resumed_from: Step of the checkpoint that the attempt resumed from; None if it started from the beginning.
     """
 
     directory: Path
@@ -67,12 +67,12 @@ class Attempt:
 
     @property
     def metrics(self) -> Path:
-        """Written by verl's file logger."""
+        """The file that verl's file logger writes."""
         return self.directory / "metrics.jsonl"
 
     @property
     def log(self) -> Path:
-        """All output of the trainer."""
+        """The file with all output of the trainer."""
         return self.directory / "trainer.log"
 
 
@@ -80,7 +80,7 @@ class Run:
     """One run directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Name it; nothing is read or written.
+        """Create a run object, without reading or writing files.
 
         Args:
             directory: ``<output>/<stem>-<number>``.
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def processes(self) -> Path:
-        """Names the trainer's processes while it runs: for ``hpo_plugin.runs.process.end_leftovers``."""
+        """The file that identifies the running trainer's processes (``hpo_plugin.runs.process.end_leftovers``)."""
         return self.directory / "processes.json"
 
     @property
@@ -103,7 +103,7 @@ class Run:
         return (self.directory / "result.json").exists()
 
     def request(self) -> dict[str, Any] | None:
-        """What was asked for; None for a directory that is not a run of ours."""
+        """The request of the run; None if the directory is not a run of this package."""
         try:
             request: dict[str, Any] = json.loads((self.directory / "request.json").read_bytes())
         except (OSError, ValueError):
@@ -111,7 +111,7 @@ class Run:
         return request
 
     def attempts(self) -> list[Attempt]:
-        """In their order."""
+        """The attempts, in order."""
         found = []
         for path in sorted(self.directory.glob("attempt-*/attempt.json"), key=lambda p: _number(p.parent)):
             found.append(Attempt(path.parent, json.loads(path.read_bytes())["resumed_from"]))
@@ -122,20 +122,20 @@ class Run:
         return merge_attempts((attempt.resumed_from, read_rows(attempt.metrics)) for attempt in self.attempts())
 
     def missing_steps(self, last: int, first: int = 0) -> list[int]:
-        """The steps from the first to the last one whose metrics are not logged.
+        """The steps from ``first`` to ``last`` whose metrics are not logged.
 
         Args:
             last: The last step of the training.
-            first: 0, the evaluation before training, or 1 where there is none.
+            first: 0, the evaluation before training, or 1 without such an evaluation.
         """
         rows = self.rows()
         return [step for step in range(first, last + 1) if step not in rows]
 
     def resume_step(self) -> int | None:
-        """The newest checkpoint that is complete and whose steps are all logged.
+        """The newest complete checkpoint up to which all steps are logged.
 
-        verl saves a step before it logs it: a run killed in between has a checkpoint of a step whose metrics are lost.
-        Resuming from the one before it does that step again.
+        verl saves a step before it logs it. A run that is killed in between has a checkpoint of a step without metrics.
+        The run then resumes from the checkpoint before it and repeats that step.
 
         Returns:
             The step; None to start from the beginning.
@@ -160,17 +160,17 @@ class Run:
         return self.checkpoints / "latest_checkpointed_iteration.txt"
 
     def _latest_checkpoint(self) -> int:
-        """The step verl wrote down after its last complete save."""
+        """The step that verl recorded after its last complete save."""
         try:
             return int(self._tracker.read_text())
         except FileNotFoundError:
             return 0
         except ValueError:
-            # Killed between opening and writing the file: the checkpoint before the newest is complete.
+            # The trainer was killed between opening and writing the file. The checkpoint before the newest is complete.
             return max(self._checkpoint_steps()[:-1], default=0)
 
     def new_attempt(self, resumed_from: int | None) -> Attempt:
-        """Make the directory of the next attempt; checkpoints beyond the one it resumes from count no longer.
+        """Create the directory of the next attempt, and invalidate checkpoints after the one that it resumes from.
 
         Args:
             resumed_from: See :class:`Attempt`.
@@ -179,34 +179,34 @@ class Run:
         directory = self.directory / f"attempt-{number}"
         directory.mkdir(exist_ok=True)
         (self.directory / "failed.json").unlink(missing_ok=True)
-        # Left by a call that was killed right here.
+        # A call that was killed at this point has left these files.
         for name in ("metrics.jsonl", "trainer.log"):
             (directory / name).unlink(missing_ok=True)
-        # The attempt writes them again: until verl says so, one that stands there may be half old and half new.
+        # The attempt overwrites later checkpoints. Until verl records a new one, it may be half old and half new.
         if self._latest_checkpoint() > (resumed_from or 0):
             atomic_write(self._tracker, str(resumed_from or 0).encode())
         write_json(directory / "attempt.json", {"resumed_from": resumed_from})
         return Attempt(directory, resumed_from)
 
     def fail(self, text: str) -> None:
-        """Note why the last attempt failed; the next attempt takes the note away."""
+        """Record why the last attempt failed. The next attempt removes the record."""
         write_json(self.directory / "failed.json", {"error": text})
 
     @property
     def failure(self) -> str | None:
-        """Why the last attempt failed; None if it did not, or is still at it."""
+        """Why the last attempt failed; None if it did not fail or is still running."""
         try:
             return str(json.loads((self.directory / "failed.json").read_bytes())["error"])
         except FileNotFoundError:
             return None
 
     def result(self) -> dict[str, Any]:
-        """What :meth:`finish` was given."""
+        """The result that :meth:`finish` wrote."""
         result: dict[str, Any] = json.loads((self.directory / "result.json").read_bytes())
         return result
 
     def wall_seconds(self) -> float:
-        """How long its attempts took together, start-up and evaluations included, by the times of their files."""
+        """Total time of all attempts, with start-up and evaluations, from the modification times of their files."""
         spans = (
             max(file.stat().st_mtime for file in attempt.directory.iterdir())
             - (attempt.directory / "attempt.json").stat().st_mtime
@@ -215,25 +215,27 @@ class Run:
         return sum(max(0.0, span) for span in spans)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the result, after which the run is never touched again."""
+        """Write the result. Nothing changes the run afterwards."""
         write_json(self.directory / "result.json", result)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only process at work in this directory; a process that dies, however, lets go.
+        """Lock the directory for this process. The lock ends when the process ends.
 
         Raises:
-            RunBusyError: Another process is.
+            RunBusyError: Another process has the lock.
         """
         with (self.directory / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunBusyError(f"{self.directory} is being worked on by another process") from None
+                raise RunBusyError(
+                    f"another process uses {self.directory}; wait for it, or use another directory"
+                ) from None
             yield
 
     def busy(self) -> bool:
-        """Whether another process is at work in this directory."""
+        """Whether another process has locked this directory."""
         if not self.directory.exists():
             return False
         try:
@@ -244,16 +246,16 @@ class Run:
 
 
 def choose_run(output: Path, request: RunRequest, *, new: bool = False) -> tuple[Run, bool]:
-    """Choose the directory of a call.
+    """Select an unfinished run to resume, or create a run directory.
 
     Args:
-        output: Where runs are.
-        request: What is asked for.
-        new: Whether to start another run even where an unfinished one could be resumed.
+        output: Directory of all runs.
+        request: The request.
+        new: Whether to start a new run even if an unfinished one could be resumed.
 
     Returns:
-        The run, and whether it is resumed: an unfinished run with the same request that no process holds. Otherwise a
-        new directory with the next number; finished runs and other requests' runs are never chosen.
+        The run, and whether to resume it. A run is resumed if it is unfinished, has the same request, and no process
+        uses it. Otherwise the run is a new directory with the next number.
     """
     output.mkdir(parents=True, exist_ok=True)
     existing = [
@@ -273,17 +275,17 @@ def choose_run(output: Path, request: RunRequest, *, new: bool = False) -> tuple
             directory.mkdir()
             break
         except FileExistsError:
-            # Another call took it just now.
+            # Another call has just created it.
             number += 1
     write_json(directory / "request.json", request.as_json())
     return Run(directory), False
 
 
 def _holds_actor(directory: Path) -> bool:
-    """Whether a checkpoint's ``actor/`` was written, and not removed to make room.
+    """Whether the ``actor/`` of a checkpoint was written, and not removed to free space.
 
-    The FSDP engine writes ``*.pt`` for each rank; Megatron's writes a manifest after everything else
-    (``MegatronCheckpointManager._finalize_save``), and shards in ``model/``, ``optimizer/`` and ``extra/``.
+    The FSDP engine writes ``*.pt`` for each rank. The Megatron engine writes shards in ``model/``, ``optimizer/`` and
+    ``extra/``, and a manifest at the end (``MegatronCheckpointManager._finalize_save``).
     """
     return (directory / "ckpt_contents.json").exists() or any(directory.glob("*.pt"))
 
@@ -293,5 +295,5 @@ def _number(directory: Path) -> int:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON value to a file, all of it or nothing."""
+    """Write a JSON value to a file atomically."""
     atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""A training on a Ray cluster: waits for its nodes, checks all of them, trains, and resumes where a node was lost."""
+"""Trains on a Ray cluster: waits for the nodes, checks them, trains, and resumes the run after the loss of a node."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from hpo_plugin.runs.training import SAVE_EVERY, Training, TrainingError, outcom
 from hpo_plugin.runs.verl_log import MetricsFile, StepView, read_rows
 from hpo_plugin.verl.presets import preset_of
 
-#: Seconds between two looks at the cluster.
+#: Interval of the checks of the cluster, in seconds.
 POLL = 5.0
-#: Seconds after which Ray has noticed the death of a node's processes: it asks for a sign of them every three seconds,
-#: and gives a node up after five without one. Until then the node counts as alive, beside the one in its place.
+#: Time after which Ray has detected the death of a node, in seconds. Ray checks a node every three seconds and declares
+#: it dead after five failures. Until then the node counts as alive, together with its replacement.
 DEATH_NOTICED = 30.0
-#: What the launcher sets in every attempt.
+#: Keys that the launcher sets in every attempt.
 OWN_KEYS = ("trainer.default_local_dir", "trainer.resume_mode", "trainer.resume_from_path", "hydra.run.dir")
-#: What may change between two calls for one run: how long it trains, where, and what is kept of it.
+#: Keys that may change between two calls for one run: the length of the run, its cluster, and what it keeps.
 FREE_KEYS = (
     "ray_kwargs.",
     "hydra.",
@@ -47,22 +47,22 @@ FREE_KEYS = (
     "trainer.max_actor_ckpt_to_keep",
     "trainer.max_critic_ckpt_to_keep",
 )
-#: Arguments of ``ray.init`` for which there is no place where a cluster runs already.
+#: Arguments of ``ray.init`` that Ray rejects when it joins a running cluster.
 _OF_A_NEW_CLUSTER = ("num_cpus", "num_gpus", "object_store_memory", "resources")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What is asked for.
+    """The arguments of a launch.
 
     Attributes:
-        config_name: As ``python -m verl.trainer.main_ppo --config-name`` is given.
+        config_name: Name of the trainer config, as for ``python -m verl.trainer.main_ppo --config-name``.
         overrides: Hydra overrides.
-        directory: Of the run, on a file system that all nodes share.
-        retries: Starts after failures in a row without a new checkpoint, before giving up.
-        wait: Seconds to wait for nodes.
-        timeout: Seconds a node has to answer the checks.
-        stall: Seconds without a step after which the trainer is ended.
+        directory: Run directory, on a file system that all nodes share.
+        retries: Maximum number of restarts after consecutive failures without a new checkpoint.
+        wait: Maximum time to wait for nodes, in seconds.
+        timeout: Time limit for the checks of a node, in seconds.
+        stall: Time without a step after which the launcher stops the trainer, in seconds.
     """
 
     config_name: str
@@ -74,7 +74,7 @@ class Launch:
     stall: float
 
     def request(self) -> dict[str, Any]:
-        """What identifies the run, as JSON values, with the version that made it."""
+        """The arguments that identify the run, as JSON values, with the version of this package."""
         return {
             "config_name": self.config_name,
             "overrides": list(self.overrides),
@@ -83,18 +83,18 @@ class Launch:
 
 
 def run_launch(launch: Launch, console: Console) -> Run:
-    """Do everything.
+    """Train to the last step.
 
     Args:
-        launch: What is asked for.
-        console: Where to tell about it.
+        launch: The arguments.
+        console: The console for progress lines.
 
     Returns:
         The finished run.
 
     Raises:
-        TrainingError: It could not be finished.
-        KeyboardInterrupt: Interrupted; the trainer has stopped, and the same call resumes the run.
+        TrainingError: The run failed.
+        KeyboardInterrupt: The call was interrupted. The trainer has stopped, and the same call resumes the run.
     """
     launcher = _Launcher(launch, console)
     try:
@@ -120,17 +120,17 @@ class _Launcher:
         self.config = self._compose(self.overrides)
         require_cluster(self.config)
         self.training = plan(self.config, launch.config_name, self.overrides)
-        # Of the failures in a row.
+        # Consecutive failures: their number, the step of the last checkpoint, and the cause of the last one.
         self._failures = 0
         self._reached: int | None = None
         self._cause = ""
         self._cluster = Cluster()
-        # Ids of the cluster's nodes when the trainer was last started.
+        # Ids of the cluster's nodes at the last start of the trainer.
         self._nodes: set[str] = set()
         self._looked = 0.0
 
     def tell(self, text: str) -> None:
-        """Print a line with the time of day: it is read in the log of a job, later."""
+        """Print a line with the time of day, for the log of a job."""
         self.console.print(f"{time.strftime('%H:%M:%S')}  {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
@@ -144,19 +144,19 @@ class _Launcher:
         return config
 
     def go(self) -> None:
-        """All steps, in order. The caller holds the run's lock."""
+        """Run all steps in order. The caller has locked the run."""
         request = self.run.directory / "launch.json"
         try:
             refuse_another_run(json.loads(request.read_bytes()), self.launch.request(), self.run.directory)
-            self.tell(f"run {self.run.directory}, resumed")
+            self.tell(f"resuming the run {self.run.directory}")
         except FileNotFoundError:
             write_json(request, self.launch.request())
-            self.tell(f"run {self.run.directory}")
+            self.tell(f"starting the run {self.run.directory}")
         if self.run.finished and (self.training.steps is None or self.training.done(self.run)):
-            self.tell("it is finished already")
+            self.tell("the run is already finished")
             return
         end_leftovers(self.run.processes)
-        # What can be seen without a cluster, before one is waited for.
+        # Checks that need no cluster run before the launcher waits for one.
         self._require(self._report(), "this node and the config")
         with self._joined() as self._cluster:
             if not self.training.done(self.run):
@@ -175,7 +175,7 @@ class _Launcher:
 
     @contextlib.contextmanager
     def _joined(self) -> Iterator[Cluster]:
-        """The cluster, once it can be joined."""
+        """Wait for the cluster and connect to it."""
         deadline = time.monotonic() + self.launch.wait
         while True:
             with Cluster.join(self.config) as cluster:
@@ -183,27 +183,30 @@ class _Launcher:
                     yield cluster
                     return
             if time.monotonic() > deadline:
-                raise TrainingError(f"the Ray cluster {cluster.failure.found}: {cluster.failure.remedy}")
-            self.tell(f"waits for the Ray cluster, which {cluster.failure.found}")
+                raise TrainingError(
+                    f"waited {self.launch.wait:g} s (--wait-for-nodes) for the Ray cluster, which "
+                    f"{cluster.failure.found}. To fix it, {cluster.failure.remedy}."
+                )
+            self.tell(f"waiting for the Ray cluster, which {cluster.failure.found}")
             time.sleep(POLL)
 
     def _wait(self) -> None:
-        """Wait for what the run needs."""
+        """Wait for the nodes and accelerators that the run needs."""
         deadline = time.monotonic() + self.launch.wait
         told = None
         while lacks := self._cluster.lacks(self.config):
             if time.monotonic() > deadline:
                 raise TrainingError(
-                    f"waited {self.launch.wait:g} s (--wait-for-nodes) for {lacks}. The run asks for them with "
-                    "trainer.nnodes and trainer.n_gpus_per_node"
+                    f"waited {self.launch.wait:g} s (--wait-for-nodes) for {lacks}. Add nodes, increase "
+                    "--wait-for-nodes, or change trainer.nnodes and trainer.n_gpus_per_node."
                 )
             if lacks != told:
-                self.tell(f"waits for {lacks}")
+                self.tell(f"waiting for {lacks}")
                 told = lacks
             time.sleep(min(POLL, max(0.1, deadline - time.monotonic())))
 
     def _check_nodes(self) -> None:
-        """Wait for the nodes and check all of them; once more where one died meanwhile: that is no fault of the run."""
+        """Wait for the nodes and check all of them. If a node dies during the checks, wait and check again."""
         token = self.run.directory / "shared"
         token.touch()
         losses = 0
@@ -217,10 +220,10 @@ class _Launcher:
             losses += 1
             if losses > self.launch.retries:
                 raise TrainingError(
-                    f"Ray lost {lost} while the nodes were checked, {losses} times in a row (--retries). "
-                    "The trainer was not started"
+                    f"Ray lost {lost} during the checks, {losses} times in a row (--retries={self.launch.retries}). "
+                    "The trainer was not started. Check the Ray logs of these nodes."
                 )
-            self.tell(f"Ray has lost {lost} while the nodes were checked; they are checked again")
+            self.tell(f"Ray has lost {lost} during the checks; checking the nodes again")
         self._nodes = self._cluster.living_nodes()
         self._require(report, f"{len(self._nodes)} nodes")
 
@@ -236,14 +239,14 @@ class _Launcher:
 
     @staticmethod
     def _once_noticed(lost: Callable[[], str]) -> str:
-        """Ask for lost nodes until there are some, or Ray would know of them."""
+        """Look for lost nodes until there are some, or until Ray must have detected them."""
         deadline = time.monotonic() + DEATH_NOTICED
         while not (found := lost()) and time.monotonic() < deadline:
             time.sleep(POLL)
         return found
 
     def _report(self, shared: Path | None = None) -> CheckReport:
-        """Run the checks: on all nodes where a file is given that they have to share, else on this one."""
+        """Run the checks: on all nodes if a shared file is given, otherwise in this process."""
         with quiet(self.run.directory / "check.log"):
             return run_checks(
                 self.launch.config_name,
@@ -257,7 +260,7 @@ class _Launcher:
         if not report.ok:
             report.show(self.console)
             raise TrainingError(
-                "The checks failed; see the remedy below each failed check. The trainer was not started."
+                "The checks failed. The line below each failed check states what to do. The trainer was not started."
             )
         self.tell(f"checked {checked}: {report.summary}")
 
@@ -269,10 +272,10 @@ class _Launcher:
         return ", ".join(sorted(dead[node] for node in self._nodes & dead.keys()))
 
     def watch(self) -> None:
-        """Look at the nodes now and then.
+        """Check the nodes at intervals.
 
-        verl does not end by itself where a node is lost: it waits forever for samples that were on it
-        (``ReplayBuffer.sample``), or for its part of a collective operation.
+        verl does not stop if a node is lost: it waits forever for samples of that node (``ReplayBuffer.sample``), or
+        for its part of a collective operation.
 
         Raises:
             TrainingError: A node died.
@@ -284,28 +287,31 @@ class _Launcher:
             raise TrainingError(f"Ray lost {lost}", f"Ray lost {lost}")
 
     def _again(self, attempt: Attempt, error: TrainingError) -> bool:
-        """Whether to start again; if so, the nodes are there and checked."""
+        """Whether to restart the trainer; if so, the nodes are available and checked."""
         self.tell(f"the trainer failed: {error.cause}")
         reached = self.run.resume_step()
         if reached != self._reached:
             self._reached, self._failures, self._cause = reached, 0, ""
         self._failures += 1
         if self._failures > self.launch.retries:
-            self.tell(f"gives up: {self._failures} failures in a row without a new checkpoint (--retries)")
+            self.tell(
+                f"giving up after {self._failures} failures in a row without a new checkpoint "
+                f"(--retries={self.launch.retries})"
+            )
             return False
-        # What a node that has just died held is in use until Ray, after some seconds without a sign of it, says so.
+        # The resources of a dead node count as used until Ray detects its death, which takes some seconds.
         self._wait()
-        # Addresses, ids and times of the same failure differ.
+        # The same failure can have other addresses, ids and times.
         cause = re.sub(r"[0-9a-f]{8,}|\d+", "#", error.cause)
         repeated = cause == self._cause and not any(read_rows(attempt.metrics))
         if lost := self._once_noticed(self.lost_nodes) if repeated else self.lost_nodes():
             self.tell(f"Ray has lost {lost}")
         elif repeated:
-            self.tell("gives up: the same failure twice, no node lost, and no step completed in between")
+            self.tell("giving up: the same failure occurred twice, without a lost node and without a completed step")
             return False
         self._cause = cause
         self._check_nodes()
-        self.tell(f"starts again, {self._failures} of {self.launch.retries}")
+        self.tell(f"restarting the trainer, {self._failures} of {self.launch.retries} retries")
         return True
 
     # --- at the end ---
@@ -327,7 +333,7 @@ class _Launcher:
 
 
 class _StepLines:
-    """A line for each step, and a look at the nodes."""
+    """Prints a line for each step, and checks the nodes."""
 
     def __init__(self, launcher: _Launcher) -> None:
         self._launcher = launcher
@@ -355,28 +361,29 @@ def _key(override: str) -> str:
 
 
 def refuse_own_keys(overrides: Sequence[str]) -> None:
-    """Refuse overrides of what the launcher sets.
+    """Reject overrides of keys that the launcher sets.
 
     Raises:
-        TrainingError: With the key.
+        TrainingError: An override sets such a key; the message names it.
     """
     for override in overrides:
         if _key(override) in OWN_KEYS:
             raise TrainingError(
-                f"{override}: the launcher sets {_key(override)}, in the directory of --run-dir; leave it out"
+                f"{override} is not possible, because the launcher sets {_key(override)} from --run-dir. Remove the "
+                "override."
             )
 
 
 def refuse_another_run(known: Mapping[str, Any], asked: Mapping[str, Any], directory: Path) -> None:
-    """Refuse to resume a run under another config.
+    """Reject a call whose config differs from that of the run in the directory.
 
     Args:
         known: The request of the run in the directory.
         asked: The request of this call.
-        directory: For the message.
+        directory: The run directory, for the message.
 
     Raises:
-        TrainingError: With what differs.
+        TrainingError: The requests differ; the message lists the differences.
     """
 
     def binding(request: Mapping[str, Any]) -> list[str]:
@@ -388,27 +395,27 @@ def refuse_another_run(known: Mapping[str, Any], asked: Mapping[str, Any], direc
         changed = [f"- {word}" for word in before if word not in now]
         changed += [f"+ {word}" for word in now if word not in before]
         raise TrainingError(
-            f"{directory} holds a run that was started with other arguments:\n"
-            + "\n".join(changed or ["the same ones in another order"])
-            + "\nTake another --run-dir, or the arguments in its launch.json."
+            f"--run-dir={directory} has a run that was started with other arguments:\n"
+            + "\n".join(changed or ["the same arguments in another order"])
+            + "\nUse another --run-dir, or the arguments in launch.json of the run."
         )
 
 
 def cluster_overrides(config: DictConfig, environment: Mapping[str, str]) -> list[str]:
-    """What makes a config join the cluster of ``RAY_ADDRESS`` instead of starting one of its own.
+    """Overrides that make a config join the cluster of ``RAY_ADDRESS`` instead of starting a new one.
 
     Args:
         config: A whole verl config.
-        environment: Of this process.
+        environment: Environment of this process.
 
     Returns:
-        Hydra overrides; none where the variable is not set.
+        Hydra overrides; empty if the variable is not set.
     """
     address = environment.get("RAY_ADDRESS")
     if not address:
         return []
     given = OmegaConf.select(config, "ray_kwargs.ray_init") or OmegaConf.create()
-    # Unresolved: verl's plugins, which register resolvers, are not loaded in this process.
+    # Unresolved, because this process has not loaded verl's plugins, which register resolvers.
     as_written = OmegaConf.to_container(given, resolve=False)
     assert isinstance(as_written, dict)
     dropped = [key for key in _OF_A_NEW_CLUSTER if as_written.get(key) is not None]
@@ -416,48 +423,49 @@ def cluster_overrides(config: DictConfig, environment: Mapping[str, str]) -> lis
 
 
 def require_cluster(config: DictConfig) -> None:
-    """Refuse a config under which each process would start a Ray of its own.
+    """Reject a config with which each process would start its own Ray cluster.
 
     Raises:
-        TrainingError: With what to set.
+        TrainingError: The config names no cluster; the message states what to set.
     """
     key = "ray_kwargs.ray_init.address"
     address = OmegaConf.select(config, key)
     if address in (None, "", "local"):
         raise TrainingError(
-            f"{key} is {address!r} and RAY_ADDRESS is not set, so there is no Ray cluster to train on: set "
-            "RAY_ADDRESS, to auto on a node of a running cluster. On a single machine, `ray start --head` starts one"
+            f"{key}={address!r} and RAY_ADDRESS is not set, so there is no Ray cluster to train on. Set RAY_ADDRESS; "
+            "on a node of a running cluster, set RAY_ADDRESS=auto. On a single machine, start a cluster with "
+            "`ray start --head`."
         )
 
 
 def plan(config: DictConfig, config_name: str, overrides: Sequence[str]) -> Training:
-    """What to train, and the launcher's own settings where the config has none.
+    """Build the training of a config, with the launcher's settings for keys that the config does not set.
 
     Args:
         config: A whole verl config.
-        config_name: Its name.
-        overrides: What it was composed with.
+        config_name: Name of the config.
+        overrides: Overrides of the config.
 
     Raises:
-        TrainingError: The config leaves nothing to resume from.
+        TrainingError: The config keeps too few checkpoints to resume from.
     """
     trainer = config.trainer
     for key in ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep"):
         if trainer.get(key) == 1:
             raise TrainingError(
-                f"trainer.{key}=1: verl saves a step before it logs it, so the checkpoint before the newest is needed "
-                f"to lose no step; set trainer.{key}=2 or more"
+                f"trainer.{key}=1 is not sufficient to resume without losing the metrics of a step, because verl saves "
+                f"a step before it logs it; set trainer.{key}=2 or more"
             )
     own = []
     saves = int(trainer.save_freq) > 0
     if not saves and trainer.get("max_actor_ckpt_to_keep") is None:
-        # Nobody asked for these checkpoints, so no more of them are kept than it takes to resume.
+        # The user did not request checkpoints, so the run keeps only as many as it needs to resume.
         own += ["trainer.max_actor_ckpt_to_keep=2", "trainer.max_critic_ckpt_to_keep=2"]
     loggers = list(trainer.logger) if isinstance(trainer.logger, ListConfig) else [trainer.logger]
     if "file" not in loggers:
         loggers.append("file")
     own.append(f"trainer.logger=[{','.join(loggers)}]")
-    # Those of the config that are no longer true once the launcher has decided.
+    # Without the overrides that the launcher replaces.
     kept = [word for word in overrides if _key(word) not in ("trainer.logger", "trainer.save_freq")]
     steps = trainer.get("total_training_steps")
     return Training(

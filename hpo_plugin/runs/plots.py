@@ -1,4 +1,4 @@
-"""The curves of a run: as a picture, and in the terminal."""
+"""Plots the curves of a run, as a picture and in the terminal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _BLUE, _ORANGE, _GREEN, _RED, _GRAY = "#1f5fa8", "#d4770c", "#2c8a4b", "#b8342f"
 
 
 def save_curves(rows: Rows, path: Path, *, title: str, n_test: int) -> None:
-    """Write the picture.
+    """Write the curves of a run as a picture.
 
     Args:
-        rows: The run.
-        path: A ``.png`` file; replaced.
-        title: Above the picture.
-        n_test: Held-out problems, for the error bars.
+        rows: Rows of the run.
+        path: A ``.png`` file, which is overwritten.
+        title: Title of the picture.
+        n_test: Number of held-out problems, for the error bars.
     """
     import matplotlib
 
@@ -72,11 +72,11 @@ def save_curves(rows: Rows, path: Path, *, title: str, n_test: int) -> None:
 
 
 def draw_curves(rows: Rows, *, width: int, color: bool = True) -> str:
-    """Return success and α over the steps as text.
+    """Return the curves of success and α as text.
 
     Args:
-        rows: The run.
-        width: Columns.
+        rows: Rows of the run.
+        width: Width in columns.
         color: Whether to use terminal colors.
     """
     import plotext

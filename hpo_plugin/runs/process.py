@@ -1,7 +1,7 @@
-"""verl's trainer as a process of its own, with everything it starts: followed, and ended without a trace.
+"""Runs verl's trainer as a child process, follows it, and ends it with all processes that it started.
 
 verl starts Ray, Ray starts a dozen processes, and some of them start more. All of them stay in the session of the
-trainer (setsid), which is how they are told from every other Ray cluster on the machine.
+trainer (setsid). The session distinguishes them from other Ray clusters on the machine.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import psutil
 
 from hpo_plugin.files import atomic_write
 
-#: Seconds that processes have to end by themselves.
+#: Seconds to wait for the end of the processes after each signal.
 GRACE = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
 class StalledError(RuntimeError):
-    """The trainer made no progress for too long."""
+    """The trainer made no progress within the time limit."""
 
 
 T = TypeVar("T")
@@ -38,11 +38,11 @@ def drive(turns: Generator[None, None, T], interval: float = 0.2) -> T:
     """Run a generator of turns to its end.
 
     Args:
-        turns: Closed in any case.
+        turns: The generator. The function always closes it.
         interval: Seconds between two turns.
 
     Returns:
-        What it returns.
+        The return value of the generator.
     """
     with contextlib.closing(turns):
         while True:
@@ -55,16 +55,16 @@ def drive(turns: Generator[None, None, T], interval: float = 0.2) -> T:
 
 
 class Trainer:
-    """A running trainer. Use as a context manager: on the way out, none of its processes is left."""
+    """A running trainer, used as a context manager. On exit, it ends all processes of the trainer."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, record: Path) -> None:
-        """Start it.
+        """Start the trainer.
 
         Args:
             command: Program and arguments.
-            environment: Added to this process's own.
-            log: Takes all output.
-            record: Takes what :func:`end_leftovers` needs if this process is killed.
+            environment: Variables that are added to the environment of this process.
+            log: File for all output.
+            record: File for the data that :func:`end_leftovers` needs if this process is killed.
         """
         self._record = record
         with log.open("ab") as output:
@@ -95,27 +95,27 @@ class Trainer:
 
     @property
     def exit_status(self) -> int | None:
-        """As ``subprocess`` gives it; None while it runs."""
+        """The exit status, as in ``subprocess``; None while the trainer runs."""
         return self._process.poll()
 
     def follow(self, look: Callable[[], bool], *, stall: float, interval: float = 0.2) -> int:
-        """Wait for the end.
+        """Wait for the end of the trainer.
 
         Args:
-            look: Called every ``interval`` seconds and once after the end; says whether there was progress.
-            stall: Seconds without progress after which it is given up.
-            interval: Seconds between looks.
+            look: Called every ``interval`` seconds and once after the end. Returns whether there was progress.
+            stall: Maximum time without progress, in seconds.
+            interval: Seconds between two calls of ``look``.
 
         Returns:
             The exit status.
 
         Raises:
-            StalledError: Nothing happened for ``stall`` seconds.
+            StalledError: There was no progress for ``stall`` seconds.
         """
         return drive(self.turns(look, stall=stall), interval)
 
     def turns(self, look: Callable[[], bool], *, stall: float) -> Generator[None, None, int]:
-        """Do what :meth:`follow` does, a look at a time: the caller waits as long as it likes in between."""
+        """The same as :meth:`follow`, as a generator: it calls ``look`` once per turn, at the caller's interval."""
         last = time.monotonic()
         while True:
             status = self.exit_status
@@ -128,7 +128,7 @@ class Trainer:
             yield
 
     def stop(self) -> None:
-        """End every process of the session: asked first, then killed."""
+        """End every process of the session, with SIGTERM first and then with SIGKILL."""
         if self._process.poll() is None:
             self._process.terminate()
         _end_session(self._process.pid, self._process)
@@ -137,13 +137,13 @@ class Trainer:
 
 
 def end_leftovers(record: Path) -> int:
-    """End what a killed call has left running.
+    """End the processes that a killed call has left running.
 
     Args:
-        record: Written by :class:`Trainer`.
+        record: The file that :class:`Trainer` wrote.
 
     Returns:
-        How many processes there were.
+        The number of these processes.
     """
     try:
         noted = json.loads(record.read_bytes())
@@ -154,7 +154,7 @@ def end_leftovers(record: Path) -> int:
         record.unlink()
         return 0
     leader = _create_time(session)
-    # A leader that began at another time is a stranger who was given the same number after a restart, say.
+    # A leader with another start time is a different process that got the same id, for example after a reboot.
     left = 0
     if leader is None or abs(leader - started) < 1:
         members = [process for process in _session(session) if (_create_time(process.pid) or 0) >= started - 1]
@@ -191,18 +191,18 @@ def _end_session(session: int, leader: subprocess.Popen[bytes] | None) -> None:
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
             if leader is not None:
-                # A dead child counts until it is waited for.
+                # A dead child is in the session until it is waited for.
                 leader.poll()
             if not _session(session):
                 return
             time.sleep(0.1)
     left = ", ".join(str(process.pid) for process in _session(session))
     if left:
-        raise RuntimeError(f"these processes of the run do not end: {left}")
+        raise RuntimeError(f"these processes of the run did not end after SIGKILL: {left}")
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """What makes the kernel kill the trainer if this process is killed (Linux); Ray's processes then follow it."""
+    """A function that makes the kernel kill the trainer if this process is killed (Linux). Ray's processes then end."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -211,7 +211,7 @@ def _die_with_parent() -> Callable[[], None] | None:
     def set_signal() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            # It died before the call above.
+            # The parent died before the call above.
             os._exit(1)
 
     return set_signal

@@ -1,7 +1,7 @@
-"""One training, from its start or its last checkpoint to its last step, with verl's trainer as a process of its own.
+"""Trains a run to its last step, from the start or the last checkpoint, with verl's trainer as a child process.
 
-:func:`train` does it and waits. :func:`train_in_turns` is the same as a generator, which gives the caller its turn
-between two looks at the trainer, so that one process can follow several trainings.
+:func:`train` waits for the end. :func:`train_in_turns` is a generator, so that one process can follow several
+trainings.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from hpo_plugin.runs.directory import Attempt, Run
 from hpo_plugin.runs.process import StalledError, Trainer, drive
 from hpo_plugin.runs.verl_log import MetricsFile, failure_cause, plain_lines
 
-#: For a trainer's log: the whole traceback, and lines as they are printed.
+#: Environment of the trainer, for its log: full tracebacks and unbuffered lines.
 LOG_ENVIRONMENT = {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
-#: Steps between checkpoints: an interruption costs at most so many.
+#: Steps between checkpoints, which is also the maximum number of steps that an interruption loses.
 SAVE_EVERY = 10
-#: Starts of the trainer before giving up where Ray is too slow to come up.
+#: Maximum number of starts of the trainer if Ray starts too slowly.
 STARTS = 3
 TAIL_LINES = 15
-#: Whose versions a finished run notes.
+#: Packages whose versions the result of a run contains.
 RECORDED_PACKAGES = ("hpo-plugin", "verl", "torch", "transformers", "ray")
 
 
 class TrainingError(RuntimeError):
-    """Why a training could not be made or finished, and what to do, for a person to read.
+    """A training failed or could not be started. The message states the reason and what to do.
 
     Attributes:
-        cause: In a line, without what to do; empty where the text says all.
+        cause: The reason in one line, without what to do; empty if the message has no more details.
     """
 
     def __init__(self, text: str, cause: str = "") -> None:
-        """Keep both.
+        """Create the error.
 
         Args:
-            text: All of it.
+            text: The whole message.
             cause: See the class.
         """
         super().__init__(text)
@@ -59,16 +59,16 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained.
+    """The definition of a training.
 
     Attributes:
-        config_name: verl's or our config.
-        overrides: What makes it this training: algorithm, seed, steps, data, model. They come last, so that they win
-            over those of :func:`bookkeeping_overrides`.
-        steps: ``trainer.total_training_steps``; None where verl derives it from epochs and data.
-        environment: What the trainer needs beside this process's own environment.
+        config_name: Name of the trainer config.
+        overrides: Overrides that define the training: algorithm, seed, steps, data, model. They take precedence over
+            those of :func:`bookkeeping_overrides`.
+        steps: ``trainer.total_training_steps``; None if verl derives the number from epochs and data.
+        environment: Variables that the trainer needs in addition to the environment of this process.
         save_every: Steps between checkpoints.
-        first_step: 0, the evaluation before training, or 1 where there is none.
+        first_step: 0, the evaluation before training, or 1 without such an evaluation.
     """
 
     config_name: str
@@ -79,40 +79,40 @@ class Training:
     first_step: int = 0
 
     def done(self, run: Run) -> bool:
-        """Whether every step of this training is in the run's log. Without a number of steps that is never known."""
+        """Whether the log of the run has every step of this training. False if the number of steps is not known."""
         return self.steps is not None and not run.missing_steps(self.steps, self.first_step)
 
 
 class Screen(Protocol):
-    """Where an attempt is shown."""
+    """Displays an attempt."""
 
     def show(self, metrics: MetricsFile) -> bool:
-        """Show what is new in the attempt's metrics; say whether anything is."""
+        """Display the new metrics of the attempt. Return whether there are any."""
 
 
-#: Makes the screen of an attempt, which is open while it trains.
+#: Opens the screen of an attempt for the duration of the training.
 OpenScreen = Callable[[Attempt], contextlib.AbstractContextManager[Screen]]
-#: Takes what a person should know, in a line.
+#: Displays a progress line.
 Tell = Callable[[str], None]
-#: Says whether to start the trainer again, after an attempt that failed; it may wait for what that needs.
+#: Decides whether to restart the trainer after a failed attempt. It may wait for resources.
 Again = Callable[[Attempt, TrainingError], bool]
 
 
 def train(
     run: Run, training: Training, *, stall: float, screen: OpenScreen, tell: Tell, again: Again | None = None
 ) -> None:
-    """Train to the last step, resuming from the newest usable checkpoint. The caller holds the run's lock.
+    """Train to the last step, resuming from the newest usable checkpoint. The caller has locked the run.
 
     Args:
-        run: Its directory.
-        training: What is trained.
-        stall: Seconds without progress after which to give up.
+        run: The run.
+        training: The training.
+        stall: Maximum time without progress, in seconds.
         screen: See :data:`OpenScreen`.
         tell: See :data:`Tell`.
-        again: See :data:`Again`; by default, where Ray was too slow to start.
+        again: See :data:`Again`. By default, the trainer restarts only if Ray was too slow to start.
 
     Raises:
-        TrainingError: It failed; the text holds the cause and the end of the log.
+        TrainingError: The training failed; the message has the cause and the end of the log.
     """
     drive(train_in_turns(run, training, stall=stall, screen=screen, tell=tell, again=again))
 
@@ -120,7 +120,7 @@ def train(
 def train_in_turns(
     run: Run, training: Training, *, stall: float, screen: OpenScreen, tell: Tell, again: Again | None = None
 ) -> Generator[None, None, None]:
-    """Do what :func:`train` does, a look at a time. Closing the generator ends the trainer with all its processes."""
+    """The same as :func:`train`, as a generator. Closing the generator ends the trainer with all its processes."""
     again = again or _where_ray_was_slow(tell)
     while not training.done(run):
         attempt = run.new_attempt(run.resume_step())
@@ -140,7 +140,7 @@ def _where_ray_was_slow(tell: Tell) -> Again:
         left -= 1
         if not left or SLOW_START not in attempt.log.read_text(encoding="utf-8", errors="replace"):
             return False
-        tell("Ray did not start within its 15 seconds, so the machine is busy; trying again")
+        tell("Ray did not start within 15 seconds, because the machine is busy; trying again")
         return True
 
     return again
@@ -149,7 +149,7 @@ def _where_ray_was_slow(tell: Tell) -> Again:
 def _train_once(
     run: Run, attempt: Attempt, training: Training, *, stall: float, screen: OpenScreen, tell: Tell
 ) -> Generator[None, None, None]:
-    """One process of verl's trainer, to its end."""
+    """Run one process of verl's trainer to its end."""
     overrides = [*bookkeeping_overrides(run, attempt, training), *training.overrides]
     environment = {
         **training.environment,
@@ -161,7 +161,7 @@ def _train_once(
     (attempt.directory / "command.sh").write_text(f"cd {shlex.quote(str(Path.cwd()))}\n{shown}\n", encoding="utf-8")
     tell(f"log: {attempt.log}")
     if attempt.resumed_from is not None:
-        tell(f"resumes after step {attempt.resumed_from}, from its checkpoint")
+        tell(f"resuming from the checkpoint of step {attempt.resumed_from}")
     with (
         screen(attempt) as shows,
         Trainer([sys.executable, *command[1:]], environment, log=attempt.log, record=run.processes) as trainer,
@@ -170,13 +170,13 @@ def _train_once(
         try:
             status = yield from trainer.turns(lambda: shows.show(metrics), stall=stall)
         except StalledError as error:
-            raise _failure(attempt, f"The trainer was ended: {error} (--stall).") from error
+            raise _failure(attempt, f"The trainer was stopped: {error} (--stall).") from error
     if status != 0 or (training.steps is not None and not training.done(run)):
         raise _failure(attempt, why(status))
 
 
 def bookkeeping_overrides(run: Run, attempt: Attempt, training: Training) -> list[str]:
-    """Where this run's log, config copy and checkpoints go, and where it resumes; nothing that changes the training."""
+    """Overrides for the log, the copy of the config, the checkpoints and resuming. They do not change the training."""
     save_every = training.save_every if training.steps is None else min(training.save_every, training.steps)
     overrides = [
         "trainer.logger=[console,file]",
@@ -184,7 +184,7 @@ def bookkeeping_overrides(run: Run, attempt: Attempt, training: Training) -> lis
         f"trainer.default_local_dir={run.checkpoints.resolve()}",
         f"trainer.save_freq={save_every}",
         f"hydra.run.dir={attempt.directory.resolve() / 'hydra'}",
-        # On a cluster, the process that logs runs on any of the nodes, and its environment is that of the node's Ray.
+        # On a cluster, the process that logs can run on any node, with the environment of Ray on that node.
         f"++ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={attempt.metrics.resolve()}",
     ]
     if attempt.resumed_from is None:
@@ -193,18 +193,18 @@ def bookkeeping_overrides(run: Run, attempt: Attempt, training: Training) -> lis
         *overrides,
         "trainer.resume_mode=resume_path",
         f"trainer.resume_from_path={run.checkpoints.resolve() / f'global_step_{attempt.resumed_from}'}",
-        # The step it resumes from was evaluated, or was not due.
+        # The step of the checkpoint was evaluated before, or its evaluation was not due.
         "trainer.val_before_train=False",
     ]
 
 
 def trainer_command(config_name: str, overrides: list[str]) -> list[str]:
-    """The command for a shell in this directory, without its environment."""
+    """The trainer's command for a shell in this directory, without environment variables."""
     return [python_for_shell(), "-m", "verl.trainer.main_ppo", f"--config-name={config_name}", *overrides]
 
 
 def python_for_shell() -> str:
-    """How the shell names this interpreter: ``python`` only where its environment is active."""
+    """The name of this interpreter in a shell: ``python`` only if its environment is active."""
     found, own = shutil.which("python"), Path(sys.executable)
     if found is not None and Path(found).parent == own.parent:
         return "python"
@@ -212,10 +212,10 @@ def python_for_shell() -> str:
 
 
 def write_metrics(run: Run, steps: int, first: int = 0) -> None:
-    """Write ``metrics.jsonl`` of a run that has trained: every step of all attempts, each once.
+    """Write ``metrics.jsonl`` of a run: every step of all attempts, each once.
 
     Args:
-        run: Its directory.
+        run: The run.
         steps: The last step.
         first: See :meth:`Run.missing_steps`.
 
@@ -224,20 +224,22 @@ def write_metrics(run: Run, steps: int, first: int = 0) -> None:
     """
     missing = run.missing_steps(steps, first)
     if missing:
-        raise TrainingError(f"{run.directory}: the metrics of step {missing[0]} are missing")
+        raise TrainingError(
+            f"{run.directory}: the metrics of step {missing[0]} are missing; run the same command again"
+        )
     lines = [json.dumps({"step": step, "data": dict(metrics)}) for step, metrics in run.rows().items()]
     atomic_write(run.directory / "metrics.jsonl", ("\n".join(lines) + "\n").encode())
 
 
 def outcome(run: Run, steps: int) -> dict[str, Any]:
-    """What a finished run notes beside its metrics: how far it went, how long it took, and on what.
+    """The number of steps, wall time, machine and versions of a finished run.
 
     Args:
-        run: Its directory.
+        run: The run.
         steps: The last step.
 
     Returns:
-        For :meth:`Run.finish`, as JSON values. The machine is this process's.
+        JSON values for :meth:`Run.finish`. The machine is that of this process.
     """
     return {
         "steps": steps,
@@ -264,15 +266,15 @@ def _version(name: str) -> str | None:
 
 
 def why(status: int) -> str:
-    """Say how a trainer ended that should not have."""
+    """Describe the exit status of a failed trainer."""
     if status < 0:
-        killed = " (often: out of memory)" if -status == signal.SIGKILL else ""
-        return f"The trainer was ended by {signal.Signals(-status).name}{killed}."
+        killed = ", often because it ran out of memory" if -status == signal.SIGKILL else ""
+        return f"The trainer was killed by {signal.Signals(-status).name}{killed}."
     return f"The trainer failed (exit status {status})."
 
 
 def failure(log: Path, what: str, advice: str) -> TrainingError:
-    """Return the error for a trainer that failed, with the cause and the end of its log."""
+    """Return the error for a failed trainer, with the cause and the end of its log."""
     lines = [line for line in plain_lines(log.read_text(encoding="utf-8", errors="replace")) if line]
     cause = failure_cause(lines)
     parts = [what]
@@ -284,4 +286,4 @@ def failure(log: Path, what: str, advice: str) -> TrainingError:
 
 
 def _failure(attempt: Attempt, what: str) -> TrainingError:
-    return failure(attempt.log, what, "The same command resumes from the last checkpoint.")
+    return failure(attempt.log, what, "Run the same command again to resume from the last checkpoint.")

@@ -1,4 +1,4 @@
-"""What a run of verl leaves behind: the rows of its file logger, and the cause of a failure in its output."""
+"""Reads the files of a run of verl: the rows of its file logger, and the cause of a failure in its output."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Metrics of one step, by verl's names.
+#: Metrics of one step, by their names in verl.
 Metrics = Mapping[str, float]
 #: Step -> metrics. Step 0 is the evaluation before training.
 Rows = dict[int, Metrics]
 
 
 class LogError(ValueError):
-    """A metrics file that verl's file logger did not write."""
+    """A metrics file does not have the format of verl's file logger."""
 
 
 class MetricsFile:
     """Follows a file of ``verl.utils.tracking.FileLogger`` while it grows: one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
-        """Start at the beginning.
+        """Start at the beginning of the file.
 
         Args:
             path: The file; it need not exist yet.
@@ -33,10 +33,10 @@ class MetricsFile:
         self._line = 0
 
     def new_rows(self) -> list[tuple[int, Metrics]]:
-        """Return the rows that are complete since the last call. A last line without its end waits for the next call.
+        """Return the complete rows since the last call. A later call returns an incomplete last line.
 
         Raises:
-            LogError: A complete line is not a row of verl's.
+            LogError: A complete line does not have the format of verl's file logger.
         """
         if not self.path.exists():
             return []
@@ -63,10 +63,10 @@ def _numbers(data: Mapping[str, object]) -> dict[str, float]:
 
 
 def read_rows(path: Path) -> Rows:
-    """Return all complete rows of a metrics file; a file that does not exist has none.
+    """Return all complete rows of a metrics file; empty if the file does not exist.
 
     Raises:
-        LogError: See :meth:`MetricsFile.new_rows`; or one step is there twice.
+        LogError: See :meth:`MetricsFile.new_rows`; or the file has a step twice.
     """
     rows: Rows = {}
     for step, metrics in MetricsFile(path).new_rows():
@@ -77,11 +77,11 @@ def read_rows(path: Path) -> Rows:
 
 
 def merge_attempts(attempts: Iterable[tuple[int | None, Rows]]) -> Rows:
-    """Join the rows of a run that was interrupted and resumed, each step once.
+    """Merge the rows of the attempts of a run, with each step once.
 
     Args:
-        attempts: In their order: the step of the checkpoint an attempt resumed from (None: from the start), and its
-            rows. What an earlier attempt had logged beyond that checkpoint was done again, so it is dropped.
+        attempts: In order: the step of the checkpoint that an attempt resumed from (None for the start), and its rows.
+            Rows of earlier attempts after that checkpoint are dropped, because the attempt repeats these steps.
 
     Returns:
         Step -> metrics, by ascending step.
@@ -94,9 +94,9 @@ def merge_attempts(attempts: Iterable[tuple[int | None, Rows]]) -> Rows:
 
 
 def held_out_success(metrics: Metrics) -> float | None:
-    """The share of held-out problems solved, where the step was evaluated.
+    """The share of held-out problems solved; None if the step was not evaluated.
 
-    verl calls it ``val-core/<data source>/<acc or reward>/mean@<samples>`` (``PPOTrainer._val_metrics_update``).
+    verl's metric is ``val-core/<data source>/<acc or reward>/mean@<samples>`` (``PPOTrainer._val_metrics_update``).
     """
     found = [value for key, value in metrics.items() if re.fullmatch(r"val-core/.+/(?:acc|reward)/mean@\d+", key)]
     return sum(found) / len(found) if found else None
@@ -104,17 +104,17 @@ def held_out_success(metrics: Metrics) -> float | None:
 
 @dataclass(frozen=True)
 class StepView:
-    """What a person looks at, of one step.
+    """The main metrics of one step.
 
     Attributes:
-        step: From 1.
+        step: Number of the step, from 1.
         reward: Mean reward of the step's samples, before the update.
-        alpha: α, the weight of negative responses.
+        alpha: α, the weight of responses with negative advantage.
         share_positive: p̂⁺, share of responses with positive advantage.
-        share_negative: p̂⁻.
+        share_negative: p̂⁻, share of responses with negative advantage.
         length: Mean response length in tokens.
-        seconds: Wall time of the step, evaluation not included.
-        held_out: Share of held-out problems solved after the step; None where it was not evaluated.
+        seconds: Wall time of the step without the evaluation.
+        held_out: Share of held-out problems solved after the step; None if the step was not evaluated.
     """
 
     step: int
@@ -128,7 +128,7 @@ class StepView:
 
     @classmethod
     def of(cls, step: int, metrics: Metrics) -> StepView:
-        """Pick from verl's metrics; what is absent is NaN."""
+        """Read the metrics of verl; a missing metric is NaN."""
 
         def value(name: str) -> float:
             return metrics.get(name, math.nan)
@@ -145,7 +145,7 @@ class StepView:
         )
 
     def line(self, last_step: int) -> str:
-        """The step as one line; what is not known is a dash."""
+        """The step as one line, with a dash for unknown values."""
         width = len(str(last_step))
 
         def shown(value: float, form: str) -> str:
@@ -164,7 +164,7 @@ def step_views(rows: Rows) -> list[StepView]:
 
 
 def evaluations(rows: Rows) -> list[tuple[int, float]]:
-    """``(step, share of held-out problems solved)`` wherever the model was evaluated, in order."""
+    """``(step, share of held-out problems solved)`` of each evaluated step, in order."""
     found = ((step, held_out_success(metrics)) for step, metrics in sorted(rows.items()))
     return [(step, success) for step, success in found if success is not None]
 
@@ -175,12 +175,13 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _RAY_PREFIX = re.compile(r"^\((?:[\w.:]+ )?pid=\d+(?:, ip=[\d.]+)?\) ?")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w]*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Timeout)\b.*")
 _WRAPPED = re.compile(r"^(?:ray\.exceptions\.)?RayTaskError|^ray\.exceptions\.\w+: .*actor died")
-#: verl's agent loop logs its exception here and continues; what stops the run comes much later and does not name it.
+#: verl's agent loop logs an exception with this text and continues. The exception that stops the run comes later and
+#: does not name it.
 _AGENT_LOOP = "Error in _run_prompt"
 
 
 def plain_lines(text: str) -> list[str]:
-    """Lines without colors and without Ray's ``(Actor pid=1)`` prefixes; a progress bar's rewrites are lines."""
+    """Lines without colors and Ray's ``(Actor pid=1)`` prefixes. Each update of a progress bar is a line."""
     return [_RAY_PREFIX.sub("", _ANSI.sub("", line)).rstrip() for line in re.split(r"[\r\n]+", text)]
 
 
@@ -188,11 +189,11 @@ def failure_cause(lines: Sequence[str]) -> str | None:
     """The exception that stopped a run, from its output.
 
     Args:
-        lines: As :func:`plain_lines` gives them.
+        lines: The result of :func:`plain_lines`.
 
     Returns:
-        The exception's line: the first one of the agent loop if there is one, else the first that Ray did not merely
-        pass on from elsewhere, counted from the last traceback; None if there is no exception.
+        The line of an exception: the first one of the agent loop if there is one, else the last one that is not
+        only passed on by Ray; None if there is no exception.
     """
     for position, line in enumerate(lines):
         if _AGENT_LOOP in line:

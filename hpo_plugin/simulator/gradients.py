@@ -69,7 +69,9 @@ def _gradient(update: Update, sign: int) -> _Gradient | None:
     elif update.loss_agg_mode == "seq-mean-token-mean":
         weights = 1 / (lengths * len(update.samples.mask))
     else:
-        raise ValueError(f"loss_agg_mode={update.loss_agg_mode}: token-mean and seq-mean-token-mean are implemented")
+        raise ValueError(
+            f"loss_agg_mode={update.loss_agg_mode} is not supported; set token-mean or seq-mean-token-mean"
+        )
     loss = -(update.advantages[rows] * weights * log_probs.sum(dim=1)).sum()
     return torch.autograd.grad(loss, update.model.parameters)
 

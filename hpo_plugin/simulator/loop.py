@@ -105,11 +105,13 @@ def check_simulated(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value not in known:
             values = " or ".join(map(str, known))
-            raise ConfigError(f"{key}={value}: the simulator implements {values} only. Train this with verl's trainer.")
+            raise ConfigError(
+                f"{key}={value}: the simulator supports only {values}. Use verl's trainer for this config."
+            )
 
 
 def simulate(config: DictConfig, observe: Observer | None = None) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train as a config of verl says.
+    """Train under a config of verl.
 
     Args:
         config: verl's root config, composed, with plugins' presets resolved.
@@ -152,7 +154,7 @@ class _Loop:
         self._score = get_custom_reward_fn(config)
         if self._score is None:
             raise ConfigError(
-                "reward.custom_reward_function.path=null: the simulator needs the task's reward function."
+                "reward.custom_reward_function.path=null: the simulator needs the task's reward function. Set the path."
             )
         directory = Path(config.actor_rollout_ref.model.path)
         self._tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -84,7 +84,7 @@ class SmallQwen2:
         for key, value in expected.items():
             if config.get(key) != value:
                 raise ValueError(
-                    f"{key}={config.get(key)!r}: the simulator reads checkpoints with {key}={value!r} only"
+                    f"{key}={config.get(key)!r}: the simulator supports only checkpoints with {key}={value!r}"
                 )
         self.eos, self.pad = int(config["eos_token_id"]), int(config["pad_token_id"])
         self._eps = float(config["rms_norm_eps"])

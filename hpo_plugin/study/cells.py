@@ -1,4 +1,4 @@
-"""The cells of a study on disk: where each is, and how far."""
+"""The cells of a study on disk: their run directories and their progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hpo_plugin.study.spec import Cell, Prepare, Study, StudyError
 
 
 class State(str, Enum):
-    """How far a cell is. The order is that of a cell's life."""
+    """State of a cell, in the order in which a cell passes through them."""
 
     WAITING = "waiting"
     SUBMITTED = "submitted"
@@ -51,7 +51,7 @@ class Workspace:
     """Everything of one study below the output directory: inputs, and a run directory per cell."""
 
     def __init__(self, study: Study, output: Path) -> None:
-        """Name it; nothing is read or written.
+        """Set the paths; this reads and writes nothing.
 
         Args:
             study: The study.
@@ -65,7 +65,7 @@ class Workspace:
         return self.directory / "inputs" / prepare.name
 
     def save_inputs(self, prepare: Prepare, digests: Mapping[str, str], start: Mapping[str, Any]) -> None:
-        """Note what was made, after it was."""
+        """Record the inputs of a setting after they were made."""
         directory = self.inputs_directory(prepare)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "inputs.json", {"digests": dict(digests), "start": dict(start)})
@@ -84,7 +84,7 @@ class Workspace:
             noted = json.loads((directory / "inputs.json").read_bytes())
         except FileNotFoundError:
             raise StudyError(
-                f"{directory / 'inputs.json'} does not exist: `hpo-plugin study prepare` makes the inputs"
+                f"{directory / 'inputs.json'} does not exist; run `hpo-plugin study prepare` to make the inputs"
             ) from None
         data = directory / "data"
         where = Inputs(data / "train.parquet", data / "test.parquet", directory / "model", noted["start"])
@@ -103,7 +103,7 @@ class Workspace:
             The directory and the cell's inputs.
 
         Raises:
-            StudyError: It was begun from other inputs.
+            StudyError: It started from other inputs.
         """
         run, made = self.run(cell), self.inputs(cell.setting)
         digests = None if made is None else dict(made.digests)
@@ -114,8 +114,8 @@ class Workspace:
             write_json(run.directory / "request.json", request)
         elif there["inputs"] != digests:
             raise StudyError(
-                f"{cell.name} was begun from other inputs ({_digests(there['inputs'])}, now {_digests(digests)}): "
-                f"put them back, or remove {run.directory}"
+                f"{cell.name} started from other inputs ({_digests(there['inputs'])}; now {_digests(digests)}); "
+                f"restore them, or remove {run.directory}"
             )
         return run, made
 
@@ -126,7 +126,7 @@ def _digests(digests: Mapping[str, str] | None) -> str:
 
 @dataclass(frozen=True)
 class CellStatus:
-    """A cell at one moment.
+    """Status of a cell at one moment.
 
     Attributes:
         cell: The cell.
@@ -158,7 +158,7 @@ class CellStatus:
 
 
 def status(workspace: Workspace, cell: Cell, collected: Collection[str]) -> CellStatus:
-    """Look at a cell.
+    """Return the status of a cell.
 
     Args:
         workspace: Where its run is.
@@ -184,5 +184,5 @@ def _state(run: Run, cell: Cell, collected: Collection[str]) -> State:
 
 
 def submitted_file(run: Run) -> Path:
-    """Holds the command that handed the cell to a cluster."""
+    """Return the file with the command that submitted the cell to a cluster."""
     return run.directory / "submitted.sh"

@@ -14,7 +14,7 @@ from hpo_plugin.study.spec import Cell, StudyError
 
 @dataclass(frozen=True)
 class Collected:
-    """What :func:`collect` did, in names of cells.
+    """Result of :func:`collect`, as names of cells.
 
     Attributes:
         added: New in the file.
@@ -57,7 +57,7 @@ def read_cell(workspace: Workspace, cell: Cell) -> CellData | None:
 
 
 def collect(workspace: Workspace, path: Path, *, prune: bool) -> Collected:
-    """Write the data of all finished cells. What is in the file and no longer in a run directory stays.
+    """Write the data of all finished cells. Cells in the file stay, even if their run directory is gone.
 
     Args:
         workspace: Where the runs are.
@@ -93,7 +93,7 @@ def collect(workspace: Workspace, path: Path, *, prune: bool) -> Collected:
 
 
 def check_same_inputs(workspace: Workspace, collected: Mapping[str, CellData], chosen: Sequence[Cell]) -> None:
-    """Check that the cells to run begin from what the collected cells of the same setting and seed began from.
+    """Check that the cells to run start from the same inputs as the collected cells of their setting and seed.
 
     Args:
         workspace: Where the inputs are.
@@ -101,7 +101,7 @@ def check_same_inputs(workspace: Workspace, collected: Mapping[str, CellData], c
         chosen: The cells to run.
 
     Raises:
-        StudyError: A cell to run begins from other data or another start model.
+        StudyError: A cell to run starts from other data or another start model.
     """
     running = {(cell.setting, cell.seed) for cell in chosen if cell.key not in collected}
     for cell in workspace.study.cells():
@@ -110,7 +110,7 @@ def check_same_inputs(workspace: Workspace, collected: Mapping[str, CellData], c
         made = workspace.inputs(cell.setting)
         if made is not None and collected[cell.key].info["inputs"] != dict(made.digests):
             raise StudyError(
-                f"settings.{cell.setting}: the data or the start model made here ({dict(made.digests)}) are not those of "
-                f"the collected cell {cell.name} ({collected[cell.key].info['inputs']}). Runs with the same seed must "
-                "begin from the same inputs: collect into a new file with --data"
+                f"settings.{cell.setting}: the data or the start model made here ({dict(made.digests)}) differ from "
+                f"those of the collected cell {cell.name} ({collected[cell.key].info['inputs']}). Runs with the same "
+                "seed must start from the same inputs; collect into a new file with --data"
             )

@@ -58,7 +58,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class CellData:
-    """What is known of one finished cell.
+    """Data of one finished cell.
 
     Attributes:
         key: Its identity, :attr:`hpo_plugin.study.spec.Cell.key`.
@@ -78,7 +78,7 @@ class CellData:
 
     @classmethod
     def of(cls, cell: Cell, rows: Mapping[int, Mapping[str, float]], info: Mapping[str, Any]) -> CellData:
-        """Take what is kept from a cell's log.
+        """Build the data of a cell from its log.
 
         Args:
             cell: The cell.
@@ -133,10 +133,10 @@ def read_data(path: Path) -> dict[str, CellData]:
     begins = [row for row, step in enumerate(steps) if step == 0]
     for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True):
         if list(steps[begin:end]) != list(range(end - begin)) or len(set(texts["key"][begin:end])) != 1:
-            raise StudyError(f"{path}: rows {begin} to {end} are not the steps of one cell")
+            raise StudyError(f"{path}: rows {begin} to {end} are not the consecutive steps of one cell")
         key, setting, arm, seed, info = (texts[name][begin] for name in ("key", "setting", "arm", "seed", "info"))
         if key in cells:
-            raise StudyError(f"{path}: the cell {key} is there twice")
+            raise StudyError(f"{path}: the cell {key} appears twice")
         values = {name: np.asarray(column[begin:end], np.float32) for name, column in columns.items()}
         cells[key] = CellData(key, setting, arm, seed, json.loads(info), values)
     return cells
@@ -184,19 +184,19 @@ def _joined(arrays: Sequence[Floats]) -> Floats:
 
 
 def check_inputs(cells: Iterable[CellData]) -> None:
-    """Check that the cells of a setting with the same seed began from the same data and the same start model.
+    """Check that the cells of a setting with the same seed started from the same data and the same start model.
 
     Cells are compared seed by seed. A start model made on another machine differs in the last bits, so a study that is
     finished on another machine has one start model for some seeds and another one for the rest.
 
     Raises:
-        StudyError: Two cells of one setting and seed began from different inputs.
+        StudyError: Two cells of one setting and seed started from different inputs.
     """
     first: dict[tuple[str, int], CellData] = {}
     for data in cells:
         other = first.setdefault((data.setting, data.seed), data)
         if data.info["inputs"] != other.info["inputs"]:
             raise StudyError(
-                f"{data.setting}: {data.arm}/seed{data.seed} began from other inputs than {other.arm}/seed{other.seed} "
-                f"({data.info['inputs']}, {other.info['inputs']}): they cannot be compared"
+                f"{data.setting}: {data.arm}/seed{data.seed} and {other.arm}/seed{other.seed} started from different "
+                f"inputs ({data.info['inputs']}, {other.info['inputs']}), so they cannot be compared"
             )

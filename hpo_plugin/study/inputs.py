@@ -1,4 +1,4 @@
-"""What a study needs before its first cell: data and start models, and configs without contradictions.
+"""What a study needs before its first cell: data, start models and valid configs.
 
 It runs in a process of its own (``hpo-plugin study prepare``), because it imports torch and verl, which a process that
 follows trainings for hours should not hold.
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 
 def prepare_in_child(study_file: Path, output: Path, only: Sequence[str], *, check: bool) -> None:
-    """Run ``hpo-plugin study prepare`` and wait for it; what it says goes to standard error.
+    """Run ``hpo-plugin study prepare`` and wait for it; its output goes to standard error.
 
     Raises:
-        StudyError: It failed; it has said why.
+        StudyError: It failed; its output states the reason.
     """
     command = [sys.executable, "-m", "hpo_plugin.cli", "study", "prepare", str(study_file), f"--output={output}"]
     command += [f"--only={text}" for text in only] + ([] if check else ["--no-check"])
     done = subprocess.run(command, check=False, stdout=sys.stderr)
     if done.returncode:
-        raise StudyError("the study cannot run like this; nothing was trained")
+        raise StudyError("preparing the study failed, as shown above; nothing was trained")
 
 
 def make_study_inputs(workspace: Workspace, cells: Sequence[Cell], console: Console) -> None:
     """Make the inputs of every setting that prepares its own, or find them from an earlier call.
 
     Raises:
-        StudyError: The declaration cannot be met, or something else is in the place of the inputs.
+        StudyError: The declaration cannot be met, or the directory of the inputs holds something else.
     """
     for setting in dict.fromkeys(cell.setting for cell in cells):
         prepare = workspace.study.settings[setting].prepare
@@ -80,7 +80,7 @@ def _make(workspace: Workspace, prepare: Prepare, console: Console) -> None:
 
 
 def compose_cells(cells: Sequence[Cell]) -> None:
-    """Compose the config of each arm in each setting: an unknown name is found before anything is made.
+    """Compose the config of each arm in each setting, so that an unknown name fails before inputs are made.
 
     Raises:
         StudyError: With the cell and what Hydra says, or what the simulator does not implement.
@@ -105,7 +105,7 @@ def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -
     """Check the installation once, and the config of each arm in each setting that verl's trainer trains.
 
     Raises:
-        StudyError: Something is wrong; it has been shown.
+        StudyError: A check failed; the console shows it.
     """
     from hpo_plugin.check.checks import check_config, quiet, run_checks
     from hpo_plugin.check.compose import compose
@@ -130,9 +130,7 @@ def check_cells(workspace: Workspace, cells: Sequence[Cell], console: Console) -
         console.print(f"      to do: {finding.remedy}", markup=False, soft_wrap=True)
     if wrong or not report.ok:
         raise StudyError("the checks failed; see the remedy below each failed check")
-    note(
-        console, "check", f"{len(distinct)} configs, one for each arm in each setting: passed ({report.seconds:.0f} s)"
-    )
+    note(console, "check", f"{len(distinct)} configs passed, one for each arm in each setting ({report.seconds:.0f} s)")
 
 
 def full_overrides(workspace: Workspace, cell: Cell) -> list[str]:

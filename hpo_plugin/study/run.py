@@ -48,7 +48,7 @@ def look(workspace: Workspace, cells: Sequence[Cell], collected: Collection[str]
 
 
 class CellScreen:
-    """How a running cell is doing; for the table, and as lines where there is no terminal."""
+    """Progress of a running cell, for the table, or as lines without a terminal."""
 
     def __init__(self, cell: Cell, begin: int, tell: Callable[[str], None]) -> None:
         """Begin an attempt.
@@ -87,7 +87,7 @@ class CellScreen:
                     self._begin, self._first_at = step, time.monotonic()
             if held_out is not None:
                 line = self.view.line(self.cell.steps) if self.view else f"step 0/{self.cell.steps}"
-                self._tell(f"{self.cell.name}: {line}; held out {100 * held_out:.1f} %")
+                self._tell(f"{self.cell.name}: {line}; held-out success {100 * held_out:.1f} %")
         return bool(rows)
 
     def seconds_left(self) -> float | None:
@@ -99,12 +99,12 @@ class CellScreen:
 
 
 class StudyRun:
-    """Runs cells. Between two looks at their trainers it shows where everything is."""
+    """Runs cells, and shows their progress."""
 
     def __init__(
         self, workspace: Workspace, cells: Sequence[Cell], collected: Collection[str], *, stall: float, console: Console
     ) -> None:
-        """Look at all cells once; nothing is started.
+        """Read the status of all cells; this starts nothing.
 
         Args:
             workspace: Where the runs are.
@@ -122,13 +122,13 @@ class StudyRun:
 
     @property
     def unfinished(self) -> list[Cell]:
-        """What is left to run, in order; cells that another process is running are left to it."""
+        """The cells to run, in order, without those that another process runs."""
         return [
             cell for cell, entry in self._statuses.items() if not entry.state.done and entry.state is not State.RUNNING
         ]
 
     def run(self, jobs: int) -> None:
-        """Run what is unfinished. A cell that fails does not stop the others; see :attr:`failed`.
+        """Run the unfinished cells. A cell that fails does not stop the others; see :attr:`failed`.
 
         Args:
             jobs: Cells at a time.
@@ -160,7 +160,7 @@ class StudyRun:
         except StopIteration:
             pass
         except RunBusyError:
-            self._tell(f"{cell.name}: another process is running it")
+            self._tell(f"{cell.name}: skipped, because another process is running it")
         except (RuntimeError, OSError, ValueError) as error:
             run = self._workspace.run(cell)
             run.directory.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ class StudyRun:
             try:
                 work.result()
             except BrokenProcessPool as error:
-                raise TrainingError("the simulator's process was ended (often: out of memory)") from error
+                raise TrainingError("the simulator's process was killed, often because it ran out of memory") from error
             screen.show(metrics)
 
     def _turns(self, cell: Cell, pool: ProcessPoolExecutor) -> Generator[None, None, None]:
@@ -211,7 +211,7 @@ class StudyRun:
         with run.locked():
             left = end_leftovers(run.processes)
             if left:
-                self._tell(f"{cell.name}: ended {left} processes that an earlier call had left running")
+                self._tell(f"{cell.name}: stopped {left} processes that an earlier command left running")
             # It may have been finished since this call looked.
             if not run.finished:
                 done = (run.resume_step() or 0) / cell.steps
@@ -250,7 +250,7 @@ class StudyRun:
 
     def _running_table(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for title in ("running", "step", "reward", "α", "length", "s a step", "left"):
+        for title in ("running", "step", "reward", "α", "length", "s/step", "left"):
             table.add_column(title, justify="left" if title == "running" else "right")
         for cell, screen in self._screens.items():
             view, left = screen.view, screen.seconds_left()
@@ -316,7 +316,7 @@ def show_failures(entries: Sequence[CellStatus], console: Console) -> None:
 
 
 def duration(seconds: float) -> str:
-    """As people say it."""
+    """Format a duration in h, min and s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -324,19 +324,21 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-# --- handing cells to a cluster ------------------------------------------------------------------------------------
+# --- submitting cells to a cluster ------------------------------------------------------------------------------------
 
 
 def submit_command(workspace: Workspace, cell: Cell) -> str:
-    """The shell command that hands a cell to a cluster: the study's ``submit`` with the cell's arguments.
+    """Return the shell command that submits a cell to a cluster: the study's ``submit`` with the cell's arguments.
 
-    The cell's run directory notes what the cell is, so that its run is collected, whoever executes the command.
+    The run directory records the cell, so that its run can be collected, whoever executes the command.
 
     Raises:
-        StudyError: The cell was begun from other inputs, or is one of the simulator.
+        StudyError: The cell started from other inputs, or the simulator trains it.
     """
     if cell.trainer == SIMULATOR:
-        raise StudyError(f"{cell.name} has trainer={SIMULATOR}, which runs here: leave out --print and --submit")
+        raise StudyError(
+            f"{cell.name} has trainer={SIMULATOR}, which runs on this machine only; remove --print and --submit"
+        )
     study, (run, _) = workspace.study, workspace.start(cell)
     words = [f"--run-dir={run.directory.resolve()}", f"--config-name={cell.config_name}"]
     words += [*full_overrides(workspace, cell), f"trainer.save_freq={min(study.save_every, cell.steps)}"]
@@ -346,10 +348,10 @@ def submit_command(workspace: Workspace, cell: Cell) -> str:
 
 
 def submit_cell(workspace: Workspace, cell: Cell) -> str:
-    """Hand a cell to a cluster.
+    """Submit a cell to a cluster.
 
     Returns:
-        What the command said.
+        The output of the command.
 
     Raises:
         StudyError: The command failed.

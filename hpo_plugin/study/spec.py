@@ -1,4 +1,4 @@
-"""A study as it is declared in STUDY.yaml, and its cells: one training each."""
+"""The declaration of a study in STUDY.yaml, and its cells: one training run each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TRAINERS = (VERL, SIMULATOR)
 
 
 class StudyError(ValueError):
-    """A study that contradicts itself, or data that are not of this study; names the key and the value."""
+    """A contradictory declaration, or data of another study; the message names the key and the value."""
 
 
 @dataclass
@@ -67,13 +67,13 @@ class Prepare:
 
     @property
     def name(self) -> str:
-        """Of the directory: other inputs go elsewhere, and settings with the same ones share them."""
+        """Name of the directory of the inputs; settings with equal inputs share it."""
         return f"{Path(self.task).stem}-{_digest(asdict(self))}"
 
 
 @dataclass
 class Setting:
-    """What is learned, from which start: the same for all arms and seeds.
+    """Task and start model, the same for all arms and seeds.
 
     Attributes:
         title: For people.
@@ -92,7 +92,7 @@ class Setting:
 
 @dataclass
 class Arm:
-    """What is compared.
+    """An algorithm that is compared with others.
 
     Attributes:
         title: For people.
@@ -151,7 +151,7 @@ class Sweep:
 
 @dataclass
 class Scores:
-    """How a run becomes two numbers.
+    """How the two scores of a run are computed.
 
     Attributes:
         final_evaluations: The final score is the mean of held-out success over so many last evaluations.
@@ -165,7 +165,7 @@ class Scores:
 
 @dataclass
 class Study:
-    """All of STUDY.yaml.
+    """The content of STUDY.yaml.
 
     Attributes:
         name: Names the directory of the runs.
@@ -183,8 +183,8 @@ class Study:
         environment: What the trainer needs beside the environment of the command.
         overrides: Hydra overrides of all cells.
         scores: See :class:`Scores`.
-        submit: A command that hands a cell to a cluster: ``{arguments}`` stands for ``hpo-plugin launch``'s arguments,
-            ``{name}`` for the cell's name.
+        submit: A command that submits a cell to a cluster. ``{arguments}`` stands for the arguments of
+            ``hpo-plugin launch``, ``{name}`` for the cell's name.
     """
 
     name: str = MISSING
@@ -205,7 +205,7 @@ class Study:
     submit: str = "hpo-plugin launch {arguments}"
 
     def cells(self) -> list[Cell]:
-        """Every training, once. Seeds outermost, so that an unfinished study has as many seeds of each arm.
+        """Return each training once, ordered by seed, so that an unfinished study has equally many seeds of each arm.
 
         Raises:
             StudyError: Two cells are the same training under two names.
@@ -221,8 +221,8 @@ class Study:
                     cell = self.cell(experiment.setting, arm, seed)
                     if cell.key in cells:
                         raise StudyError(
-                            f"{cell.name} and {cells[cell.key].name} are the same training: name one arm or setting "
-                            "in both experiments"
+                            f"{cell.name} and {cells[cell.key].name} are the same training; use the same arm and "
+                            "setting in both experiments"
                         )
                     cells[cell.key] = cell
                     named.add((experiment.setting, arm, seed))
@@ -265,10 +265,10 @@ class Study:
             ("experiments", self.experiments),
         ):
             if not named:
-                raise StudyError(f"{kind} is empty: declare at least one")
+                raise StudyError(f"{kind} is empty; declare at least one")
             for name in named:
                 if not _NAME.fullmatch(name):
-                    raise StudyError(f"{kind}: {name!r} must be lower-case letters, digits, '_', '-' and '.'")
+                    raise StudyError(f"{kind}: {name!r} must consist of lowercase letters, digits, '_', '-' and '.'")
         for key in ("steps", "test_every", "save_every"):
             _at_least_one(key, getattr(self, key))
         _at_least_one("scores.final_evaluations", self.scores.final_evaluations)
@@ -286,7 +286,7 @@ class Study:
         ):
             unused = sorted(set(declared) - used)
             if unused:
-                raise StudyError(f"{what}.{unused[0]} is in no experiment: name it in one, or remove it")
+                raise StudyError(f"{what}.{unused[0]} is in no experiment; add it to one, or remove it")
         for experiment in self.experiments.values():
             for arm in experiment.arms:
                 self._validate_overrides(experiment.setting, arm)
@@ -300,7 +300,9 @@ class Study:
             if trainer is not None and trainer not in TRAINERS:
                 raise StudyError(f"{key}={trainer!r} is not one of {', '.join(TRAINERS)}")
         if (setting.trainer or self.trainer) == SIMULATOR and setting.prepare is None:
-            raise StudyError(f"{where} has no prepare: the simulator trains start models that the study makes")
+            raise StudyError(
+                f"{where}.prepare is missing: trainer={SIMULATOR} requires a start model that the study makes"
+            )
         if setting.steps is not None:
             _at_least_one(f"{where}.steps", setting.steps)
         steps = self.steps if setting.steps is None else setting.steps
@@ -308,8 +310,8 @@ class Study:
         evaluations = -(-steps // self.test_every)
         if self.scores.final_evaluations > evaluations:
             raise StudyError(
-                f"scores.final_evaluations={self.scores.final_evaluations}, but {where} has {evaluations} evaluations "
-                f"after training began (steps={steps}, test_every={self.test_every})"
+                f"scores.final_evaluations={self.scores.final_evaluations} exceeds the {evaluations} evaluations of "
+                f"{where} after training starts (steps={steps}, test_every={self.test_every}); lower one of the two"
             )
         if setting.prepare is None:
             return
@@ -326,29 +328,33 @@ class Study:
         where = f"experiments.{name}"
         if experiment.setting not in self.settings:
             raise StudyError(
-                f"{where}.setting={experiment.setting!r} is not among settings: {', '.join(self.settings)}"
+                f"{where}.setting={experiment.setting!r} is not one of the settings: {', '.join(self.settings)}"
             )
         values: tuple[tuple[str, list[Any]], ...] = (("arms", experiment.arms), ("seeds", experiment.seeds))
         for key, given in values:
             if not given:
-                raise StudyError(f"{where}.{key} is empty: name at least one")
+                raise StudyError(f"{where}.{key} is empty; list at least one")
             twice = [value for value, count in Counter(given).items() if count > 1]
             if twice:
-                raise StudyError(f"{where}.{key} names {twice[0]!r} twice")
+                raise StudyError(f"{where}.{key} lists {twice[0]!r} twice")
         unknown = [arm for arm in experiment.arms if arm not in self.arms]
         if unknown:
-            raise StudyError(f"{where}.arms: {unknown[0]!r} is not among arms: {', '.join(self.arms)}")
+            raise StudyError(f"{where}.arms: {unknown[0]!r} is not one of the arms: {', '.join(self.arms)}")
         negative = [seed for seed in experiment.seeds if seed < 0]
         if negative:
             raise StudyError(f"{where}.seeds: {negative[0]} must not be negative")
         if experiment.compare is not None and experiment.compare not in experiment.arms:
-            raise StudyError(f"{where}.compare={experiment.compare!r} is not among its arms")
+            raise StudyError(
+                f"{where}.compare={experiment.compare!r} is not one of its arms: {', '.join(experiment.arms)}"
+            )
         if experiment.against is not None and not any(
             other.setting == experiment.against and set(other.arms) & set(experiment.arms)
             for other in self.experiments.values()
             if other is not experiment
         ):
-            raise StudyError(f"{where}.against={experiment.against!r}: no other experiment has an arm of it there")
+            raise StudyError(
+                f"{where}.against={experiment.against!r}: no other experiment with this setting shares an arm"
+            )
         if experiment.paper is not None and experiment.paper not in paper_numbers():
             raise StudyError(f"{where}.paper={experiment.paper!r} is not one of {', '.join(paper_numbers())}")
 
@@ -356,20 +362,22 @@ class Study:
         where = f"sweeps.{name}.experiments"
         unknown = [other for other in sweep.experiments if other not in self.experiments]
         if unknown:
-            raise StudyError(f"{where}: {unknown[0]!r} is not among experiments: {', '.join(self.experiments)}")
+            raise StudyError(f"{where}: {unknown[0]!r} is not one of the experiments: {', '.join(self.experiments)}")
         if len(sweep.experiments) < 2:
-            raise StudyError(f"{where} names {len(sweep.experiments)} experiments: name at least two")
+            raise StudyError(f"{where} lists {len(sweep.experiments)} experiments; list at least two")
         first, *others = (self.experiments[other] for other in sweep.experiments)
         for other in others:
             for key in ("arms", "seeds", "compare"):
                 if getattr(other, key) != getattr(first, key):
-                    raise StudyError(f"{where}: the experiments differ in {key}: {getattr(other, key)!r}")
+                    raise StudyError(
+                        f"{where}: the experiments must have the same {key}, but one has {getattr(other, key)!r}"
+                    )
         wrong = [value for value in sweep.experiments.values() if not value > 0]
         if wrong or len(set(sweep.experiments.values())) < len(sweep.experiments):
-            raise StudyError(f"{where}: {list(sweep.experiments.values())} must be positive numbers, each once")
+            raise StudyError(f"{where}: {list(sweep.experiments.values())} must be distinct positive numbers")
 
     def _validate_overrides(self, setting: str, arm: str) -> None:
-        """No key is set twice in a cell, and none that the study sets itself."""
+        """Check that no key is set twice in a cell, and none that the study sets itself."""
         seen: dict[str, tuple[str, str]] = {}
         for where, overrides in (
             ("overrides", self.overrides),
@@ -380,13 +388,18 @@ class Study:
                 key = override.partition("=")[0].lstrip("+~")
                 if key in _RESERVED:
                     instead = _RESERVED[key]
-                    to_do = f"use {instead}" if instead else "the run sets it"
-                    raise StudyError(f"{where}: {override!r} cannot be set there; {to_do}")
+                    to_do = f"use {instead}" if instead else "remove it, because the run sets it"
+                    raise StudyError(f"{where}: {override!r} cannot be set here; {to_do}")
                 if key in _INPUTS and self.settings[setting].prepare is not None:
-                    raise StudyError(f"{where}: {override!r} contradicts settings.{setting}.prepare, which makes it")
+                    raise StudyError(
+                        f"{where}: {override!r} conflicts with settings.{setting}.prepare, which sets this key; "
+                        "remove one of the two"
+                    )
                 if key in seen:
                     there, first = seen[key]
-                    raise StudyError(f"{where}: {override!r}, but {there} has {first!r}: set a key in one place")
+                    raise StudyError(
+                        f"{where}: {override!r} conflicts with {first!r} in {there}; set each key in one place"
+                    )
                 seen[key] = (where, override)
 
 
@@ -422,7 +435,7 @@ class Cell:
         return f"{self.setting}/{self.arm}/seed{self.seed}"
 
     def request(self) -> dict[str, Any]:
-        """All that decides the training, as JSON values. Names of settings and arms do not."""
+        """Return everything that determines the training, as JSON values, without the names of setting and arm."""
         return {
             "config_name": self.config_name,
             "overrides": list(self.overrides),
@@ -434,7 +447,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Identity: a digest of :meth:`request`. What changes the training makes another cell."""
+        """Identity of the cell: a digest of :meth:`request`. A change to the training gives another key."""
         return _digest(self.request())
 
 
@@ -471,7 +484,7 @@ def setting_data(prepare: Prepare) -> tuple[Task, DataOptions]:
     task = load_task(prepare.task)
     for name in ("train_size", "test_size"):
         if name in prepare.problems:
-            raise ValueError(f"{name} belongs beside problems, not in it")
+            raise ValueError(f"{name} is a key of prepare, not of problems; move it there")
     sizes = {"train_size": prepare.train_size, "test_size": prepare.test_size}
     return task, data_options(task, {**prepare.problems, **sizes})
 
@@ -493,13 +506,13 @@ class PaperNumbers:
 
 @cache
 def paper_numbers() -> Mapping[str, PaperNumbers]:
-    """All numbers of papers that we know of, by the names that ``experiments.<name>.paper`` takes."""
+    """Return all known numbers of papers, by the names that ``experiments.<name>.paper`` takes."""
     given = yaml.safe_load(resources.files("hpo_plugin.study").joinpath("paper.yaml").read_text(encoding="utf-8"))
     return {name: PaperNumbers(**entry) for name, entry in given.items()}
 
 
 def select(cells: Iterable[Cell], only: Iterable[str]) -> list[Cell]:
-    """The cells that filters leave.
+    """Return the cells that match the filters.
 
     Args:
         cells: To choose from.
@@ -512,7 +525,9 @@ def select(cells: Iterable[Cell], only: Iterable[str]) -> list[Cell]:
     cells, filters = list(cells), [set(text.split("/")) for text in only]
     for wanted in filters:
         if not any(wanted <= _words(cell) for cell in cells):
-            raise StudyError(f"--only {'/'.join(sorted(wanted))} fits no cell; cells are called like {cells[0].name}")
+            raise StudyError(
+                f"--only {'/'.join(sorted(wanted))} matches no cell; one of the cells is named {cells[0].name}"
+            )
     return [cell for cell in cells if not filters or any(wanted <= _words(cell) for wanted in filters)]
 
 

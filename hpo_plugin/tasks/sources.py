@@ -1,4 +1,4 @@
-"""Where the rows of a data set come from: a local file in the shapes people have, or the Hugging Face hub."""
+"""Reads the rows of a data set from a local file or from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class SourceUnavailableError(OSError):
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return what identifies a file in a manifest: its content, for its path is this machine's own.
+    """Return what identifies a file in a manifest: its content, because paths differ between machines.
 
     Raises:
         ValueError: If its name ends in something that cannot be read.
     """
     if path.suffix.lower() not in FILE_SUFFIXES:
-        raise ValueError(f"source={str(path)!r}: the file must end in {', '.join(FILE_SUFFIXES)}")
+        raise ValueError(f"source={str(path)!r}: the file name must end in {', '.join(FILE_SUFFIXES)}")
     return {"source": path.name, "source_sha256": sha256_of_file(path)}
 
 
@@ -79,7 +79,7 @@ def _rows_of_object(whole: Any) -> list[Any]:
             return [{**row, SPLIT_COLUMN: split} for split, rows in whole.items() for row in rows]
         if len({len(value) for value in values}) == 1:
             return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
-    raise ValueError("it is neither lines, nor an array of rows, nor an object of columns, nor an object of splits")
+    raise ValueError("expected JSON lines, an array of rows, an object of columns, or an object of splits")
 
 
 def _json_or_none(line: str) -> Any:
@@ -115,8 +115,8 @@ def read_hub(
     except Exception as error:
         # The libraries underneath raise a dozen unrelated types; all of them mean that there is no data.
         raise SourceUnavailableError(
-            f"the data set {dataset!r} could not be loaded from the Hugging Face hub "
+            f"the data set {dataset!r} could not be loaded from the Hugging Face Hub "
             f"({type(error).__name__}: {error}). {advice} (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE apply), or "
-            "download its file elsewhere and give that file as the source."
+            "download its file on another machine and pass that file as the source."
         ) from error
     return rows

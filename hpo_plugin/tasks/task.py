@@ -1,4 +1,4 @@
-"""The task protocol: everything that commands, the quickstart and studies ask of a task.
+"""The task protocol: what the commands, the quickstart and studies require from a task.
 
 A task is one subclass of :class:`Task`, and one instance of it named ``TASK`` in a module. :func:`load_task` finds the
 tasks of this package by name and any other task by the path of its file. ``docs/tasks.md`` writes one from scratch.
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 class TaskError(ValueError):
-    """A name or file that is not a task; the message says what is."""
+    """The name or file is not a task; the message states what is expected."""
 
 
 def option(help_text: str, default: Any = None, *, flag: str = "", minimum: int | None = None) -> Any:
@@ -64,8 +64,8 @@ class DataOptions:
         seed: Seed of the data; None for the task's default.
     """
 
-    train_size: int | None = option("Rows of the training split.", minimum=1)
-    test_size: int | None = option("Rows of the test split.", minimum=1)
+    train_size: int | None = option("Rows in the training split.", minimum=1)
+    test_size: int | None = option("Rows in the test split.", minimum=1)
     seed: int | None = option("Seed of the data. Default 0.", minimum=0)
 
 
@@ -224,14 +224,16 @@ class Task(ABC):
             row: A row of the training split; with an SFT stage, of the file ``sft_train``.
             rng: The only source of randomness.
         """
-        raise NotImplementedError(f"the task {self.name} has no demonstrations")
+        raise NotImplementedError(
+            f"the task {self.name} does not implement demonstrate(), which a laptop form requires"
+        )
 
     def key(self, row: Row) -> Any:
-        """Return, as a JSON value, what a row shows: the demonstrations of equal rows are equal."""
+        """Return a JSON value for what a row shows; rows with equal keys have equal demonstrations."""
         return [prompt_text(row), row["reward_model"]["ground_truth"]]
 
     def identity(self, row: Row) -> Any:
-        """Return, as a JSON value, what makes two rows the same problem; splits share none."""
+        """Return a JSON value that is equal for rows with the same problem; no two splits share a value."""
         return self.key(row)
 
     def explain(self, row: Row) -> Explanation:
@@ -254,10 +256,10 @@ class Task(ABC):
         """
         missing = [name for name in ("prompt", "reward_model") if columns.get(name) is None]
         if missing:
-            raise ValueError(f"no column {missing[0]!r} among {', '.join(columns) or 'none'}")
+            raise ValueError(f"the column {missing[0]!r} is missing; found: {', '.join(columns) or 'no columns'}")
         check_prompt(columns["prompt"])
         if not isinstance(columns["reward_model"], Mapping):
-            raise ValueError(f"the column reward_model holds no mapping: {columns['reward_model']!r:.200}")
+            raise ValueError(f"the column 'reward_model' must hold a mapping, got {columns['reward_model']!r:.200}")
         return dict(columns)
 
     def group(self, ground_truth: Any) -> str | None:
@@ -320,7 +322,9 @@ def ground_truth_of(row: Row) -> Any:
     """
     truth = row["reward_model"].get("ground_truth")
     if truth is None:
-        raise ValueError("there is a prompt and no ground truth; give a row of a file that `hpo-plugin prepare` wrote")
+        raise ValueError(
+            "the row has a prompt but no ground truth; use a row of a file that `hpo-plugin prepare` wrote"
+        )
     return truth
 
 
@@ -335,7 +339,7 @@ def check_prompt(prompt: Any) -> None:
         or not prompt
         or not all(isinstance(one, Mapping) and "content" in one for one in prompt)
     ):
-        raise ValueError(f"the column prompt holds no chat messages: {prompt!r:.200}")
+        raise ValueError(f"the column 'prompt' must hold a list of chat messages, got {prompt!r:.200}")
 
 
 def prompt_text(row: Row) -> str:
@@ -419,13 +423,15 @@ def write_rows(
 
     for split in ("train", "test"):
         if not splits.get(split):
-            raise ValueError(f"{task.name}: the {split} split has no rows")
+            raise ValueError(f"{task.name}: the {split} split has no rows; pass at least one")
     for split, rows in splits.items():
         for number, row in enumerate(rows):
             missing = [name for name in ROW_COLUMNS if name not in row]
             if missing:
-                raise ValueError(f"{task.name}: row {number} of the {split} split has no column {missing[0]!r}")
-    # As the manifest holds them: tuples are lists there.
+                raise ValueError(
+                    f"{task.name}: row {number} of the {split} split lacks the column {missing[0]!r}; add it"
+                )
+    # In the form of the manifest, where tuples become lists.
     parameters = json.loads(json.dumps(asdict(options)))
     check_output(directory, parameters, force=force)
     tables = {}
@@ -446,7 +452,7 @@ def laptop_form(task: Task) -> LaptopForm:
         TaskError: It has none.
     """
     if task.laptop is None:
-        raise TaskError(f"the task {task.name} has no laptop form (Task.laptop), so it cannot be trained here")
+        raise TaskError(f"the task {task.name} has no laptop form; set Task.laptop to train it on CPU cores")
     return task.laptop
 
 
@@ -464,14 +470,14 @@ def load_task(name: str) -> Task:
         return task
     path = Path(name)
     if path.suffix != ".py":
-        raise TaskError(f"{name!r} is neither a task ({', '.join(TASK_NAMES)}) nor the path of a Python file")
+        raise TaskError(f"{name!r} is neither a built-in task ({', '.join(TASK_NAMES)}) nor the path of a Python file")
     if not path.is_file():
         raise TaskError(f"the task file {name} does not exist")
     spec = importlib.util.spec_from_file_location(f"hpo_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{name} cannot be imported as a Python module")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up there.
+    # The dataclass decorator looks up the module in sys.modules.
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
@@ -482,8 +488,10 @@ def load_task(name: str) -> Task:
         raise TaskError(f"{name}{where}: cannot be imported: {type(error).__name__}: {error}") from error
     found = getattr(module, "TASK", None)
     if not isinstance(found, Task):
-        raise TaskError(f"{name} defines no TASK, an instance of a subclass of hpo_plugin.tasks.task.Task")
+        raise TaskError(
+            f"{name} does not define TASK; set it to an instance of a subclass of hpo_plugin.tasks.task.Task"
+        )
     missing = [attribute for attribute in ("name", "title") if not getattr(found, attribute, None)]
     if missing:
-        raise TaskError(f"{name}: TASK has no {missing[0]}")
+        raise TaskError(f"{name}: TASK has no {missing[0]}; set the class attribute")
     return found

@@ -18,7 +18,7 @@ _TRL_FIELDS = {trl_field.name for trl_field in fields(GRPOConfig)}
 
 @dataclass
 class HPOConfig(GRPOConfig):
-    """`trl.GRPOConfig` and what selects HPO.
+    """`trl.GRPOConfig` with the settings of HPO.
 
     All other fields mean what they mean for GRPO. ``loss_type`` stays TRL's default ``"dapo"``: a token's loss is
     divided by the tokens of the generation batch, which is HPO's mean length.
@@ -47,7 +47,7 @@ class HPOConfig(GRPOConfig):
         default=None, metadata={"help": "Lower limit of alpha for policy='ahpo', in [0, 1]. Default: 0.1."}
     )
     observe: bool = field(
-        default=False, metadata={"help": "Train with TRL's GRPO, and log what A-HPO would use as hpo/observe/..."}
+        default=False, metadata={"help": "Train with TRL's GRPO, and log the statistics of A-HPO as hpo/observe/..."}
     )
 
     def __post_init__(self) -> None:
@@ -56,34 +56,35 @@ class HPOConfig(GRPOConfig):
         variant, _ = resolve(self.policy, self._given())
         for name in {setting.name for setting in variant.settings} & _TRL_FIELDS:
             raise ConfigError(
-                f"policy={self.policy!r} has a setting {name!r}, which is a field of GRPOConfig. Give it another name."
+                f"policy={self.policy!r} has a setting {name!r}, which is also a field of GRPOConfig. Rename the "
+                "setting."
             )
         if not isinstance(self.observe, bool):
-            raise ConfigError(f"observe={self.observe!r} is neither True nor False. Set observe=True, or remove it.")
+            raise ConfigError(f"observe={self.observe!r} must be True or False. Set observe=True, or remove it.")
         if self.observe:
             if self.policy != "ahpo":
                 raise ConfigError(
-                    f"policy={self.policy!r} has no effect with observe=True, which applies no α and logs that of "
+                    f"policy={self.policy!r} has no effect with observe=True, which applies no α and logs the α of "
                     "A-HPO. Remove one of the two."
                 )
             return
         if self.loss_type != "dapo":
             raise ConfigError(
-                f"loss_type={self.loss_type!r} is not HPO's objective, which clips ratios as GRPO does and divides by "
+                f"loss_type={self.loss_type!r} is not HPO's objective. HPO clips ratios as GRPO does and divides by "
                 "the batch's mean length. Set loss_type='dapo' (TRL's default), or use GRPOTrainer."
             )
         if self.importance_sampling_level != "token":
             raise ConfigError(
-                f"importance_sampling_level={self.importance_sampling_level!r} is not HPO's: its ratios are those of "
-                "tokens. Set importance_sampling_level='token' (TRL's default), or use GRPOTrainer."
+                f"importance_sampling_level={self.importance_sampling_level!r} is not HPO's objective. HPO uses "
+                "token-level ratios. Set importance_sampling_level='token' (TRL's default), or use GRPOTrainer."
             )
 
     def _given(self) -> dict[str, Any]:
-        """The settings of variants that the config has fields for, and GRPOConfig has not."""
+        """Return the settings of variants: the fields that GRPOConfig does not have."""
         return {added.name: getattr(self, added.name) for added in fields(self) if added.name not in _TRL_FIELDS}
 
     def settings_of_policy(self) -> dict[str, float]:
-        """The value of each setting of all variants, defaults filled in.
+        """Return the value of each setting of all variants, defaults filled in.
 
         Raises:
             ConfigError: A setting was changed to a value out of range after the config was built.

@@ -1,4 +1,4 @@
-"""TRL's ``GRPOTrainer`` with HPO's advantages: the adapter, and all of it that touches TRL."""
+"""TRL's ``GRPOTrainer`` with HPO's advantages."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ METHODS = ("_generate_and_score_completions", "_calculate_rewards")
 
 if Version(trl.__version__) < Version(OLDEST_TRL):
     raise ImportError(
-        f"hpo_plugin.trl needs trl>={OLDEST_TRL}, and trl {trl.__version__} is installed: pip install -U trl"
+        f"hpo_plugin.trl needs trl>={OLDEST_TRL}, but trl {trl.__version__} is installed; run: pip install -U trl"
     )
 if moved := [name for name in METHODS if not callable(getattr(GRPOTrainer, name, None))]:
     raise ImportError(
-        f"trl {trl.__version__} has no GRPOTrainer.{moved[0]}, which hpo_plugin.trl needs. Install an older trl "
-        f"(docs/trl.md names the versions that were tested)."
+        f"trl {trl.__version__} has no GRPOTrainer.{moved[0]}, which hpo_plugin.trl needs. Install an older trl; "
+        "docs/trl.md lists the tested versions."
     )
 
 
@@ -72,7 +72,7 @@ class HPOTrainer(GRPOTrainer):
     # GRPOTrainer's.
     _calculate_rewards: Callable[..., Tensor]
 
-    # A batch that cannot be observed is named once.
+    # Warn only once about batches without metrics.
     _warned = False
 
     def __init__(
@@ -84,17 +84,17 @@ class HPOTrainer(GRPOTrainer):
             args = HPOConfig(f"{name.rpartition('/')[2] or 'model'}-HPO")
         if not isinstance(args, HPOConfig):
             raise TypeError(
-                f"args is a {type(args).__name__}: HPOTrainer takes an HPOConfig, which has all fields of GRPOConfig "
-                "(from hpo_plugin.trl import HPOConfig)."
+                f"args is a {type(args).__name__}, but HPOTrainer requires an HPOConfig, which has all fields of "
+                "GRPOConfig (from hpo_plugin.trl import HPOConfig)."
             )
         if args.observe:
-            # The model is GRPO's, and its card says so.
+            # GRPO trains the model, so the model card names GRPO.
             for name in ("_tag_names", "_name", "_paper"):
                 setattr(self, name, getattr(GRPOTrainer, name))
         elif args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
             raise ConfigError(
-                f"use_liger_kernel=True: the loss of Liger in trl {trl.__version__} divides by the tokens of a "
-                "micro-batch, which is not HPO's mean length. Set use_liger_kernel=False, or install trl>=1.16."
+                f"use_liger_kernel=True: Liger's loss in trl {trl.__version__} divides by the tokens of a micro-batch, "
+                "not by the batch's mean length as HPO does. Set use_liger_kernel=False, or install trl>=1.16."
             )
         super().__init__(model, reward_funcs, args, *more, **kwargs)
 
@@ -131,7 +131,7 @@ class HPOTrainer(GRPOTrainer):
                 raise
             if not self._warned:
                 self._warned = True
-                logging.getLogger(__name__).warning(f"observe=True: a generation batch is not observed: {error}")
+                logging.getLogger(__name__).warning(f"observe=True: skipped the metrics of a generation batch: {error}")
             return output
         metrics = observation_metrics([observe(result, lengths, args.settings_of_policy()["alpha_min"])])
         if not args.observe:

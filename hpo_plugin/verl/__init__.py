@@ -1,1 +1,1 @@
-"""The adapter to verl: registration, config and its checks, metrics. Nothing is imported before verl asks for it."""
+"""The adapter to verl: registration, config checks, presets, metrics. verl imports its modules when it needs them."""

@@ -1,7 +1,7 @@
-"""The actor's ``policy_loss`` config node, extended: how a worker knows which estimator made the advantages.
+"""Config node of the actor's policy loss, extended by the name of the advantage estimator.
 
-verl's ``PolicyLossConfig`` is a closed dataclass, so a new field needs a subclass named by ``_target_``
-(verl/workers/config/actor.py). Our yaml names it; for verl's stock yaml the plugin does (``verl/seams.py``).
+verl's ``PolicyLossConfig`` is a closed dataclass, so a new field needs a subclass, which the key ``_target_`` names
+(verl/workers/config/actor.py). ``configs/hpo.yaml`` sets this key. In verl's stock config, ``verl/seams.py`` sets it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ __all__ = ["HPOPolicyLossConfig"]
 
 @dataclass
 class HPOPolicyLossConfig(PolicyLossConfig):
-    """``actor_rollout_ref.actor.policy_loss`` with what HPO's loss needs to know.
+    """``actor_rollout_ref.actor.policy_loss`` with the advantage estimator, which HPO's policy loss requires.
 
     Args:
-        adv_estimator: copy of ``algorithm.adv_estimator``, which a worker does not see otherwise.
+        adv_estimator: copy of ``algorithm.adv_estimator``, which verl does not pass to workers.
 
     Raises:
-        ConfigError: when built, if the loss mode is a variant and the estimator is not the same one. verl builds it in
-            the driver (``validate_config``) and again in every worker.
-        RegistrationError: when built, if the plugin has not registered what the config selects.
+        ConfigError: if the loss mode is a variant and the estimator is not the same variant. verl constructs this node
+            in the driver (``validate_config``) and in every worker.
+        RegistrationError: if the plugin has not registered what the config selects.
     """
 
     adv_estimator: str = "grpo"
 
     def __post_init__(self) -> None:
-        """Fail in the driver rather than after a rollout."""
+        """Raise in the driver, before the first rollout."""
         require_registered(self.adv_estimator, self.loss_mode)

@@ -1,8 +1,8 @@
-"""``algorithm.adv_estimator=hpo|ahpo``: HPO's advantages behind verl's estimator interface.
+"""``algorithm.adv_estimator=hpo|ahpo``: HPO's advantage estimators in verl.
 
-verl calls an estimator in the driver, with all rows of the batch that α is a statistic of, padding rows included
-(``compute_advantage``, verl/trainer/ppo/ray_trainer.py), in every trainer it has. So α is computed and applied here,
-always and alone.
+Every trainer of verl calls the estimator in the driver, with all rows of the batch that α is computed from, padding
+rows included (``compute_advantage``, verl/trainer/ppo/ray_trainer.py). Therefore the estimator computes and applies α.
+Nothing else applies it.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ __all__ = [
 
 @functools.cache
 def estimator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What is registered in verl's ``ADV_ESTIMATOR_REGISTRY`` for a variant; the same object at every call."""
+    """The function registered in verl's ``ADV_ESTIMATOR_REGISTRY`` for a variant; the same object on every call."""
     return functools.partial(hysteretic_outcome_advantage, name)
 
 
 def _group_numbers(index: np.ndarray) -> Tensor:
-    """A number for each row, (N,) int64, equal where the uids' texts are; a dictionary does it in a tenth of a sort."""
+    """The group number of each row, (N,) int64, by the text of its uid. A dictionary takes a tenth of a sort's time."""
     uids = list(map(str, np.asarray(index).reshape(-1).tolist()))
     number_of = dict(zip(dict.fromkeys(uids), range(len(uids)), strict=False))
     return torch.from_numpy(np.fromiter(map(number_of.__getitem__, uids), dtype=np.int64, count=len(uids)))
 
 
 def last_rows(batch_keys: Sequence[str]) -> Tensor:
-    """For each row, the row of the last output of its session, (N,) int64.
+    """For each row, the index of the row with the last output of the same session, (N,) int64.
 
     Args:
-        batch_keys: of verl's V1 batches, ``{uid}_{session}_{output}`` (verl/trainer/ppo/v1/agent_loop_tq.py). An agent
-            loop that returns several outputs makes a row of each; only the last one carries the session's reward.
+        batch_keys: the keys of a batch of verl's V1 trainer, ``{uid}_{session}_{output}``
+            (verl/trainer/ppo/v1/agent_loop_tq.py). Each output of an agent loop is a row; only the last output of a
+            session has the session's reward.
     """
     last: dict[str, tuple[int, int]] = {}
     sessions = []
@@ -65,19 +66,19 @@ def last_rows(batch_keys: Sequence[str]) -> Tensor:
 
 
 def _sessions(last_row: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The row of each session's last output, the session of each row, and the tokens of each session."""
+    """The row of each session's last output, the session of each row, and the number of tokens of each session."""
     rows, session = torch.unique(last_row, return_inverse=True)
     lengths = mask.sum(dim=1)
     return rows, session, torch.zeros_like(lengths[rows]).index_add(0, session, lengths)
 
 
 def _getter(config: Any) -> Callable[[str, Any], Any]:
-    """``get(key, default)`` of verl's ``algorithm`` node, whichever class it has."""
+    """``get(key, default)`` of verl's ``algorithm`` node, a ``DictConfig`` or a dataclass."""
     return config.get if hasattr(config, "get") else lambda key, default: getattr(config, key, default)
 
 
 def _base_advantages(base: str, rewards: Tensor, mask: Tensor, index: np.ndarray, valid: Tensor, config: Any) -> Any:
-    """Advantages and returns of another estimator, called on valid rows only; 0 in the others."""
+    """Advantages and returns of another estimator, computed on the valid rows; 0 in the other rows."""
     from verl.trainer.ppo import core_algos
 
     rows = valid.nonzero().flatten()
@@ -88,16 +89,16 @@ def _base_advantages(base: str, rewards: Tensor, mask: Tensor, index: np.ndarray
 
 
 def _require_single_outputs(groups: Tensor, valid: Tensor, index: np.ndarray, config: Any) -> None:
-    """Without session keys, more rows of a prompt than ``rollout.n`` are several outputs of its sessions."""
+    """Raise a ConfigError if a prompt has more rows than ``rollout.n``: then its sessions have several outputs."""
     if not isinstance(config, DictConfig) or config._get_parent() is None or not valid.any():
         return
     n = OmegaConf.select(config, "..actor_rollout_ref.rollout.n", default=None)
     rows, group = torch.bincount(groups[valid]).max(dim=0)
     if n is not None and rows > n:
         raise ConfigError(
-            f"the prompt (uid) {index[int((groups == group).nonzero()[0])]} has {rows} rows in the batch, but "
-            f"actor_rollout_ref.rollout.n={n}: its sessions have several outputs, and this trainer does not tell the "
-            "estimator which rows belong to one session. Use verl's V1 trainer, or one output per session."
+            f"actor_rollout_ref.rollout.n={n}, but the prompt (uid) {index[int((groups == group).nonzero()[0])]} has "
+            f"{rows} rows in the batch. Its sessions have several outputs, and this trainer does not pass the session "
+            "of a row to the estimator. Use verl's V1 trainer, or return one output per session."
         )
 
 
@@ -112,35 +113,36 @@ def hysteretic_outcome_advantage(
     token_level_scores: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The advantages of a variant: those of its base estimator, negative ones times α of this batch.
+    """The advantages of a variant: the advantages of its base estimator, with α of this batch applied.
 
     Args:
         name: the variant.
-        token_level_rewards: (N, T) floating point, N the rows of the whole rollout batch; a response's reward is the
-            sum over T.
-        response_mask: (N, T) of 0 and 1; rows without any response token (padding, rejected) get 0 and enter no group.
-        index: (N,) object array of uids, one a prompt; rows of one uid need not be adjacent.
-        config: verl's ``algorithm`` node. Read: ``norm_adv_by_std_in_grpo``, ``use_kl_in_reward``, ``hpo.*``.
-        last_row: (N,) int64, see :func:`last_rows`; a session counts as one response, with the reward of its last
-            output, and its advantage goes to all of its outputs, as verl does for ``grpo``. Each row is a session,
-            if None.
-        token_level_scores: (N, T) the task's scores, which are counted in place of ``token_level_rewards`` if those
-            contain a KL penalty.
-        **kwargs: what verl passes to other estimators (``reward_baselines``…); not used.
+        token_level_rewards: (N, T) floating point, where N is the number of rows of the whole rollout batch. The reward
+            of a response is the sum over T.
+        response_mask: (N, T) of 0 and 1. Rows without a response token (padding, rejected) get 0 and belong to no
+            group.
+        index: (N,) object array of uids, one per prompt; rows of one uid need not be adjacent.
+        config: verl's ``algorithm`` node. The function reads ``norm_adv_by_std_in_grpo``, ``use_kl_in_reward`` and
+            ``hpo.*``.
+        last_row: (N,) int64, see :func:`last_rows`. A session counts as one response with the reward of its last
+            output, and all of its outputs get its advantage, as in verl's ``grpo``. If None, each row is a session.
+        token_level_scores: (N, T) the task's scores. If given, responses are counted by these scores instead of
+            ``token_level_rewards``, which contain a KL penalty.
+        **kwargs: what verl passes to other estimators, such as ``reward_baselines``; not used.
 
     Returns:
-        ``(advantages, returns)``, both (N, T) fp32 (fp64 for fp64 rewards). ``returns`` are not weighted: a critic may
-        train on them.
+        ``(advantages, returns)``, both (N, T) fp32 (fp64 for fp64 rewards). ``returns`` do not contain α, so that a
+        critic can be trained on them.
 
     Raises:
-        ConfigError: if the batch cannot be counted right: KL in the reward without the task's scores, sessions of
-            several outputs in a trainer without session keys, or an invalid setting.
-        ValueError: if a reward is NaN or infinite (the message names the uids), or there are no uids.
+        ConfigError: if a setting is invalid, or the responses cannot be counted: rewards with a KL penalty and no task
+            scores, or sessions with several outputs in a trainer without session keys.
+        ValueError: if a reward is NaN or infinite (the message names the uids), or the batch has no uids.
     """
     if index is None:
         raise ValueError(
             f"{keys.KEY_ESTIMATOR}={name} is group-relative and needs the prompt's uid of each response, but the batch "
-            "has no `uid` (verl passes it as `index`)."
+            "has no `uid` (verl passes it as `index`). Use a trainer of verl, or add `uid` to the batch."
         )
     get = _getter(config)
     settings, base = keys.read_settings(get("hpo", None))
@@ -163,11 +165,12 @@ def hysteretic_outcome_advantage(
         if base != keys.OWN:
             of_base, base_returns = _base_advantages(base, rewards, mask, index, valid, config)
             if BASE_ESTIMATORS[base]:
-                # One advantage a response: that of its first token.
+                # A response has one advantage: that of its first token.
                 of_base = of_base.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
             elif session is not None:
                 raise ConfigError(
-                    f"{keys.KEY_BASE}={base} does not know sessions of several outputs. Use {keys.KEY_BASE}={keys.OWN}."
+                    f"{keys.KEY_BASE}={base} does not support sessions with several outputs. Set "
+                    f"{keys.KEY_BASE}={keys.OWN}."
                 )
         reward, magnitude = fused.rewards_of_responses(rewards)
         try:
@@ -185,22 +188,22 @@ def hysteretic_outcome_advantage(
             )
         except algorithm.RewardError as error:
             prompts = dict.fromkeys(map(str, index[error.rows]))
-            raise ValueError(f"{error} Their prompts (uid): {', '.join(list(prompts)[:8])}.") from None
+            raise ValueError(f"{error} The rows belong to the prompts (uid): {', '.join(list(prompts)[:8])}.") from None
         metrics.record(result.statistics)
         weighted, unweighted = result.weighted, result.advantage
         if weighted.dim() == 2:
             return weighted, base_returns
         if session is not None:
             weighted, unweighted = weighted[session], unweighted[session]
-        # Returns take no memory of their own: masked tokens hold the value of the others, and nobody reads them.
+        # A view takes no memory. Masked tokens get the same value as the others; verl does not read them.
         returns = unweighted.unsqueeze(-1).expand(response_mask.shape)
-        # numpy asks Linux for huge pages, torch does not; without them, half of the time goes into new memory.
+        # numpy requests huge pages from Linux, torch does not. Without them, allocation takes half of the time.
         out = torch.from_numpy(np.empty(response_mask.shape, dtype=f"f{weighted.itemsize}"))
         return fused.spread_over_tokens(weighted, response_mask, out=out), returns
 
 
 def record_comparison(estimator: str, data: Any, last_row: Tensor) -> None:
-    """Record the metrics of a batch of verl (``DataProto``) whose estimator applies no α, for comparison: α = 1."""
+    """Record the metrics of a batch (``DataProto``) of an algorithm without α, for comparison. They have α = 1."""
     rows = torch.unique(last_row)
     batch = {name: data.batch[name][rows] for name in ("advantages", "token_level_rewards", "response_mask")}
     reward, magnitude = fused.rewards_of_responses(batch["token_level_rewards"])
@@ -219,10 +222,10 @@ def record_comparison(estimator: str, data: Any, last_row: Tensor) -> None:
 
 
 def record_built_in(name: str, data: Any, config: Any, batch_keys: Sequence[str]) -> None:
-    """Record the metrics of a batch of verl (``DataProto``) whose advantages are those of verl's own estimator.
+    """Record the metrics of a batch (``DataProto``) whose advantages verl's own estimator computed.
 
-    Only if they are ours too: what another estimator of the same name does is not known. Nothing is raised: a run must
-    not stop for a metric.
+    If verl's advantages differ from those of this package, the function logs a warning and records nothing. It raises
+    no exception, because a metric must not stop a run.
 
     Args:
         name: the variant.
@@ -234,29 +237,30 @@ def record_built_in(name: str, data: Any, config: Any, batch_keys: Sequence[str]
     batch, mask = data.batch, data.batch["response_mask"]
     try:
         if not torch.equal(last_rows(batch_keys), rows):
-            _warn_once(f"verl's own {name} counts each output of a session as a response")
+            _warn_once(f"verl's built-in estimator {name} counts each output of a session as a response")
         ours, _ = estimator(name)(
             batch["token_level_rewards"], mask, data.non_tensor_batch["uid"], config, last_row=rows
         )
         if torch.allclose(ours * mask, batch["advantages"] * mask, rtol=1e-3, atol=1e-5):
             return
         metrics.drop_last()
-        reason = "its advantages are not those of hpo_plugin"
+        reason = "its advantages differ from those of hpo_plugin"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-    _warn_once(f"no hpo metrics are logged for a batch of verl's own {name}", reason)
+    _warn_once(f"no hpo metrics are logged for a batch of verl's built-in estimator {name}", reason)
 
 
 def record_observation(data: Any, config: Any, batch_keys: Sequence[str] | None = None) -> None:
     """Record what A-HPO would count in a batch of verl (``DataProto``), if ``algorithm.hpo.observe`` is set.
 
-    The batch is left as it is, and no random number is drawn. A batch that cannot be counted is named in a warning, and
-    nothing is raised: a run must not stop for a metric.
+    The function does not change the batch and draws no random number. If it cannot count a batch, it logs a warning and
+    raises no exception, because a metric must not stop a run.
 
     Args:
-        data: the batch that the estimator will get, whichever estimator.
-        config: verl's ``algorithm`` node; None observes nothing.
-        batch_keys: see :func:`last_rows`; a session of several outputs counts as one response. None: each row does.
+        data: the batch that verl passes to the run's estimator.
+        config: verl's ``algorithm`` node. If None, nothing is recorded.
+        batch_keys: see :func:`last_rows`; a session with several outputs counts as one response. If None, each row
+            counts as one.
 
     Raises:
         ConfigError: if ``algorithm.hpo.observe`` is not valid.
@@ -267,12 +271,12 @@ def record_observation(data: Any, config: Any, batch_keys: Sequence[str] | None 
     try:
         metrics.record_observation(_observation(data, config, node, batch_keys))
     except Exception as error:
-        _warn_once(f"{keys.KEY_OBSERVE}=True: a batch is not observed ({type(error).__name__})", str(error))
+        _warn_once(f"{keys.KEY_OBSERVE}=True cannot observe a batch ({type(error).__name__})", str(error))
 
 
 def _observation(data: Any, config: Any, node: Any, batch_keys: Sequence[str] | None) -> Observation:
     if "uid" not in data.non_tensor_batch:
-        raise ValueError("it has no `uid`, by which the responses to a prompt are known")
+        raise ValueError("the batch has no `uid`, which identifies the prompt of a response")
     scores, mask = data.batch["token_level_scores"], data.batch["response_mask"]
     index, lengths = data.non_tensor_batch["uid"], mask.sum(dim=1)
     if batch_keys is not None:

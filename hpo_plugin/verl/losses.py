@@ -1,7 +1,8 @@
-"""``policy_loss.loss_mode=hpo|ahpo``: HPO's loss behind verl's policy-loss interface.
+"""``policy_loss.loss_mode=hpo|ahpo``: HPO's policy loss in verl.
 
-It is the clipped surrogate over the batch's mean response length, on advantages that the estimator of the same name
-has weighted. It applies no α itself. verl calls it once per micro-batch (``ppo_loss``, verl/workers/utils/losses.py).
+The loss is the clipped surrogate divided by the batch's mean response length. The advantage estimator of the same name
+has applied α to the advantages; the loss applies none. verl calls it once per micro-batch (``ppo_loss``,
+verl/workers/utils/losses.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["mean_length_policy_loss", "normalizes_by_mean_length", "policy_loss"
 
 @functools.cache
 def policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
-    """What is registered in verl's ``POLICY_LOSS_REGISTRY`` for a variant; the same object at every call."""
+    """The function registered in verl's ``POLICY_LOSS_REGISTRY`` for a variant; the same object on every call."""
     return functools.partial(mean_length_policy_loss, name)
 
 
@@ -40,38 +41,42 @@ def mean_length_policy_loss(
     """The clipped surrogate with mean-length normalization, the policy loss of every variant.
 
     Args:
-        name: the variant whose estimator must have made the advantages.
-        old_log_prob: (n, T) log-probabilities under the old policy, n the rows of a micro-batch.
+        name: the variant; its estimator must have computed the advantages.
+        old_log_prob: (n, T) log-probabilities under the old policy, where n is the number of rows of a micro-batch.
         log_prob: (n, T) log-probabilities under the current policy; differentiated.
-        advantages: (n, T), weighted.
+        advantages: (n, T), with α applied.
         response_mask: (n, T).
         loss_agg_mode: must be ``token-mean``, which is mean-length normalization over the optimizer's mini-batch.
-        config: verl's ``ActorConfig``. Read: ``clip_ratio``, ``clip_ratio_low``, ``clip_ratio_high``, ``clip_ratio_c``,
-            ``policy_loss.adv_estimator``, ``global_batch_info``.
-        rollout_is_weights: (n, T) rollout-correction weights, multiplied in, or None.
+        config: verl's ``ActorConfig``. The function reads ``clip_ratio``, ``clip_ratio_low``, ``clip_ratio_high``,
+            ``clip_ratio_c``, ``policy_loss.adv_estimator`` and ``global_batch_info``.
+        rollout_is_weights: (n, T) rollout-correction weights that multiply the loss of each token, or None.
 
     Returns:
-        ``(loss, metrics)``: a 0-d loss, normalized by the *global* token count, 0 where no token is unmasked; and the
-        metrics of this micro-batch, which verl averages over micro-batches. None under dynamic context parallelism.
+        ``(loss, metrics)``: a 0-d loss, normalized by the *global* token count and 0 if no token is unmasked; and the
+        metrics of this micro-batch, which verl averages over micro-batches. With dynamic context parallelism the
+        metrics are empty.
 
     Raises:
-        ConfigError: if it is not known that the estimator of this variant made the advantages, or for another
-            aggregation.
+        ConfigError: if the config does not state that the estimator of this variant computed the advantages, or if
+            ``loss_agg_mode`` is another one.
     """
     made_by = getattr(getattr(config, "policy_loss", None), "adv_estimator", None)
     if made_by != name:
         raise ConfigError(
-            f"{KEY_LOSS_MODE}={name} needs advantages to which {KEY_ESTIMATOR}={name} has applied α; "
+            f"{KEY_LOSS_MODE}={name} needs advantages from {KEY_ESTIMATOR}={name}, but "
             + (
-                f"these are of {made_by}. "
+                f"the advantages are from {made_by}. "
                 if made_by
-                else "who made these is not known, for nothing checked the config. "
+                else "their estimator is not known, because hpo_plugin has not checked the config. "
             )
-            + f"Set {KEY_ESTIMATOR}={name}, and {KEY_LOSS_MODE}=vanilla in a trainer that calls neither verl's "
-            "validate_config nor run_ppo: with token-mean it is the same algorithm."
+            + f"Set {KEY_ESTIMATOR}={name}. If the trainer calls neither verl's validate_config nor run_ppo, also set "
+            f"{KEY_LOSS_MODE}=vanilla: with {KEY_AGGREGATION}={MEAN_LENGTH} the algorithm is the same."
         )
     if loss_agg_mode != MEAN_LENGTH:
-        raise ConfigError(f"{KEY_LOSS_MODE}={name} needs {KEY_AGGREGATION}={MEAN_LENGTH}, got {loss_agg_mode}")
+        raise ConfigError(
+            f"{KEY_LOSS_MODE}={name} needs {KEY_AGGREGATION}={MEAN_LENGTH}, but it is {loss_agg_mode}. "
+            f"Set {KEY_AGGREGATION}={MEAN_LENGTH}."
+        )
     tokens = torch.count_nonzero(response_mask)
     loss, sums = fused.surrogate_loss(
         log_prob,
@@ -85,20 +90,21 @@ def mean_length_policy_loss(
         token_weights=rollout_is_weights,
     )
     if getattr(getattr(config, "megatron", None), "dynamic_context_parallel", False):
-        return loss, {}  # verl would report those of one rank's rows as if they were the batch's
+        return loss, {}  # verl would report the metrics of one rank's rows as those of the batch
     positive, negative = -sums.objective * (sums.sign > 0), -sums.objective * (sums.sign < 0)
     rows = torch.stack([positive, negative, sums.clipped, sums.dual_clipped, -sums.log_ratio])
-    # One synchronization with the device for all metrics.
+    # All metrics share one synchronization with the device.
     means = (rows.sum(dim=1) / tokens.clamp(min=1)).tolist()
     names = ("hpo/pg_loss_positive", "hpo/pg_loss_negative", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl")
     return loss, {f"actor/{key}": value for key, value in zip(names, means, strict=True)}
 
 
 def _token_share(tokens: Tensor, dp_size: int = 1, batch_num_tokens: Any = None, **_: Any) -> float | Tensor:
-    """What verl's ``token-mean`` multiplies the loss of a token with (``agg_loss``, verl/trainer/ppo/core_algos.py).
+    """The factor of a token's loss in verl's ``token-mean`` (``agg_loss``, verl/trainer/ppo/core_algos.py).
 
-    ``tokens`` are those of the micro-batch, the denominator where verl does not give ``batch_num_tokens``, those of the
-    mini-batch over all ranks. Finite where there are no tokens; ValueError with several ranks and no denominator.
+    The denominator is ``batch_num_tokens``, the number of tokens of the mini-batch over all ranks. If verl does not
+    pass it, the denominator is ``tokens``, those of the micro-batch; with several ranks this raises a ValueError. The
+    factor is finite if there are no tokens.
     """
     if batch_num_tokens is None:
         if dp_size > 1:
@@ -110,11 +116,11 @@ def _token_share(tokens: Tensor, dp_size: int = 1, batch_num_tokens: Any = None,
 
 
 def normalizes_by_mean_length(config: DictConfig) -> bool | None:
-    """Whether the configured policy loss divides every token by the batch's mean length, found by calling it.
+    """Whether the configured policy loss divides every token by the batch's mean length.
 
-    Some of verl's losses ignore ``loss_agg_mode`` or have their own, so the key does not tell. Under mean-length
-    normalization the gradient of a token does not depend on its response's length, and halves in a batch of twice the
-    length.
+    The function calls the loss on small batches. The key ``loss_agg_mode`` is not sufficient, because some of verl's
+    losses ignore it or use an aggregation of their own. With mean-length normalization the gradient of a token does not
+    depend on the length of its response, and is half as large in a batch with twice the length.
 
     Args:
         config: the root config.
@@ -140,6 +146,6 @@ def normalizes_by_mean_length(config: DictConfig) -> bool | None:
 
         once, twice = token_gradients((1, 3)), token_gradients((2, 6))
     except Exception:
-        # A loss of another package may need more than verl's interface gives it.
+        # A loss of another package may need inputs that verl's interface does not pass.
         return None
     return bool(once[0]) and all(abs(g - h) < 1e-5 * abs(h) for g, h in ((once[0], once[1]), (2 * twice[0], once[0])))

@@ -1,4 +1,4 @@
-"""From the estimator to verl's log: what was counted in each batch, until verl collects the step's metrics."""
+"""Statistics of the batches of a step, kept from the estimator until verl collects the step's metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hpo_plugin.metrics import Observation, observation_metrics, step_metrics
 
 __all__ = ["drain", "drop_last", "record", "record_observation"]
 
-#: Of this process, oldest first. The limit is for a trainer that never collects metrics.
+#: The batches of this process, oldest first. The limit is for a trainer that never collects metrics.
 _batches: deque[BatchStatistics] = deque(maxlen=1024)
 _observations: deque[Observation] = deque(maxlen=1024)
 
@@ -25,12 +25,12 @@ def record_observation(observation: Observation) -> None:
 
 
 def drop_last() -> None:
-    """Forget the batch that was recorded last."""
+    """Remove the batch that was recorded last."""
     _batches.pop()
 
 
 def drain() -> dict[str, float]:
-    """The metrics of all batches since the last call, by their names in verl's log; empty if there were none."""
+    """Return the metrics of all batches since the last call, by their names in verl's log, and remove the batches."""
     metrics = step_metrics(list(_batches)) | observation_metrics(list(_observations))
     _batches.clear()
     _observations.clear()

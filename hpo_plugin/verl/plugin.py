@@ -1,11 +1,11 @@
 """Entry point ``hpo`` of the group ``verl.plugins``: loaded in every process that imports verl.
 
-It imports no part of verl. Post-import hooks do the work when, and only when, a process imports the module concerned:
-``verl.trainer.ppo.core_algos`` gets the estimators and losses (``verl/registration.py``), and the modules of
-``verl/seams.py`` one function each.
+This module imports no part of verl. It sets post-import hooks, which run only in a process that imports the modules
+concerned. The hook of ``verl.trainer.ppo.core_algos`` registers the estimators and losses (``verl/registration.py``).
+The hook of each module of ``verl/seams.py`` replaces one function.
 
-A run that does not select HPO must not notice any of it. So nothing is raised here: an error is logged, kept in
-:data:`FAILURE`, and raised by whatever needs HPO (``registration.require_registered``).
+The plugin must not change a run that does not select HPO, so this module raises no exception. It logs an error and
+keeps it in :data:`FAILURE`; a run that needs HPO raises it (``registration.require_registered``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 from types import ModuleType
 
-#: Why the plugin could not be set up completely in this process; None if it was.
+#: Why the setup of the plugin failed in this process; None if it succeeded.
 FAILURE: str | None = None
 
 CORE_ALGOS = "verl.trainer.ppo.core_algos"
 
-#: The keys of ``seams.SEAMS``, which is not imported before it is needed.
+#: The keys of ``seams.SEAMS``. They are repeated here because this module does not import ``seams`` before a hook runs.
 SEAM_MODULES = (
     "verl.utils.config",
     "verl.trainer.main_ppo",
@@ -31,7 +31,9 @@ SEAM_MODULES = (
 def _fail(error: Exception) -> None:
     global FAILURE
     FAILURE = FAILURE or f"{type(error).__name__}: {error}"
-    logging.getLogger(__name__).error("hpo_plugin could not be set up: runs that need it stop", exc_info=error)
+    logging.getLogger(__name__).error(
+        "the setup of hpo_plugin failed. Runs that do not use HPO continue; runs that use it stop", exc_info=error
+    )
 
 
 def _on_import(module: ModuleType) -> None:
@@ -51,7 +53,7 @@ def _on_import(module: ModuleType) -> None:
 
 
 def load() -> None:
-    """Set the hooks. Where a module is already imported, its hook runs at once."""
+    """Set the hooks. The hook of a module that is already imported runs immediately."""
     try:
         import wrapt
 

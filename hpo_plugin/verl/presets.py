@@ -1,7 +1,7 @@
-"""``+algorithm.policy_loss=<preset>`` on verl's stock config, and on any config built on it.
+"""``+algorithm.policy_loss=<preset>`` with verl's stock config, or a config based on it.
 
-The presets are the table ``policy_loss_presets`` of ``configs/hpo.yaml``. Our own config resolves it by interpolation;
-here a row is written into a config that does not have the table.
+The presets are the rows of the table ``policy_loss_presets`` in ``configs/hpo.yaml``. Configs that include ``hpo.yaml``
+read the table by interpolation. For other configs, this module writes the row into the config.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ KEY_PRESETS = "policy_loss_presets"
 
 
 class Column(NamedTuple):
-    """One column of the table of presets: verl's key, and its value in verl's stock config, which a test compares.
+    """One column of the table of presets: a config key of verl.
 
     Attributes:
         key: verl's config key.
-        default: Its value in verl's stock config.
-        gives_way: Values that a preset replaces, for a key that defines the algorithm. None: any value that is not
-            verl's default is the user's, and stays.
+        default: Its value in verl's stock config; a test compares it with verl.
+        gives_way: For a key that defines the algorithm: the values that a preset replaces. None for other keys: a
+            value other than the default is set by the user, and the preset does not change it.
     """
 
     key: str
@@ -60,7 +60,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def preset_rows() -> dict[str, dict[str, Any]]:
-    """Every preset by name. A variant that the table does not list has the row of ``ahpo`` under its own name."""
+    """All presets by name. A variant without a row in the table gets the row of ``ahpo`` with its own name."""
     table = _table()
     return table | {
         name: table["ahpo"] | {"adv_estimator": name, "loss_mode": name} for name in VARIANTS if name not in table
@@ -68,7 +68,7 @@ def preset_rows() -> dict[str, dict[str, Any]]:
 
 
 def preset_of(config: DictConfig) -> dict[str, Any] | None:
-    """The row that ``algorithm.policy_loss`` names, None without the key; ConfigError for a name that no row has."""
+    """The row that ``algorithm.policy_loss`` names; None if the key is not set. ConfigError for an unknown name."""
     name = OmegaConf.select(config, keys.KEY_POLICY_LOSS)
     rows = {**preset_rows(), **(config.get(KEY_PRESETS) or {})}
     if name is not None and name not in rows:
@@ -77,17 +77,17 @@ def preset_of(config: DictConfig) -> dict[str, Any] | None:
 
 
 def apply_preset(config: DictConfig) -> list[str]:
-    """Write the preset that ``algorithm.policy_loss`` names into the config, in place. Safe to repeat.
+    """Write the preset that ``algorithm.policy_loss`` names into the config, in place. A second call changes nothing.
 
     Args:
-        config: verl's root config, stock or ours; nothing is done without the key.
+        config: verl's root config. Without the key, the function does nothing.
 
     Returns:
-        One line for each value that was changed, or that stays although the preset has another; empty for our own
-        config, and when the preset was applied before.
+        One line for each value that the function changed, and for each value that differs from the preset and was not
+        changed. Empty for configs that include ``hpo.yaml``, and if the preset was applied before.
 
     Raises:
-        ConfigError: for an unknown name, or a choice of the user's that contradicts the preset.
+        ConfigError: for an unknown name, or an override that contradicts the preset.
     """
     name, row = OmegaConf.select(config, keys.KEY_POLICY_LOSS), preset_of(config)
     if row is None or KEY_PRESETS in config:
@@ -103,10 +103,10 @@ def apply_preset(config: DictConfig) -> list[str]:
             changes[key] = wanted
             lines.append(f"{key}: {value} -> {resolved}")
         elif gives_way is None:
-            lines.append(f"{key} stays {value} (the preset has {resolved})")
+            lines.append(f"{key}={value} is not changed (the preset has {resolved})")
         else:
             raise ConfigError(
-                f"{keys.KEY_POLICY_LOSS}={name} contradicts {key}={value}: the preset needs {resolved}. Remove "
+                f"{key}={value} contradicts {keys.KEY_POLICY_LOSS}={name}, which needs {key}={resolved}. Remove "
                 f"{key}={value}, or remove {keys.KEY_POLICY_LOSS} and set {keys.KEY_ESTIMATOR} and "
                 f"{keys.KEY_LOSS_MODE} yourself."
             )

@@ -1,4 +1,4 @@
-"""Puts the estimators and losses of all variants into verl's registries, and says whether they are still there."""
+"""Registers the estimators and losses of all variants in verl, and checks the registration."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ __all__ = [
 
 
 class RegistrationError(RuntimeError):
-    """HPO cannot be, or has not been, registered in this process."""
+    """HPO is not registered in this process, or cannot be registered."""
 
 
 def built_in(registry: Mapping[str, Any]) -> tuple[str, ...]:
-    """The variants that this verl registers itself.
+    """The variants that this version of verl provides itself.
 
     Args:
         registry: ``ADV_ESTIMATOR_REGISTRY`` or ``POLICY_LOSS_REGISTRY`` of ``verl.trainer.ppo.core_algos``.
 
     Returns:
-        Their names; nothing of this package is registered under them.
+        Their names. This package registers nothing under them.
     """
     return tuple(name for name in VARIANTS if _module(registry.get(name)).partition(".")[0] == "verl")
 
 
 def register(core_algos: ModuleType) -> None:
-    """Register every variant, as estimator and as policy loss, where the name is free.
+    """Register every variant as advantage estimator and as policy loss, unless its name is already registered.
 
-    Called by the post-import hook of ``verl.trainer.ppo.core_algos``, and again when a variant is added. A name that
-    verl or another package holds stays its own; :func:`require_registered` refuses the latter.
+    The post-import hook of ``verl.trainer.ppo.core_algos`` calls this function; a new variant calls it again. The
+    function does not replace what verl or another package has registered. :func:`require_registered` rejects names
+    that another package has registered.
 
     Args:
         core_algos: the module ``verl.trainer.ppo.core_algos``, completely imported.
@@ -58,7 +59,7 @@ def register(core_algos: ModuleType) -> None:
 
 
 def selects_built_in(adv_estimator: str, loss_mode: str) -> bool:
-    """Whether the two keys select a variant, and each variant that they name is built into this verl.
+    """Whether the two keys select a variant, and this version of verl provides each variant that they name.
 
     Args:
         adv_estimator: value of ``algorithm.adv_estimator``.
@@ -78,7 +79,7 @@ def selects_built_in(adv_estimator: str, loss_mode: str) -> bool:
 
 
 def describe_built_in(core_algos: ModuleType) -> str | None:
-    """One line that says what of HPO this verl has built in; None for a verl without HPO."""
+    """The parts of HPO that this version of verl provides, in one line; None if it provides none."""
     parts = [
         f"{' and '.join(names)} as {kind}"
         for kind, registry in (
@@ -98,19 +99,19 @@ def _holder(function: Any) -> str:
     if function is None:
         return "nothing is registered"
     function = getattr(function, "func", function)
-    return f"the name is held by {function.__module__}.{function.__qualname__}"
+    return f"the name is registered by {function.__module__}.{function.__qualname__}"
 
 
 def require_registered(adv_estimator: str, loss_mode: str) -> None:
-    """Raise unless what the two keys select is in verl's registries, and is ours or verl's own.
+    """Raise unless what the two keys select is registered in verl, by this package or by verl itself.
 
     Args:
         adv_estimator: value of ``algorithm.adv_estimator``.
         loss_mode: value of ``actor_rollout_ref.actor.policy_loss.loss_mode``.
 
     Raises:
-        ConfigError: if the loss is ours and the estimator is not the same variant's.
-        RegistrationError: with the reason, if something is missing, was replaced, or could not be set up.
+        ConfigError: if the loss mode is a variant of this package and the estimator is not the same variant.
+        RegistrationError: if a function is missing or was replaced, or the setup failed; the message has the reason.
     """
     if not {adv_estimator, loss_mode} & set(VARIANTS) or selects_built_in(adv_estimator, loss_mode):
         return
@@ -121,8 +122,8 @@ def require_registered(adv_estimator: str, loss_mode: str) -> None:
 
     if loss_mode in VARIANTS and adv_estimator != loss_mode:
         raise ConfigError(
-            f"{KEY_LOSS_MODE}={loss_mode} needs {KEY_ESTIMATOR}={loss_mode}, whose advantages have α applied, not "
-            f"{adv_estimator}."
+            f"{KEY_ESTIMATOR}={adv_estimator} does not apply the α that {KEY_LOSS_MODE}={loss_mode} needs. Set "
+            f"{KEY_ESTIMATOR}={loss_mode}."
         )
     failure = _failure()
     for kind, registry, ours, name in (
@@ -134,9 +135,9 @@ def require_registered(adv_estimator: str, loss_mode: str) -> None:
         if name in VARIANTS and registry.get(name) is not ours(name):
             raise RegistrationError(
                 f"the {kind} {name!r} of hpo_plugin is not registered in this process: "
-                f"{failure or _holder(registry.get(name))}. Check the installation with `hpo-plugin check`; "
-                "VERL_USE_EXTERNAL_PLUGINS must not exclude hpo. Where another package holds the name, uninstall one "
-                "of the two, or keep one out with VERL_USE_EXTERNAL_PLUGINS."
+                f"{failure or _holder(registry.get(name))}. Check the installation with `hpo-plugin check`. "
+                "VERL_USE_EXTERNAL_PLUGINS must not exclude hpo. If another package has registered the name, uninstall "
+                "one of the two packages, or exclude one with VERL_USE_EXTERNAL_PLUGINS."
             )
     require_loaded()
 
@@ -147,6 +148,9 @@ def _failure() -> str | None:
 
 
 def require_loaded() -> None:
-    """Raise a RegistrationError, with the reason, unless the plugin was set up completely in this process."""
+    """Raise a RegistrationError, with the reason, if the setup of the plugin failed in this process."""
     if failure := _failure():
-        raise RegistrationError(f"hpo_plugin did not load completely in this process: {failure}")
+        raise RegistrationError(
+            f"hpo_plugin did not load completely in this process: {failure}. Check the installation with "
+            "`hpo-plugin check`."
+        )

@@ -1,14 +1,15 @@
-"""The places where verl has no extension point. There are five; each is one plain function in place of verl's.
+"""The five functions of verl that this package replaces, because verl has no extension point there.
 
 1. ``verl.utils.config.validate_config`` and 2. ``verl.trainer.main_ppo.run_ppo``: every trainer of verl calls at least
-   one of them in the driver, before the first rollout. Both call :func:`prepare` first.
-3. ``verl.trainer.ppo.metric_utils.compute_data_metrics``: what the estimator counted enters verl's log.
-4. ``verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories``: the one place that knows which rows belong to
-   one session, and the task's scores apart from a KL penalty in the reward.
-5. ``verl.trainer.ppo.ray_trainer.compute_advantage``: in the other trainers, the one place that has both the batch and
-   the config, whichever the estimator. Only ``algorithm.hpo.observe`` needs it.
+   one of them in the driver, before the first rollout. The replacements call :func:`prepare` first.
+3. ``verl.trainer.ppo.metric_utils.compute_data_metrics``: the replacement adds the metrics of HPO to verl's log.
+4. ``verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories``: the only function that has the session of
+   each row, and the task's scores separately from a KL penalty in the reward.
+5. ``verl.trainer.ppo.ray_trainer.compute_advantage``: in the other trainers, the only function that has the batch and
+   the config for every estimator. Only ``algorithm.hpo.observe`` needs it.
 
-``tests/verl/test_seams.py`` fails when verl moves one of them. What verl itself provides of HPO is not replaced.
+``tests/verl/test_seams.py`` fails if verl moves one of them. This package replaces no part of HPO that verl provides
+itself.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ OF_SESSIONS = ("data", "batch_keys", "adv_estimator", "config")
 
 
 def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
-    """Apply the preset, set the run up for the algorithm that the config selects, and refuse what cannot work.
+    """Apply the preset, prepare the config for the algorithm that it selects, and check the config.
 
-    Safe to repeat: the driver does it, and some trainers do it again in a process of their own.
+    The driver calls this function, and some trainers call it again in another process. A second call changes nothing.
 
     Args:
         config: verl's root config; changed in place.
 
     Returns:
-        What the config selects, None where all of it is built into verl, which checks the config itself; and what was
-        set, a line each.
+        The selection, and one line for each value that was set. The selection is None if verl itself provides all of
+        the algorithm; verl then checks the config itself.
 
     Raises:
-        ConfigError: for a config that contradicts itself; the message names the keys.
+        ConfigError: for a contradictory config; the message names the keys.
         RegistrationError: if the config selects a variant that cannot be used in this process.
     """
     lines = apply_preset(config)
@@ -76,21 +77,21 @@ def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
         if selects_built_in(selection.variant.name, "vanilla"):
             check_built_in(config, selection.variant.name, selection.base_estimator)
             if OmegaConf.select(config, keys.KEY_KL_IN_REWARD):
-                raise ConfigError(keys.kl_in_reward(selection.variant.name, "a verl that provides it"))
+                raise ConfigError(keys.kl_in_reward(selection.variant.name, "verl's built-in estimator"))
         lines += inject_config(config, selection)
         require_registered(selection.variant.name, selection.loss_mode)
         lines += require_supported_verl()
         if selection.loss_mode not in VARIANTS and normalizes_by_mean_length(config) is False:
             lines.append(
-                f"{keys.KEY_LOSS_MODE}={selection.loss_mode} does not normalize by the batch's mean length: this is "
-                f"half of {selection.variant.title}, its α without its normalization"
+                f"{keys.KEY_LOSS_MODE}={selection.loss_mode} does not normalize by the batch's mean length: the run "
+                f"uses the α of {selection.variant.title} without its normalization"
             )
     _check_recipe(config)
     return selection, lines
 
 
 def _require_observable(config: DictConfig) -> None:
-    """Raise a RegistrationError unless this package sees the batches of the config's trainer."""
+    """Raise a RegistrationError if this package cannot observe the batches of the config's trainer."""
     require_loaded()
     if keys.trainer_of(config).startswith("V1"):
         return
@@ -98,13 +99,14 @@ def _require_observable(config: DictConfig) -> None:
 
     if not hasattr(getattr(ray_trainer, "compute_advantage", None), "__wrapped__"):
         raise RegistrationError(
-            f"{keys.KEY_OBSERVE}=True: this verl has no verl.trainer.ppo.ray_trainer.compute_advantage, where the "
-            f"{keys.trainer_of(config)} trainer would be observed. Use verl's V1 trainer, or remove {keys.KEY_OBSERVE}."
+            f"{keys.KEY_OBSERVE}=True cannot observe the {keys.trainer_of(config)} trainer, because this version of "
+            "verl has no verl.trainer.ppo.ray_trainer.compute_advantage. Use verl's V1 trainer, or remove "
+            f"{keys.KEY_OBSERVE}."
         )
 
 
 def _check_recipe(config: DictConfig) -> None:
-    # Imported here: only runs of our recipes need it.
+    # Imported here because only runs with a recipe need it.
     if OmegaConf.select(config, "recipe") is not None:
         from hpo_plugin.recipe.layout import check_layout
 
@@ -119,13 +121,13 @@ def _prepare(config: DictConfig) -> None:
 
 
 def inject_config(config: DictConfig, selection: Selection) -> list[str]:
-    """Make the variant's estimator the run's, and tell the policy loss so, in place.
+    """Set the variant's estimator as the run's, and write its name into the policy loss node, in place.
 
     Returns:
-        One line where the estimator was another, to whose advantages α is applied now.
+        One line if the config had another estimator; it becomes the base estimator, and α is applied to its advantages.
 
     Raises:
-        ConfigError: if the config node of a variant's loss has a third class as ``_target_``.
+        ConfigError: if the policy loss node has another class as ``_target_``, which has no field for the estimator.
     """
     assert selection.variant is not None
     name, lines = selection.variant.name, []
@@ -144,8 +146,8 @@ def inject_config(config: DictConfig, selection: Selection) -> list[str]:
     target = node.get("_target_", STOCK_TARGET)
     if target not in (STOCK_TARGET, OUR_TARGET, SAVED_TARGET):
         raise ConfigError(
-            f"actor_rollout_ref.actor.policy_loss._target_={target} cannot tell the policy loss of {name} which "
-            f"estimator made the advantages. Set it to {OUR_TARGET}, or {keys.KEY_LOSS_MODE}=vanilla."
+            f"actor_rollout_ref.actor.policy_loss._target_={target} cannot pass the advantage estimator to the policy "
+            f"loss of {name}. Set it to {OUR_TARGET}, or set {keys.KEY_LOSS_MODE}=vanilla."
         )
     with open_dict(node):
         if target == STOCK_TARGET:
@@ -162,7 +164,7 @@ def _validate_config(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     before = OmegaConf.select(config, keys.KEY_ESTIMATOR)
     _prepare(config)
     if OmegaConf.select(config, keys.KEY_ESTIMATOR) != before:
-        # The caller asked whether there is a critic while the estimator was still another.
+        # The caller computed these values before the estimator changed.
         needs = {"use_critic": need_critic, "use_reference_policy": need_reference_policy}
         call.arguments.update({name: need(config) for name, need in needs.items() if name in call.arguments})
     return original(*call.args, **call.kwargs)
@@ -189,8 +191,9 @@ def _compute_advantage_for_multi_trajectories(original: Callable[..., Any], *arg
     name, preset = str(getattr(estimator, "value", estimator)), (config or {}).get("policy_loss")
     if preset in VARIANTS and preset != name:
         raise ConfigError(
-            f"{keys.KEY_POLICY_LOSS}={preset} was not applied: this trainer calls neither verl's validate_config nor "
-            f"run_ppo. Set {keys.KEY_ESTIMATOR}={preset} and {keys.KEY_AGGREGATION}={keys.MEAN_LENGTH} instead."
+            f"{keys.KEY_POLICY_LOSS}={preset} was not applied, because this trainer calls neither verl's "
+            f"validate_config nor run_ppo. Remove it, and set {keys.KEY_ESTIMATOR}={preset} and "
+            f"{keys.KEY_AGGREGATION}={keys.MEAN_LENGTH}."
         )
     estimators.record_observation(data, config, batch_keys)
     if core_algos.ADV_ESTIMATOR_REGISTRY.get(name) is estimators.estimator(name):
@@ -219,7 +222,7 @@ _in_v1 = False
 
 @contextmanager
 def _v1_estimates() -> Iterator[None]:
-    """V1 calls verl's ``compute_advantage`` with a batch, or a part of it, that was observed before."""
+    """Skip the observation in ``compute_advantage``: the V1 trainer calls it with a batch that is already observed."""
     global _in_v1
     _in_v1 = True
     try:
@@ -237,7 +240,8 @@ def _compute_advantage(original: Callable[..., Any], *args: Any, **kwargs: Any) 
     return original(*args, **kwargs)
 
 
-#: Modules of verl, what is called in place of the function of that name, and the parameters that it needs.
+#: Module of verl -> the replacement, which has the name of verl's function with an underscore in front, and the
+#: parameters that it needs.
 SEAMS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "verl.utils.config": (_validate_config, {"config"}),
     "verl.trainer.main_ppo": (_run_ppo, {"config"}),
@@ -246,16 +250,16 @@ SEAMS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "verl.trainer.ppo.ray_trainer": (_compute_advantage, {"data", "config"}),
 }
 
-#: Not needed by any algorithm: a verl without it runs HPO, and refuses a run that needs it (:func:`prepare`).
+#: No algorithm needs this module: without it HPO works, and :func:`prepare` rejects only a run that observes.
 OPTIONAL = "verl.trainer.ppo.ray_trainer"
 
 
 def replace(module: ModuleType) -> None:
-    """Put this package's function in the place of verl's, in a module of :data:`SEAMS`.
+    """Replace verl's function in a module of :data:`SEAMS`.
 
-    What stands there then is a plain function of verl's name: pickle finds it by reference, and cloudpickle (Ray) takes
-    it by value where it stands in a class of ``__main__``. RegistrationError if verl's function is not there, unless
-    the module is :data:`OPTIONAL`.
+    The replacement is a plain function with the name of verl's function. pickle serializes it by reference; cloudpickle
+    (Ray) serializes it by value if a class of ``__main__`` refers to it. A RegistrationError is raised if verl's
+    function does not exist, unless the module is :data:`OPTIONAL`.
     """
     around, needed = SEAMS[module.__name__]
     name = around.__name__.removeprefix("_")
@@ -263,7 +267,10 @@ def replace(module: ModuleType) -> None:
     if original is None or not needed <= set(inspect.signature(original).parameters):
         if module.__name__ == OPTIONAL:
             return
-        raise RegistrationError(f"{module.__name__}.{name} is not there: hpo_plugin was not made for this verl")
+        raise RegistrationError(
+            f"{module.__name__}.{name} does not exist or has other parameters: hpo_plugin does not support this "
+            "version of verl"
+        )
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -272,5 +279,5 @@ def replace(module: ModuleType) -> None:
     setattr(module, name, replacement)
 
 
-#: In configs that version 0.1.0 saved.
+#: ``_target_`` in configs that version 0.1.0 saved.
 SAVED_TARGET = "hpo_plugin.glue.config.HPOPolicyLossConfig"

@@ -1,7 +1,8 @@
-"""Which algorithm a verl config selects, and everything in the config that contradicts it.
+"""Reads the algorithm that a verl config selects, and rejects contradictory configs.
 
-Two keys of verl's config decide: the advantage estimator, which applies α, and the loss mode, which normalizes by the
-mean length. ``docs/configuration.md`` has the table. This module imports OmegaConf and the table of variants only.
+Two keys of verl's config select the algorithm: the advantage estimator, which applies α, and the loss mode, which
+normalizes by the mean length. ``docs/configuration.md`` has the table. This module imports only OmegaConf and the table
+of variants.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ KEY_BASE = f"{KEY_HPO}.base_estimator"
 KEY_OBSERVE = f"{KEY_HPO}.observe"
 KEY_N = "actor_rollout_ref.rollout.n"
 
-#: The keys of ``algorithm.hpo`` beside the settings of the variants.
+#: The keys of ``algorithm.hpo`` other than the settings of the variants.
 OTHER_KEYS = ("base_estimator", "observe")
 
-#: verl's name for mean-length normalization: N·L̄ is the number of tokens of the optimizer's mini-batch.
+#: verl's name of mean-length normalization: N·L̄ is the number of tokens of the optimizer's mini-batch.
 MEAN_LENGTH = "token-mean"
 
-#: The base estimator that is computed here, with exact zeros: ``group_relative_advantage``.
+#: The base estimator that this package computes itself, with exact zeros: ``group_relative_advantage``.
 OWN = "grpo"
 
-#: verl's estimators that α can be applied to. True: relative to a group, so that equal rewards give the advantage 0;
-#: False: whitened over the batch, so that they do not.
+#: Estimators of verl to whose advantages α can be applied. True: relative to a group, so equal rewards give the
+#: advantage 0. False: whitened over the batch, so they do not.
 BASE_ESTIMATORS = dict.fromkeys((OWN, "rloo", "rloo_vectorized", "opo", "gpg"), True) | dict.fromkeys(
     ("reinforce_plus_plus", "reinforce_plus_plus_baseline"), False
 )
 
-#: Losses of verl that are not positively homogeneous in A: a weighted advantage is not a weighted loss there.
+#: Losses of verl that are not positively homogeneous in A: α on the advantage does not multiply the loss by α.
 NOT_HOMOGENEOUS = ("clip_cov", "kl_cov", "dro")
 
 
@@ -55,8 +56,8 @@ class Selection:
         adv_estimator: ``algorithm.adv_estimator``.
         loss_mode: ``actor_rollout_ref.actor.policy_loss.loss_mode``.
         loss_agg_mode: ``actor_rollout_ref.actor.loss_agg_mode``.
-        variant: Whose α the estimator applies; None: no α.
-        base_estimator: Whose advantages α is applied to: a key of :data:`BASE_ESTIMATORS`.
+        variant: The variant that defines α; None if the estimator applies no α.
+        base_estimator: The estimator of the advantages to which α is applied, a key of :data:`BASE_ESTIMATORS`.
         settings: The value of every setting of ``algorithm.hpo``.
     """
 
@@ -71,8 +72,8 @@ class Selection:
     def label(self) -> str:
         """One line for tables."""
         if self.variant is None:
-            return "no hysteretic weights"
-        base = "" if self.base_estimator == OWN else f", on the advantages of {self.base_estimator}"
+            return "no α"
+        base = "" if self.base_estimator == OWN else f", applied to the advantages of {self.base_estimator}"
         return self.variant.describe(self.settings) + base
 
 
@@ -80,11 +81,11 @@ def _select(config: DictConfig, key: str, default: Any = None) -> Any:
     try:
         return OmegaConf.select(config, key, default=default)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key} cannot be resolved: {error}") from error
+        raise ConfigError(f"{key} cannot be resolved: {error}. Correct the interpolation.") from error
 
 
 def verl_has_settings() -> bool:
-    """Whether ``algorithm.hpo`` is a node of verl's own config: then its keys and values are verl's to judge."""
+    """Whether ``algorithm.hpo`` is a node of verl's own config; verl then checks its keys and values."""
     from verl.trainer.config import AlgoConfig
 
     return KEY_HPO.partition(".")[2] in AlgoConfig.__dataclass_fields__
@@ -100,20 +101,25 @@ def read_settings(node: Any) -> tuple[dict[str, float], str]:
         node = {}
     names = (*settings(), *OTHER_KEYS)
     if not isinstance(node, DictConfig | dict):
-        raise ConfigError(f"{KEY_HPO}={node!r} must be a mapping with {', '.join(names)}.")
+        raise ConfigError(f"{KEY_HPO}={node!r} must be a mapping with the keys {', '.join(names)}.")
     unknown = [] if verl_has_settings() else sorted(set(map(str, node)) - set(names))
     if "weigh" in unknown and node["weigh"] is None:
-        # Saved by version 0.1.0, where null meant what is now the only way: the estimator applies α.
+        # Version 0.1.0 saved this key. null meant that the estimator applies α, which is now always the case.
         unknown.remove("weigh")
     if unknown:
-        raise ConfigError(f"{KEY_HPO}.{unknown[0]} is not a setting; {', '.join(names)} are.")
+        raise ConfigError(
+            f"{KEY_HPO}.{unknown[0]}={node.get(unknown[0])} is not a setting. Remove it; the settings are "
+            f"{', '.join(names)}."
+        )
     values = {
         name: setting.checked(node.get(name, setting.default), f"{KEY_HPO}.{name}")
         for name, setting in settings().items()
     }
     base = node.get("base_estimator") or OWN
     if base not in BASE_ESTIMATORS:
-        raise ConfigError(f"{KEY_BASE}={base} is none of {', '.join(BASE_ESTIMATORS)}. {_why_not_a_base(str(base))}")
+        raise ConfigError(
+            f"{KEY_BASE}={base} is not supported: {_why_not_a_base(str(base))} Set one of {', '.join(BASE_ESTIMATORS)}."
+        )
     return values, str(base)
 
 
@@ -125,12 +131,12 @@ def is_observed(node: Any) -> bool:
     """
     value = node.get("observe", False) if isinstance(node, DictConfig | dict) else False
     if not isinstance(value, bool):
-        raise ConfigError(f"{KEY_OBSERVE}={value!r} is neither true nor false. Set {KEY_OBSERVE}=true, or remove it.")
+        raise ConfigError(f"{KEY_OBSERVE}={value!r} is not a boolean. Set {KEY_OBSERVE}=true, or remove it.")
     return value
 
 
 def describe_observation(config: DictConfig) -> str | None:
-    """One line on what is observed in a run, None if nothing is.
+    """One line about the observation of a run; None if ``algorithm.hpo.observe`` is not set.
 
     Raises:
         ConfigError: if there is nothing to observe, or a setting of ``algorithm.hpo`` is not valid.
@@ -140,26 +146,26 @@ def describe_observation(config: DictConfig) -> str | None:
         return None
     if OmegaConf.select(config, KEY_N) == 1:
         raise ConfigError(
-            f"{KEY_OBSERVE}=True has nothing to observe with {KEY_N}=1: an advantage relative to a group of one is 0. "
+            f"{KEY_OBSERVE}=True has nothing to observe with {KEY_N}=1: in a group of one response the advantage is 0. "
             f"Set {KEY_N} to 2 or more, or remove {KEY_OBSERVE}."
         )
     alpha_min = read_settings(node)[0]["alpha_min"]
     return (
-        f"the run is observed, its update is not changed: actor/hpo/observe/* has what A-HPO (alpha_min = "
+        "the run is observed and its update does not change: actor/hpo/observe/* logs what A-HPO (alpha_min = "
         f"{alpha_min:g}) would use; {alpha_batch(config)}"
     )
 
 
 def _why_not_a_base(estimator: str) -> str:
     if estimator == "grpo_passk":
-        return "grpo_passk has no negative advantages, so that α would be 1 in every step."
+        return "it has no negative advantages, so α would be 1 in every step."
     if estimator in ("gae", "remax", "gdpo", "optimal_token_baseline", "tir_optimal_token_baseline"):
-        return f"{estimator} needs inputs that verl does not pass to a registered estimator."
-    return f"How {estimator} treats a group of equal rewards is not known."
+        return "it needs inputs that verl does not pass to a registered estimator."
+    return "it is not known whether it gives the advantage 0 for equal rewards."
 
 
 def read_selection(config: DictConfig) -> Selection:
-    """Read a whole verl config, stock or ours, and refuse what contradicts itself or would have no effect.
+    """Read the algorithm from a whole verl config, and reject contradictory values and values without effect.
 
     Args:
         config: the root config, as ``python -m verl.trainer.main_ppo`` composes it, with its preset applied.
@@ -168,7 +174,7 @@ def read_selection(config: DictConfig) -> Selection:
         The :class:`Selection`.
 
     Raises:
-        ConfigError: see the messages; each names the keys.
+        ConfigError: each message names the keys, their values and what to do.
     """
     preset = _select(config, KEY_POLICY_LOSS)
     adv_estimator = str(_select(config, KEY_ESTIMATOR))
@@ -180,28 +186,30 @@ def read_selection(config: DictConfig) -> Selection:
     variant = VARIANTS.get(name)
     node = _select(config, KEY_HPO)
     if variant is None and verl_has_settings():
-        # Of verl's own node, one key is ours.
+        # Only this key of verl's own node belongs to this package.
         node = {"base_estimator": (node or {}).get("base_estimator")}
     values, base = read_settings(node)
     if variant is not None and loss_mode in VARIANTS and loss_mode != name:
         raise ConfigError(
-            f"{selected} are two different algorithms. Set both to {adv_estimator} or both to {loss_mode} (or select "
-            f"one with {KEY_POLICY_LOSS})."
+            f"{selected} are two different algorithms. Set both to {adv_estimator} or both to {loss_mode}, or select "
+            f"one with {KEY_POLICY_LOSS}."
         )
     if variant is not None and adv_estimator not in VARIANTS:
-        # loss_mode=ahpo with another estimator: "that estimator, then α".
+        # loss_mode=ahpo with another estimator: α is applied to the advantages of that estimator.
         other = OWN if adv_estimator == "grpo_vectorized" else adv_estimator
         if other not in BASE_ESTIMATORS:
             raise ConfigError(
-                f"{KEY_LOSS_MODE}={name} with {KEY_ESTIMATOR}={adv_estimator} is not possible: "
-                f"{_why_not_a_base(adv_estimator)} Set {KEY_ESTIMATOR}={name}, or one of {', '.join(BASE_ESTIMATORS)}."
+                f"{KEY_LOSS_MODE}={name} does not support {KEY_ESTIMATOR}={adv_estimator}: "
+                f"{_why_not_a_base(adv_estimator)} Set {KEY_ESTIMATOR} to {name}, or to one of "
+                f"{', '.join(BASE_ESTIMATORS)}."
             )
         if base not in (OWN, other):
             raise ConfigError(f"{KEY_BASE}={base} contradicts {KEY_ESTIMATOR}={adv_estimator}. Remove one of the two.")
         base = other
     if preset is not None and (preset in VARIANTS or variant is not None) and preset != getattr(variant, "name", None):
         raise ConfigError(
-            f"{KEY_POLICY_LOSS}={preset} contradicts {selected}. Remove {KEY_POLICY_LOSS}, or the other two overrides."
+            f"{KEY_POLICY_LOSS}={preset} contradicts {selected}. Remove either {KEY_POLICY_LOSS} or the other two "
+            "overrides."
         )
     effective = set() if variant is None else {setting.name for setting in variant.settings}
     if is_observed(node):
@@ -214,23 +222,26 @@ def read_selection(config: DictConfig) -> Selection:
                 f"Remove it, or select {owners}."
             )
     if variant is None and base != OWN:
-        raise ConfigError(f"{KEY_BASE}={base} has no effect with {selected}. Remove it, or select an algorithm with α.")
+        raise ConfigError(
+            f"{KEY_BASE}={base} has no effect with {selected}. Remove it, or set {KEY_ESTIMATOR} to one of "
+            f"{', '.join(VARIANTS)}."
+        )
     if loss_mode in VARIANTS and loss_agg_mode != MEAN_LENGTH:
         raise ConfigError(
-            f"{KEY_LOSS_MODE}={loss_mode} normalizes by the batch's mean length, which is "
-            f"{KEY_AGGREGATION}={MEAN_LENGTH}, not {loss_agg_mode}. Set it so; for α with another aggregation set "
+            f"{KEY_AGGREGATION}={loss_agg_mode} contradicts {KEY_LOSS_MODE}={loss_mode}, which normalizes by the "
+            f"batch's mean length. Set {KEY_AGGREGATION}={MEAN_LENGTH}. To use α with another aggregation, set "
             f"{KEY_ESTIMATOR}={loss_mode} and {KEY_LOSS_MODE}=vanilla."
         )
     return Selection(adv_estimator, loss_mode, loss_agg_mode, variant, base, values)
 
 
 def check_built_in(config: DictConfig, name: str, base_estimator: str) -> None:
-    """Refuse what this package adds to an estimator, where verl has the estimator itself.
+    """Reject settings that need this package's estimator, if verl provides the estimator itself.
 
     Args:
         config: the root config.
-        name: the variant that is selected.
-        base_estimator: whose advantages α is to be applied to.
+        name: the selected variant.
+        base_estimator: the estimator of the advantages to which α is applied.
 
     Raises:
         ConfigError: each message names the key, its value and what to do.
@@ -240,13 +251,13 @@ def check_built_in(config: DictConfig, name: str, base_estimator: str) -> None:
         raise ConfigError(f"{KEY_POLICY_LOSS}={preset} contradicts {KEY_ESTIMATOR}={name}. Remove one of the two.")
     if base_estimator != OWN:
         raise ConfigError(
-            f"α on the advantages of {base_estimator} needs hpo_plugin's estimator {name}, but verl provides {name} "
-            f"itself. Set {KEY_ESTIMATOR}={name} without {KEY_BASE}, or use a verl without HPO."
+            f"{KEY_BASE}={base_estimator} needs hpo_plugin's estimator {name}, but this version of verl provides "
+            f"{name} itself. Remove {KEY_BASE} and set {KEY_ESTIMATOR}={name}, or use a version of verl without HPO."
         )
 
 
 def trainer_of(config: DictConfig) -> str:
-    """The trainer that a config is made for: a key of :data:`ALPHA_BATCH`."""
+    """The trainer of a config: a key of :data:`ALPHA_BATCH`."""
     if OmegaConf.select(config, "async_training") is not None:
         return "fully-async"
     if OmegaConf.select(config, "rollout.nnodes") is not None:
@@ -256,7 +267,7 @@ def trainer_of(config: DictConfig) -> str:
     return f"V1 {OmegaConf.select(config, 'trainer.v1.trainer_mode', default='sync')}"
 
 
-#: Which responses α is a statistic of, in each of verl's trainers: those that verl passes to the estimator at once.
+#: The batch that α is computed from in each of verl's trainers: the rows that verl passes to the estimator in one call.
 ALPHA_BATCH = {
     "V1 sync": "the step's rollout batch",
     "V1 colocate_async": "the step's rollout batch",
@@ -268,19 +279,19 @@ ALPHA_BATCH = {
 
 
 def alpha_batch(config: DictConfig) -> str:
-    """The trainer of a config, and which batch its α belongs to."""
+    """The trainer of a config, and the batch that α is computed from."""
     trainer = trainer_of(config)
     updates = OmegaConf.select(config, "trainer.v1.separate_async.parameter_sync_step", default=1)
     batch = ALPHA_BATCH.get(trainer, "each batch that the trainer passes to the estimator")
-    return f"{trainer}: α of {batch.format(updates=updates)}"
+    return f"{trainer} trainer: α is computed from {batch.format(updates=updates)}"
 
 
 def check_selection(config: DictConfig, selection: Selection) -> None:
-    """Refuse a run in which the selected α would be wrong or would have no effect.
+    """Reject a run in which the selected α would be wrong or would have no effect.
 
     Args:
         config: the root config.
-        selection: of that config, with a variant.
+        selection: the selection of that config, with a variant.
 
     Raises:
         ConfigError: each message names the key, its value and what to do.
@@ -289,12 +300,12 @@ def check_selection(config: DictConfig, selection: Selection) -> None:
     name = selection.variant.name
     if selection.loss_mode in NOT_HOMOGENEOUS:
         raise ConfigError(
-            f"{KEY_LOSS_MODE}={selection.loss_mode} is not homogeneous in the advantage, so that {name} would be "
-            f"another algorithm with it. Use {name}, vanilla, gspo, sapo or cispo."
+            f"{KEY_LOSS_MODE}={selection.loss_mode} does not support {name}: the loss is not homogeneous in the "
+            f"advantage, so α would not multiply it. Set {KEY_LOSS_MODE} to {name}, vanilla, gspo, sapo or cispo."
         )
     if BASE_ESTIMATORS[selection.base_estimator] and OmegaConf.select(config, KEY_N) == 1:
         raise ConfigError(
-            f"{KEY_N}=1 trains nothing with {name}: an advantage relative to a group of one is 0. "
+            f"{KEY_N}=1 trains nothing with {name}: in a group of one response the advantage is 0. "
             f"Set {KEY_N} to 2 or more, or {KEY_BASE}=reinforce_plus_plus."
         )
     trainer = trainer_of(config)
@@ -304,20 +315,22 @@ def check_selection(config: DictConfig, selection: Selection) -> None:
         loss = "distillation.distillation_loss"
         if OmegaConf.select(config, f"{loss}.policy_loss_mode") in VARIANTS:
             raise ConfigError(
-                f"{loss}.policy_loss_mode={OmegaConf.select(config, f'{loss}.policy_loss_mode')}: α is applied to the "
-                f"task's advantages only, never to a distillation loss. Set {loss}.policy_loss_mode=vanilla."
+                f"{loss}.policy_loss_mode={OmegaConf.select(config, f'{loss}.policy_loss_mode')} is not supported: α "
+                "applies to the task's advantages, not to a distillation loss. Set "
+                f"{loss}.policy_loss_mode=vanilla."
             )
         if OmegaConf.select(config, f"{loss}.use_task_rewards") is False:
             raise ConfigError(
-                f"{loss}.use_task_rewards=False: no policy loss uses advantages, so that {name} has no effect. Set "
+                f"With {loss}.use_task_rewards=False no policy loss uses advantages, so {name} has no effect. Set "
                 f"{loss}.use_task_rewards=True, or select another {KEY_ESTIMATOR} and {KEY_LOSS_MODE}."
             )
 
 
 def kl_in_reward(name: str, where: str) -> str:
-    """Why a KL penalty in the reward is refused."""
+    """The error message for a KL penalty in the reward."""
     return (
-        f"{KEY_KL_IN_REWARD}=True: in {where} the estimator sees rewards that contain the KL penalty; "
-        f"they give groups without a success signs of their own, and {name} would count them. Set {KEY_KL_IN_REWARD}="
-        "False and actor_rollout_ref.actor.use_kl_loss=True, or use verl's V1 trainer."
+        f"{KEY_KL_IN_REWARD}=True does not work with {where}: the estimator gets rewards that contain the KL penalty. "
+        f"The penalty gives nonzero advantages to groups with equal task scores, and {name} would count their signs. "
+        f"Set {KEY_KL_IN_REWARD}=False and actor_rollout_ref.actor.use_kl_loss=True, or use verl's V1 trainer with "
+        "hpo_plugin's estimator."
     )

@@ -1,9 +1,9 @@
-"""Whether this verl is one that the package works with, found by trying it.
+"""A self-test that determines whether this package works with the installed version of verl.
 
-A version number says little: verl's main branch has the number of a release that does not exist yet, and what this
-package touches has not moved since 0.8. So a version that it was not tested with is tried: one small batch goes through
-verl's own ``compute_advantage`` and ``ppo_loss``, with the estimator and the policy loss of this package, and its
-gradient is compared with :func:`hpo_plugin.algorithm.hpo_loss`.
+The version number is not sufficient: verl's main branch has the number of a release that does not exist yet, and the
+interfaces that this package uses have not changed since 0.8. For a version that the package was not tested with, the
+self-test passes one small batch through verl's own ``compute_advantage`` and ``ppo_loss``, with the estimator and the
+policy loss of this package, and compares the gradient with :func:`hpo_plugin.algorithm.hpo_loss`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hpo_plugin.verl.registration import RegistrationError
 
 __all__ = ["TESTED_VERL", "require_supported_verl", "self_test"]
 
-#: Versions of verl that this package's tests run with (``docs/versions.md``).
+#: Versions of verl that the tests of this package use (``docs/versions.md``).
 TESTED_VERL = ("0.9.0", "0.9.1")
 
-# Prompt a is solved by one of four responses, prompt b by all; the last row is padding.
+# One of four responses solves prompt a, all responses solve prompt b; the last row is padding.
 REWARDS = (1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
 UIDS = ("a", "a", "a", "a", "b", "b", "padding")
 LENGTHS = (3, 1, 2, 3, 2, 1, 0)
@@ -36,13 +36,13 @@ TOLERANCE = 1e-5
 
 
 def require_supported_verl() -> list[str]:
-    """Raise unless this package works with this version of verl.
+    """Raise if this package does not work with the installed version of verl.
 
     Returns:
         A line that names the version, if it is not one of :data:`TESTED_VERL` and passed the self-test.
 
     Raises:
-        RegistrationError: if it failed the self-test; the message says what is different.
+        RegistrationError: if the version failed the self-test; the message states the difference.
     """
     from verl import __version__
 
@@ -53,24 +53,24 @@ def require_supported_verl() -> list[str]:
             f"hpo_plugin does not work with verl {__version__}: {problem}. Install verl {' or '.join(TESTED_VERL)}."
         )
     return [
-        f"warning: verl {__version__} is not a version that hpo_plugin was tested with "
-        f"({', '.join(TESTED_VERL)}); its self-test passed"
+        f"warning: hpo_plugin was not tested with verl {__version__}, only with {', '.join(TESTED_VERL)}; "
+        "the self-test passed"
     ]
 
 
 @functools.cache
 def self_test() -> str | None:
-    """Try this verl, once in a process.
+    """Run the self-test with the installed verl, once per process.
 
     Returns:
-        What is not as this package needs it, in one line; None if nothing.
+        The problem in one line; None if the self-test passed.
     """
     try:
         return _advantages_and_gradient()
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:
-        # The estimator has recorded a batch that is none of the run's.
+        # Remove the self-test's batch from the metrics of the run.
         metrics.drain()
 
 
@@ -81,7 +81,7 @@ def _compute_advantage() -> Callable[..., Any]:
         except (ModuleNotFoundError, AttributeError):
             continue
         return function
-    raise ImportError("compute_advantage is neither in verl.trainer.ppo.v1.utils nor in verl.trainer.ppo.ray_trainer")
+    raise ImportError("neither verl.trainer.ppo.v1.utils nor verl.trainer.ppo.ray_trainer has compute_advantage")
 
 
 def _advantages_and_gradient() -> str | None:
@@ -104,7 +104,7 @@ def _advantages_and_gradient() -> str | None:
     advantages = data.batch["advantages"]
     if not torch.allclose(advantages, expected.unsqueeze(-1) * mask, atol=TOLERANCE):
         found, wanted = ([round(float(a), 4) for a in values] for values in (advantages[:, 0], expected))
-        return f"compute_advantage gives the advantages {found} instead of {wanted}"
+        return f"compute_advantage returns the advantages {found} instead of {wanted}"
 
     generator = torch.Generator().manual_seed(0)
     old = -torch.rand(mask.shape, generator=generator)
@@ -119,7 +119,7 @@ def _advantages_and_gradient() -> str | None:
 
 
 def _gradient_of_verl(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Of verl's ``ppo_loss`` with our policy loss, over two micro-batches."""
+    """The gradient of verl's ``ppo_loss`` with this package's policy loss, over two micro-batches."""
     from verl import DataProto
     from verl.utils import tensordict_utils
     from verl.workers.config import ActorConfig
@@ -148,7 +148,7 @@ def _gradient_of_verl(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
         tensordict_utils.assign_non_tensor(
             batch, dp_size=1, batch_num_tokens=sum(LENGTHS), global_batch_size=len(LENGTHS)
         )
-        # The model's output has one more position, the prompt's, and is shifted by one token.
+        # The model's output has one more position, for the prompt, and is shifted by one token.
         output = torch.nn.functional.pad(log_prob[rows], (0, 1)).flatten()
         ppo_loss(actor, {"log_probs": output}, batch)[0].backward()
     assert log_prob.grad is not None

@@ -59,7 +59,7 @@ def problem_of(done, name="this process"):
 @pytest.mark.timeout(300)
 def test_a_disabled_entry_point_fails_and_names_the_variable():
     problem = problem_of(run_check("--local", VERL_USE_EXTERNAL_PLUGINS="none"))
-    assert problem["found"] == "VERL_USE_EXTERNAL_PLUGINS=none keeps the entry point hpo out"
+    assert problem["found"] == "VERL_USE_EXTERNAL_PLUGINS=none excludes the entry point hpo"
     assert "unset it" in problem["remedy"]
 
 
@@ -81,7 +81,7 @@ def test_a_name_that_another_package_holds_fails_and_names_the_package(tmp_path)
     )
     (tmp_path / "sitecustomize.py").write_text("import rival\n")
     problem = problem_of(run_check("--local", PYTHONPATH=str(tmp_path)))
-    assert "the name is held by rival.take" in problem["found"]
+    assert "the name is registered by rival.take" in problem["found"]
 
 
 def test_another_version_of_verl_is_tried(monkeypatch):
@@ -93,7 +93,8 @@ def test_another_version_of_verl_is_tried(monkeypatch):
     assert not failed(checks.check_versions())
     finding = checks.check_self_test()
     assert (finding.name, finding.ok) == ("self-test", True)
-    assert finding.found.startswith("advantages and gradient are right with verl 0.10.0; this package was tested with ")
+    said = "advantages and gradient are correct with verl 0.10.0; this package was tested with verl "
+    assert finding.found.startswith(said)
     monkeypatch.setattr(self_test, "self_test", lambda: "something moved")
     finding = checks.check_self_test()
     assert (finding.found, finding.ok) == ("something moved", False)
@@ -124,7 +125,7 @@ def test_a_head_that_does_not_answer_is_reported_within_seconds(monkeypatch):
         cluster.ask_every_node()
         (finding,) = cluster.check_nodes(HERE, timeout=5)
     assert not finding.ok
-    assert "nothing answers at 127.0.0.1:1" in finding.found
+    assert "no answer at 127.0.0.1:1" in finding.found
     assert "RAY_ADDRESS" in finding.remedy
 
 
@@ -196,12 +197,15 @@ def test_a_node_like_this_one_passes():
 def test_a_node_with_another_version_fails_and_names_both():
     versions = HERE["versions"] | {"verl": "0.9.0", "torch": None}
     found = [finding.found for finding in failed(compare_node("node", HERE, there(versions=versions)))]
-    assert found == ["node-2: verl 0.9.0, here 0.9.1", "node-2: torch is missing, here 2.13.0"]
+    assert found == [
+        "node-2: verl is 0.9.0, but 0.9.1 locally",
+        "node-2: torch is not installed, but 2.13.0 locally",
+    ]
 
 
 def test_a_node_with_other_code_of_the_same_version_fails():
     (finding,) = failed(compare_node("node", HERE, there(code="def")))
-    assert "other code of the same version (def, here abc)" in finding.found
+    assert "the code differs from the local code (def, locally abc)" in finding.found
 
 
 def test_a_node_where_the_plugin_is_broken_fails_with_its_own_words():
@@ -220,7 +224,7 @@ def test_a_fresh_ray_worker_reports_what_is_broken_there(tmp_path):
     done = run_check("--config-name=runtime", f"--config-dir={tmp_path}", "--timeout=300")
     checks = json.loads(done.stdout)["checks"]
     (node,) = [check for check in checks if check["name"].startswith("node ")]
-    assert "VERL_USE_EXTERNAL_PLUGINS=none keeps the entry point hpo out" in node["found"]
+    assert "VERL_USE_EXTERNAL_PLUGINS=none excludes the entry point hpo" in node["found"]
     assert [check["ok"] for check in checks if check["name"] == "this process"] == [True]
     assert done.returncode == 1
 
@@ -249,12 +253,12 @@ def test_the_algorithm_of_our_trainer_config_is_shown_with_what_distinguishes_it
         "A-HPO: α = clip(p̂⁺ / p̂⁻, α_min, 1), alpha_min = 0.1; adv_estimator ahpo, loss_mode ahpo, "
         "aggregation token-mean, clip range [1-0.2, 1+0.2]"
     )
-    assert (batch.name, batch.found) == ("α", "V1 sync: α of the step's rollout batch")
+    assert (batch.name, batch.found) == ("α", "V1 sync trainer: α is computed from the step's rollout batch")
 
 
 def test_an_algorithm_without_alpha_is_shown_under_its_own_name():
     (finding,) = checks.check_algorithm(compose("algorithm.policy_loss=gspo"))
-    assert finding.found.startswith("gspo: no hysteretic weights")
+    assert finding.found.startswith("gspo: no α; ")
 
 
 def test_what_a_preset_sets_in_verls_stock_config_is_shown_and_the_config_stays_as_it_is():
@@ -272,9 +276,9 @@ def test_what_a_preset_sets_in_verls_stock_config_is_shown_and_the_config_stays_
 def test_a_run_that_is_observed_and_not_changed_is_shown_so(estimator):
     overrides = [f"algorithm.adv_estimator={estimator}", "+algorithm.hpo.observe=true"]
     algorithm, observed = checks.check_algorithm(compose(*overrides, config_name="ppo_trainer"))
-    assert algorithm.found.startswith("no hysteretic weights")
+    assert algorithm.found.startswith("no α; ")
     assert (observed.name, observed.ok) == ("observe", True)
-    assert observed.found.startswith("the run is observed, its update is not changed: ")
+    assert observed.found.startswith("the run is observed and its update does not change: ")
 
 
 def test_our_config_may_be_observed_too():
@@ -290,7 +294,7 @@ def test_half_of_hpo_is_named():
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
     ]
     findings = checks.check_algorithm(compose(*overrides, config_name="ppo_trainer"))
-    assert any("half of A-HPO" in finding.found for finding in findings)
+    assert any("the α of A-HPO without its normalization" in finding.found for finding in findings)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +305,7 @@ def test_half_of_hpo_is_named():
         ("algorithm.hpo.alpha=0.5", "it is a setting of hpo"),
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "token-mean"),
         ("actor_rollout_ref.rollout.n=1", "actor_rollout_ref.rollout.n=1 trains nothing"),
-        ("+algorithm.hpo.observe=1", "algorithm.hpo.observe=1 is neither true nor false"),
+        ("+algorithm.hpo.observe=1", "algorithm.hpo.observe=1 is not a boolean"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=kl_cov", "not homogeneous"),
     ],
 )
@@ -393,20 +397,20 @@ def test_a_reward_function_is_loaded_and_tried_on_the_first_row(tmp_path):
     config = data_config(good, good, reward_path="pkg://hpo_plugin.tasks.countdown")
     finding = checks.check_reward(config)
     assert finding.ok, finding
-    assert "gives 0 for an empty answer to 'countdown'" in finding.found
+    assert "returns 0 for an empty response to a row of 'countdown'" in finding.found
 
 
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("def compute_score(**kwargs): return True", "gives 1 "),
-        ("import numpy\ndef compute_score(**kwargs): return numpy.bool_(True)", "gives 1 "),
-        ("import torch\ndef compute_score(**kwargs): return torch.tensor(0.5)", "gives 0.5 "),
-        ("def compute_score(**kwargs): return {'score': 0.25, 'acc': False}", "gives 0.25 "),
-        ("def compute_score(extra_info, **kwargs): return extra_info['num_turns']", "gives 2 "),
-        ("def compute_score(extra_info, **kwargs): return len(extra_info['rollout_reward_scores'])", "gives 0 "),
-        ("def compute_score(data_source, solution_str, ground_truth, extra_info): return 0", "gives 0 "),
-        ("async def compute_score(**kwargs): return 0.75", "gives 0.75 "),
+        ("def compute_score(**kwargs): return True", "returns 1 "),
+        ("import numpy\ndef compute_score(**kwargs): return numpy.bool_(True)", "returns 1 "),
+        ("import torch\ndef compute_score(**kwargs): return torch.tensor(0.5)", "returns 0.5 "),
+        ("def compute_score(**kwargs): return {'score': 0.25, 'acc': False}", "returns 0.25 "),
+        ("def compute_score(extra_info, **kwargs): return extra_info['num_turns']", "returns 2 "),
+        ("def compute_score(extra_info, **kwargs): return len(extra_info['rollout_reward_scores'])", "returns 0 "),
+        ("def compute_score(data_source, solution_str, ground_truth, extra_info): return 0", "returns 0 "),
+        ("async def compute_score(**kwargs): return 0.75", "returns 0.75 "),
     ],
 )
 def test_what_verls_reward_manager_accepts_is_accepted(tmp_path, code, said):
@@ -426,15 +430,15 @@ def test_a_function_that_asks_a_reward_model_is_loaded_and_not_tried(tmp_path):
     config.reward.reward_model.enable = True
     finding = checks.check_reward(config)
     assert finding.ok, finding
-    assert "asks a reward model" in finding.found
+    assert "not called, because it uses a reward model" in finding.found
 
 
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("def compute_score(**kwargs): return 'one'", "'one', which is not a finite number"),
-        ("def compute_score(**kwargs): return float('nan')", "nan, which is not a finite number"),
-        ("def compute_score(**kwargs): return None", "None, which is not a finite number"),
+        ("def compute_score(**kwargs): return 'one'", "returns 'one' for an empty response"),
+        ("def compute_score(**kwargs): return float('nan')", "returns nan for an empty response"),
+        ("def compute_score(**kwargs): return None", "returns None for an empty response"),
         ("def compute_score(**kwargs): return {'points': 1}", "raises KeyError"),
         ("def other(**kwargs): return 1", "cannot be loaded"),
         ("raise ImportError('no such library')", "no such library"),
@@ -499,7 +503,7 @@ def test_overrides_without_a_config_are_refused_and_the_exit_status_is_1(monkeyp
     monkeypatch.setattr(checks, "probe", lambda: HERE)
     result = CliRunner().invoke(app, ["check", "--local", "a=1"])
     assert result.exit_code == 1
-    assert "name it: --config-name NAME" in result.output
+    assert "add --config-name NAME" in result.output
     assert CliRunner().invoke(app, ["check", "--local"]).exit_code == 0
 
 

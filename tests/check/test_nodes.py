@@ -43,12 +43,12 @@ def test_a_run_can_start_when_its_nodes_are_there_and_free(ray_of):
 @pytest.mark.parametrize("second", [node("2", 4), node("2", 8, alive=False)])
 def test_a_node_that_is_too_small_or_dead_is_missing(ray_of, second):
     lacks = ray_of([node("1", 8), second]).lacks(config(2, 8))
-    assert lacks == "2 nodes with 8 accelerators each; the cluster has 1 of them"
+    assert lacks == "2 nodes with 8 accelerators each; the cluster has 1 of these"
 
 
 def test_accelerators_that_another_run_still_holds_are_waited_for(ray_of):
     lacks = ray_of([node("1", 8), node("2", 8)], free=9).lacks(config(2, 8))
-    assert lacks == "16 free accelerators; 9 of the cluster's 16 are"
+    assert lacks == "16 free accelerators; 9 of the cluster's 16 are free"
 
 
 def test_another_run_of_verl_on_the_cluster_is_waited_for(ray_of):
@@ -65,7 +65,7 @@ def test_the_queues_actor_has_the_name_that_transfer_queue_gives_it():
 def test_too_few_logical_cpus_on_a_node_are_an_error_since_verl_would_wait_for_them_for_ever(ray_of):
     (finding,) = ray_of([node("1", 8, cpus=24), node("2", 8, cpus=23)]).check_devices(config(2, 8))
     assert not finding.ok
-    assert finding.found == "24 of each node's logical CPUs are needed; the nodes have 24, 23"
+    assert finding.found == "each node needs 24 logical CPUs; the nodes have 24, 23"
     assert "--num-cpus" in finding.remedy
     (finding,) = ray_of([node("1", 8, cpus=24), node("2", 8, cpus=24)]).check_devices(config(2, 8))
     assert finding.ok
@@ -99,14 +99,14 @@ def test_a_file_that_a_node_does_not_have_is_named_with_its_key(tmp_path):
     here.touch()
     files = [("data.train_files", str(here)), ("data.val_files", str(tmp_path / "test.parquet"))]
     ((found, remedy),) = _file_problems(files, None)
-    assert found == f"data.val_files={tmp_path / 'test.parquet'} is not there"
+    assert found == f"data.val_files={tmp_path / 'test.parquet'} does not exist on this node"
     assert "every node" in remedy
 
 
 def test_a_run_directory_that_is_not_shared_is_found_and_one_that_is_is_not(tmp_path):
     token = tmp_path / "shared"
     ((found, remedy),) = _file_problems([], str(token))
-    assert "is another one here" in found
+    assert "is not shared with this node, or does not exist" in found
     assert "--run-dir" in remedy
     token.touch()
     assert _file_problems([], str(token)) == []
@@ -123,7 +123,7 @@ def test_a_run_directory_that_a_node_cannot_write_to_is_found(tmp_path, monkeypa
     # Root may write anywhere.
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     ((found, _),) = _file_problems([], str(tmp_path / "shared"))
-    assert "cannot be written to: PermissionError: read-only file system" in found
+    assert "is not writable: PermissionError: read-only file system" in found
 
 
 def test_the_files_of_a_config_are_those_that_are_on_this_machine(tmp_path):

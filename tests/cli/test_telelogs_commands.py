@@ -60,9 +60,9 @@ def test_a_row_of_a_file_is_explained_and_its_answer_compared(tmp_path):
         )
     )
     agreed = call("explain", "telelogs", file)
-    assert "do not agree" not in agreed.output
+    assert "disagree" not in agreed.output
     disagreed = call("explain", "telelogs", file, "--row", 1)
-    assert "The file's answer is C1; the rules do not agree." in disagreed.output
+    assert "The answer in the file is C1; the rules disagree." in disagreed.output
     beyond = call("explain", "telelogs", file, "--row", 2)
     assert beyond.exit_code == 1
     assert "has 2 rows, counted from 0" in beyond.output
@@ -99,7 +99,7 @@ def test_labels_are_those_of_the_prompt_and_no_answer_is_an_exit_status(tmp_path
         ("missing.txt", None, "No such file"),
         ("empty.txt", "", "line 1"),
         ("broken.json", "{", "cannot be read as .json"),
-        ("other.csv", "a,b\n1,2\n", "no column 'question' or 'prompt' among a, b"),
+        ("other.csv", "a,b\n1,2\n", "the column 'question' or 'prompt' is missing; found: a, b"),
     ],
 )
 def test_what_cannot_be_read_is_an_error_and_not_a_traceback(tmp_path, name, content, message):
@@ -123,7 +123,7 @@ def test_prepare_reports_agreement_leakage_and_files(tmp_path):
     assert "base scenarios, train and test" in result.output
     assert str(output / "train.parquet") in result.output
     again = call("prepare", "telelogs", "--output", output, "--train-size", 40, "--test-size", 16)
-    assert "already there, identical" in again.output
+    assert "already exists, identical" in again.output
     other = call("prepare", "telelogs", "--output", output, "--train-size", 48, "--test-size", 16)
     assert other.exit_code == 1
     assert "--force" in other.output
@@ -146,7 +146,7 @@ def test_options_without_effect_are_refused(tmp_path):
     file.write_text("question,answer\n")
     result = call("prepare", "telelogs", "--output", tmp_path / "data", "--source", file, "--balance", "uniform")
     assert result.exit_code == 1
-    assert "balance='uniform' describes synthetic cases" in result.output
+    assert "balance='uniform' applies only to synthetic cases" in result.output
 
 
 # --- score ---------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_pass_at_1_and_the_plain_majority_are_printed(tmp_path):
     ("content", "message"),
     [
         ("", "has no samples"),
-        ('{"uid": "a_0_0", "gts": "C1"}\n', "line 1: not a sample"),
+        ('{"uid": "a_0_0", "gts": "C1"}\n', "line 1 is not a sample"),
         (
             sample("a", 0, "C1", "C1") + sample("a", 1, "C1", "C1") + sample("b", 0, "C1", "C1"),
             "same number of samples",

@@ -212,7 +212,7 @@ def test_failures_in_a_row_are_limited_and_a_new_checkpoint_starts_the_count_ane
     with pytest.raises(TrainingError):
         launch((1, "a"), (1, "b"), (STEPS, "done"), retries=1)
     assert len(launch.run.attempts()) == 2
-    assert "gives up: 2 failures in a row without a new checkpoint (--retries)" in launch.said
+    assert "giving up after 2 failures in a row without a new checkpoint (--retries=1)" in launch.said
     # Each of these gets to a checkpoint that the one before did not reach.
     run = launch((1, "a"), (1, "b"), (3, "c"), (5, "d"), (STEPS, "done"), retries=1)
     assert resumed(run) == [None, None, None, 2, 4]
@@ -221,7 +221,7 @@ def test_failures_in_a_row_are_limited_and_a_new_checkpoint_starts_the_count_ane
 def test_it_waits_for_nodes_and_says_once_what_is_missing(launch, cluster):
     cluster.wants = ["2 nodes; the cluster has 1 of them"] * 3
     launch((STEPS, "done"))
-    assert launch.said.count("waits for 2 nodes; the cluster has 1 of them") == 1
+    assert launch.said.count("waiting for 2 nodes; the cluster has 1 of them") == 1
 
 
 def test_nodes_that_do_not_come_are_an_error_that_names_the_keys(launch, cluster, monkeypatch):
@@ -262,8 +262,8 @@ def test_a_node_that_dies_while_it_is_checked_is_waited_for_and_all_are_checked_
     cluster.wants = ["2 nodes; the cluster has 1 of them", None] * 3
     run = launch((STEPS, "done"))
     assert made == ["here", "nodes", "nodes", "nodes"]
-    assert launch.said.count("Ray has lost 10.0.0.2 while the nodes were checked; they are checked again") == 2
-    assert launch.said.count("waits for 2 nodes") == 3
+    assert launch.said.count("Ray has lost 10.0.0.2 during the checks; checking the nodes again") == 2
+    assert launch.said.count("waiting for 2 nodes") == 3
     assert "checked 2 nodes: all checks passed" in launch.said
     assert "FAIL" not in launch.said
     assert len(run.attempts()) == 1
@@ -282,12 +282,12 @@ def test_a_node_that_dies_after_the_wait_is_waited_for_again(launch, cluster, mo
 
     monkeypatch.setattr(launch_module, "run_checks", run_checks)
     launch((STEPS, "done"))
-    assert "Ray has lost 10.0.0.2 while the nodes were checked" in launch.said
+    assert "Ray has lost 10.0.0.2 during the checks" in launch.said
 
 
 def test_nodes_that_die_in_every_check_are_not_checked_for_ever(launch, dies_during_the_checks):
     made = dies_during_the_checks(100)
-    with pytest.raises(TrainingError, match=r"Ray lost 10.0.0.2 while the nodes were checked, 3 times in a row"):
+    with pytest.raises(TrainingError, match=r"Ray lost 10.0.0.2 during the checks, 3 times in a row \(--retries=2\)"):
         launch((STEPS, "done"), retries=2)
     assert made.count("nodes") == 3
     assert launch.run.attempts() == []
@@ -318,7 +318,7 @@ def test_a_second_call_goes_on_and_a_third_has_nothing_to_do(launch, checks):
     assert resumed(launch.run) == [None, 2]
     done = len(checks)
     launch()
-    assert "it is finished already" in launch.said
+    assert "the run is already finished" in launch.said
     assert len(checks) == done
 
 
@@ -339,7 +339,7 @@ def test_other_arguments_are_refused_with_what_differs(launch):
 def test_the_same_arguments_in_another_order_are_another_run():
     """Of two overrides of one key the last one counts."""
     asked = {"config_name": "hpo_trainer", "overrides": ["data.seed=1", "data.seed=2"]}
-    with pytest.raises(TrainingError, match="the same ones in another order"):
+    with pytest.raises(TrainingError, match="the same arguments in another order"):
         refuse_another_run(asked | {"overrides": ["data.seed=2", "data.seed=1"]}, asked, Path("run"))
 
 

@@ -75,7 +75,7 @@ def test_a_run_over_two_nodes_survives_the_loss_of_a_node_of_the_trainer_and_of_
     wait_until(lambda: logged(2, 5), "step 5 of the second attempt")
     kill(head, "verl.trainer.main_ppo")
     # The launcher dies, and the trainer with it, before a step.
-    wait_until(lambda: says("resumes after step 4"), "the third attempt")
+    wait_until(lambda: says("resuming from the checkpoint of step 4"), "the third attempt")
     kill(head, "hpo_plugin.cli")
     launcher.wait()
     launcher = start(head, arguments, log)

@@ -218,7 +218,7 @@ def test_the_sft_config_is_found_by_verls_sft_trainer_and_checks_platform_and_st
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     assert config.trainer.device == "cpu"
     assert config.model.external_lib == "hpo_plugin.cpu.backend"
-    with pytest.raises(InterpolationResolutionError, match=r"set engine\.strategy=fsdp2"):
+    with pytest.raises(InterpolationResolutionError, match=r"Set engine\.strategy=fsdp2"):
         _ = wrong.trainer.device
 
 
@@ -252,7 +252,7 @@ def test_a_moved_function_that_saves_weights_is_refused_by_name():
     module = ModuleType("verl.utils.fsdp_utils")
     copy_saved_weights(module)
     with pytest.raises(
-        RuntimeError, match=r"fsdp_utils\.fsdp2_sharded_save_to_cpu is not where.*install verl==0\.9\.1"
+        RuntimeError, match=r"fsdp_utils\.fsdp2_sharded_save_to_cpu does not exist.*install verl==0\.9\.1"
     ):
         module.fsdp2_sharded_save_to_cpu(None)
 

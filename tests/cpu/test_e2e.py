@@ -199,4 +199,4 @@ def test_a_run_that_is_observed_is_bit_for_bit_the_same_run(inputs, tmp_path, tr
         for sign in ("positive", "negative"):
             assert 1 <= metrics[f"actor/hpo/observe/response_length_{sign}"] <= 32
     said = (tmp_path / "observed" / "output.log").read_text(encoding="utf-8", errors="replace")
-    assert "[hpo_plugin] the run is observed, its update is not changed" in said
+    assert "[hpo_plugin] the run is observed and its update does not change" in said

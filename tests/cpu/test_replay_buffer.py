@@ -65,9 +65,9 @@ def test_group_filter_settings_reach_verls_buffer():
 
 
 def test_missing_and_unknown_settings_are_named():
-    with pytest.raises(ValueError, match=r"missing \['train_batch_size'\]"):
+    with pytest.raises(ValueError, match=r"missing keys \['train_batch_size'\]"):
         build(train_batch_size="absent")
-    with pytest.raises(ValueError, match=r"unknown \['poll'\]"):
+    with pytest.raises(ValueError, match=r"unknown keys \['poll'\]"):
         build(poll=1)
     assert "poll_interval" in SAMPLER_KEYS
 

@@ -100,7 +100,7 @@ def test_alpha_is_applied_in_rays_workers_by_the_command(model, tmp_path):
 def test_a_refused_argument_ends_the_command_before_ray():
     done = start("-m", "hpo_plugin.openrlhf", "--algo.advantage.estimator", "rloo")
     assert done.returncode == 1
-    assert "error: --algo.advantage.estimator rloo is not HPO" in done.stderr
+    assert "error: --algo.advantage.estimator rloo does not give HPO's objective" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Ray" not in done.stdout + done.stderr
 
@@ -108,7 +108,10 @@ def test_a_refused_argument_ends_the_command_before_ray():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--hpo.policy", "grpo"], r"--hpo\.policy='grpo' is none of 'hpo', 'ahpo'"),
+        (
+            ["--hpo.policy", "grpo"],
+            r"--hpo\.policy='grpo' is not a variant\. Set --hpo\.policy to one of 'hpo', 'ahpo'",
+        ),
         (["--hpo.policy", "hpo", "--hpo.alpha", "1.5"], r"--hpo\.alpha=1\.5 is not a number in \[0, 1\]"),
         (["--hpo.policy", "hpo", "--hpo.alpha", "nan"], r"--hpo\.alpha=nan is not a number in \[0, 1\]"),
         (["--hpo.alpha_min", "-1"], r"--hpo\.alpha_min=-1\.0 is not a number in \[0, 1\]"),
@@ -124,7 +127,7 @@ def test_settings_of_hpo_are_checked(monkeypatch, arguments, said):
 def test_ray_without_the_hook_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hpo_plugin.openrlhf"])
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    with pytest.raises(ConfigError, match="Ray is initialized already"):
+    with pytest.raises(ConfigError, match="Ray is already initialized"):
         command.main()
 
 
@@ -158,15 +161,21 @@ def test_what_is_hpo_is_accepted(changes):
         *(
             (
                 {"algo.advantage.estimator": name},
-                rf"--algo\.advantage\.estimator {name} is not HPO.*group_norm or dr_grpo",
+                rf"--algo\.advantage\.estimator {name} does not give HPO's objective.*group_norm or dr_grpo",
             )
             for name in ("gae", "reinforce", "rloo", "reinforce_baseline", "flash_reinforce")
         ),
-        ({"rollout.n_samples_per_prompt": 1}, r"--rollout\.n_samples_per_prompt 1 is not HPO"),
-        ({"algo.kl.init_coef": 0.01}, r"--algo\.kl\.init_coef 0\.01 is not HPO.*--algo\.kl\.use_loss"),
+        ({"rollout.n_samples_per_prompt": 1}, r"--rollout\.n_samples_per_prompt 1 does not give HPO's objective"),
+        (
+            {"algo.kl.init_coef": 0.01},
+            r"--algo\.kl\.init_coef 0\.01 does not give HPO's objective.*--algo\.kl\.use_loss",
+        ),
         ({"actor.loss_agg_mode": "seq-mean-token-mean"}, r"--actor\.loss_agg_mode seq-mean.*token-mean"),
-        ({"actor.policy_loss_type": "gspo"}, r"--actor\.policy_loss_type gspo is not HPO.*Set it to ppo"),
-        ({"reward.clip_range": (0, 10)}, r"--reward\.clip_range \[0\.0, 10\.0\] is not HPO"),
+        (
+            {"actor.policy_loss_type": "gspo"},
+            r"--actor\.policy_loss_type gspo does not give HPO's objective.*Set it to ppo",
+        ),
+        ({"reward.clip_range": (0, 10)}, r"--reward\.clip_range \[0\.0, 10\.0\] does not give HPO's objective"),
         *(
             (
                 {"train.dynamic_batch_enable": True, "ds.zero_stage": stage},
@@ -178,7 +187,7 @@ def test_what_is_hpo_is_accepted(changes):
             (
                 {"train.batch_size": size},
                 rf"--train\.batch_size {size} does not divide --rollout\.batch_size 8 × "
-                r"--rollout\.n_samples_per_prompt 8 = 64.*Set it to a divisor of 64",
+                r"--rollout\.n_samples_per_prompt 8 = 64.*Set --train.batch_size to a divisor of 64",
             )
             for size in (48, 128)
         ),
@@ -218,7 +227,7 @@ def test_openrlhfs_defaults_are_refused():
 @pytest.mark.parametrize("found", ["0.10.4", "0.12.0"])
 def test_another_openrlhf_is_refused_with_its_version(monkeypatch, found):
     monkeypatch.setattr(command, "version", lambda _: found)
-    with pytest.raises(ImportError, match=rf"needs openrlhf>=0\.11,<0\.12, and openrlhf {found} is installed"):
+    with pytest.raises(ImportError, match=rf"needs openrlhf>=0\.11,<0\.12, but openrlhf {found} is installed"):
         command.require_openrlhf()
 
 

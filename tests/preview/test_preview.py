@@ -117,7 +117,9 @@ def test_what_trl_logs(tmp_path):
         )
     (tmp_path / "completions").mkdir()
     pandas.DataFrame(rows).to_parquet(tmp_path / "completions" / "completions_00005.parquet")
-    with pytest.raises(PreviewError, match=r"which column of .* is the reward\? It has .*right.*: give --reward NAME"):
+    with pytest.raises(
+        PreviewError, match=r"no reward column found in .*; its columns are .*right.*\. Pass --reward NAME"
+    ):
         computed(tmp_path / "completions")
     (step,), read = computed(tmp_path / "completions", rewards=["right", "short=0.5"])
     assert read.columns.rewards == (("right", 1.0), ("short", 0.5))
@@ -171,10 +173,14 @@ def test_rows_that_cannot_be_used_are_counted_and_listed(tmp_path):
     ]
     steps, read = computed(write(tmp_path / "a.jsonl", [*ROLLOUT, *bad]))
     assert (read.rows, steps[0].responses) == (8, 8)
-    assert read.bad == {"not a JSON object": 2, "the reward is missing, or not finite in fp32": 3, "no prompt": 1}
+    assert read.bad == {
+        "not a JSON object": 2,
+        "the reward is missing, or not finite in fp32": 3,
+        "prompt is missing": 1,
+    }
     assert len(read.listed) == 6
     assert {row.excerpt for row in read.listed} >= {'{"prompt": "broken', "[1, 2]"}
-    with pytest.raises(PreviewError, match="no row can be used: no prompt: 1"):
+    with pytest.raises(PreviewError, match="no usable rows: prompt is missing: 1"):
         computed(write(tmp_path / "b.jsonl", [{"prompt": None, "response": "x", "reward": 1.0}]))
 
 
@@ -184,10 +190,10 @@ def test_rows_that_cannot_be_used_are_counted_and_listed(tmp_path):
         (
             [{"text": "x", "reward": 1}],
             {},
-            r"which column of .* tells the prompt\? It has reward, text: give --group NAME",
+            r"no column for the prompt found in .*; its columns are reward, text\. Pass --group NAME",
         ),
         ([{"prompt": "x", "reward": 1}], {}, "has neither a response"),
-        (ROLLOUT, {"rewards": ["score"]}, "has no column 'score': it has prompt, response, reward"),
+        (ROLLOUT, {"rewards": ["score"]}, "has no column 'score'; its columns are prompt, response, reward"),
         (ROLLOUT, {"length": "tokens"}, "has no column 'tokens'"),
         (["nothing"], {}, "has no row that is a JSON object"),
     ],
@@ -200,7 +206,7 @@ def test_columns_that_are_not_known_are_asked_for(tmp_path, rows, options, messa
 def test_paths_that_hold_no_rollouts(tmp_path):
     for path, message in (
         (tmp_path / "nothing", "does not exist"),
-        (tmp_path, r"holds no \.jsonl and no \.parquet file"),
+        (tmp_path, r"contains no \.jsonl or \.parquet file"),
         (write(tmp_path / "a.txt", []), "is neither"),
     ):
         with pytest.raises(PreviewError, match=message):
@@ -234,29 +240,29 @@ def made(count, **values):
 def test_the_summary():
     said = sentences(made(120, alpha=lambda i: {0.1: 0.25 if i <= 80 else 0.95}))
     assert said[0] == (
-        "In the first 40 steps, 80 % of the responses with a signal are negative; A-HPO (α_min 0.1) would have "
-        "multiplied them by 0.25."
+        "In the first 40 steps, 80 % of the responses with a signal have a negative advantage. A-HPO with α_min = 0.1 "
+        "would have multiplied these advantages by 0.25."
     )
     assert said[1].startswith("50 % of the groups have no signal")
     # The mean of 5 steps is above 0.9 when all five are.
-    assert said[2].startswith("From step 85 on, α stays above 0.9")
+    assert said[2].startswith("From step 85, α stays above 0.9")
     assert "2.00 times as long" in said[3]
     # 80 steps of (1/4 · 2/3) / (1/4 · 2/3 + 1/3) = 1/3, and 40 of 0.655.
-    assert "they have 67 % of the update, and 44 % with A-HPO" in said[3]
-    assert "does not say what the rewards would have been" in said[-1]
+    assert "their share of the update is 67 % without α and 44 % with A-HPO" in said[3]
+    assert "does not predict the rewards of a run with HPO" in said[-1]
 
 
 def test_the_summary_of_a_run_at_the_limit_without_signal_or_with_shaping():
     # As `float` gives the fp32 number that `adaptive_alpha` returns.
     said = sentences(made(6, alpha=lambda i: {0.1: float(torch.tensor(0.1))}))
     assert "At the end, α is 0.10 (mean of 5 steps)." in said
-    assert "α is at its limit α_min = 0.1 in 6 of 6 steps with a signal." in said
+    assert "α equals its lower limit α_min = 0.1 in 6 of 6 steps with a signal." in said
     nothing = dict.fromkeys(("length_positive", "length_negative"), lambda i: math.nan)
     said = sentences(
         made(1, share_negative=lambda i: 0.0, share_positive=lambda i: 0.0, alpha=lambda i: {0.1: 1.0}, **nothing)
     )
     assert said == [
-        "No response has a signal: all rewards of a group are equal. None of the algorithms would learn anything."
+        "No response has a signal: in every group, all rewards are equal. No algorithm learns from these rollouts."
     ]
     assert any(
         "25 % of the positive responses are in groups without a success" in s
@@ -349,7 +355,7 @@ def test_broken_steps_rewards_and_bytes_are_left_out_and_the_rest_is_used(tmp_pa
     (step,), read = computed(file)
     assert step.responses == 8
     assert read.bad == {
-        "the step is missing or not a whole number": 3,
+        "the step is missing or not an integer": 3,
         "the reward is missing, or not finite in fp32": 1,
         "the response or its length is missing": 1,
         "not UTF-8, or longer than 500 MB": 1,
@@ -395,7 +401,7 @@ def test_the_hint_at_a_wrong_group(tmp_path):
     rows = [{**row, "prompt": i} for i, row in enumerate(ROLLOUT)]
     (step,), read = computed(write(tmp_path / "1.jsonl", rows))
     assert sentences(Preview(read, [step], 0.6, (0.1,)))[1].startswith(
-        "Every group has a single response: is prompt the"
+        "Every group has a single response. If prompt does not"
     )
 
 

@@ -88,13 +88,13 @@ def test_a_start_model_is_used_again_and_another_one_is_refused(tmp_path, consol
     assert len(trained) == 1
     text = console.export_text()
     assert "177,280 parameters, 2 steps of verl's SFT trainer" in text
-    assert "loss 1.25 nats per token (trained now)" in text
-    assert "(already there)" in text
+    assert "loss 1.25 nats per token (trained)" in text
+    assert "(reused)" in text
     # Nothing is left beside it.
     assert [path.name for path in inputs.model.parent.iterdir()] == [inputs.model.name]
 
     monkeypatch.setattr(TeleLogs, "laptop", replace(TASK.laptop, sft_epochs=5))
-    with pytest.raises(FileExistsError, match="another start model"):
+    with pytest.raises(FileExistsError, match="a different start model"):
         make(run, tmp_path, console)
     (inputs.model / sft.SFT_MANIFEST).unlink()
     with pytest.raises(FileExistsError, match="not a start model"):

@@ -57,7 +57,7 @@ def test_a_run_without_metrics_of_hpo_has_no_alpha():
 def test_success_before_and_after_must_both_have_been_measured(step):
     made = rows(4)
     del made[step]["val-core/countdown/reward/mean@1"]
-    with pytest.raises(TrainingError, match="before or after is missing"):
+    with pytest.raises(TrainingError, match="before or after training is missing"):
         summarize(made, n_test=512)
 
 
@@ -264,7 +264,7 @@ def test_the_final_table_shows_success_time_alpha_and_where_everything_is(run):
     run_module._finish(run, "Countdown", TRAINING, REQUEST, seconds=130.0, console=console)
     text = console.export_text()
     assert "6.2 % → 25.0 %" in text
-    assert "60, 2 min 00 s of training; this call took 2 min 10 s" in text
+    assert "60, 2 min 00 s of training; this command took 2 min 10 s" in text
     assert "α" in text
     for name in ("curves.png", "metrics.jsonl", "trainer.log", "config.yaml", "global_step_60"):
         assert name in text

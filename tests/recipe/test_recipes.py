@@ -157,7 +157,7 @@ def test_torchtitans_data_parallel_sizes_are_those_of_the_cluster():
         check_layout(config)
     config = composed("hpo_recipe", "hpo/engine=torchtitan")
     config.actor_rollout_ref.actor.torchtitan.max_seq_len = None
-    with pytest.raises(ConfigError, match=r"torchtitan\.max_seq_len=2048\. Set it to 6144"):
+    with pytest.raises(ConfigError, match=r"torchtitan\.max_seq_len=2048\. Set max_seq_len to 6144"):
         check_layout(config)
 
 

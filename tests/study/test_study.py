@@ -230,7 +230,7 @@ def test_a_signal_ends_all_cells_and_leaves_them_to_go_on(declared, study_file, 
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted; every process of the cells has stopped" in output
+    assert "Interrupted; all processes of the cells have stopped" in output
     assert not any(psutil.pid_exists(session) for session in sessions)
     assert states(found) == [State.INTERRUPTED] * 2 + [State.WAITING] * 2
 
@@ -251,14 +251,14 @@ def test_a_cell_begun_from_other_inputs_is_refused(declared, workspace, tmp_path
         **{"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "test_size": 8}
     }
     found = workspace(declared)
-    with pytest.raises(StudyError, match="`hpo-plugin study prepare` makes the inputs"):
+    with pytest.raises(StudyError, match="run `hpo-plugin study prepare` to make the inputs"):
         found.start(found.study.cells()[0])
     prepare = found.study.settings["easy"].prepare
     for digest in ("aaaa", "bbbb"):
         found.save_inputs(prepare, {"model": digest}, {})
         if digest == "aaaa":
             found.start(found.study.cells()[0])
-    with pytest.raises(StudyError, match=r"easy/grpo/seed0 was begun from other inputs \(model aaaa, now model bbbb\)"):
+    with pytest.raises(StudyError, match=r"easy/grpo/seed0 started from other inputs \(model aaaa; now model bbbb\)"):
         found.start(found.study.cells()[0])
     # Of the runner, it is a failure like any other.
     work = StudyRun(found, found.study.cells()[:2], (), stall=60, console=Console(file=open(os.devnull, "w")))  # noqa: SIM115
@@ -313,7 +313,7 @@ def test_finished_cells_are_collected_and_survive_the_loss_of_their_runs(declare
     assert re.findall(r"^(\S+): finished$", done.output, re.MULTILINE) == ["easy/grpo/seed1", "easy/ahpo/seed1"]
     done = call("collect", path, "--output", tmp_path / "runs")
     assert "added: 2 (easy/grpo/seed1, easy/ahpo/seed1)" in done.output
-    assert "as before: 2" in done.output
+    assert "unchanged: 2" in done.output
     after = read_data(tmp_path / "study.parquet")
     assert len(after) == 4
     assert all(after[key].same_as(data) for key, data in collected.items())
@@ -354,7 +354,9 @@ def test_collected_cells_that_are_no_longer_of_the_study_stay_until_pruned(decla
     assert (done.foreign, len(read_data(path))) == (1, 1)
 
 
-def test_inputs_other_than_those_of_collected_cells_with_the_same_seed_stop_the_study(declared, study_file, workspace, tmp_path):
+def test_inputs_other_than_those_of_collected_cells_with_the_same_seed_stop_the_study(
+    declared, study_file, workspace, tmp_path
+):
     declared["settings"]["easy"]["prepare"] = {
         **{"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "test_size": 8}
     }
@@ -367,7 +369,7 @@ def test_inputs_other_than_those_of_collected_cells_with_the_same_seed_stop_the_
     done = run(study_file(declared))
     assert done.exit_code == 1
     assert [state for state in states(found) if state is State.WAITING] == [State.WAITING] * 3
-    assert "Runs with the same seed must begin from the same inputs" in " ".join(done.output.split())
+    assert "Runs with the same seed must start from the same inputs" in " ".join(done.output.split())
     assert run(study_file(declared), "--only", "seed1").exit_code == 0
     assert call("collect", study_file(declared), "--output", tmp_path / "runs").exit_code == 0
 
@@ -486,7 +488,10 @@ def test_an_unknown_field_of_the_start_model_is_named_with_those_that_there_are(
         "start_model": {"calculated": 0.1},
     }
     found = workspace(declared)
-    with pytest.raises(StudyError, match=r"start_model: calculated is not known for countdown; .* calculated_share"):
+    with pytest.raises(
+        StudyError,
+        match=r"start_model: calculated is not a setting of the start model of countdown; .* calculated_share",
+    ):
         inputs_module.make_study_inputs(found, found.study.cells(), Console(quiet=True))
 
 
@@ -496,7 +501,7 @@ def test_a_field_of_the_start_model_that_verls_sft_trainer_would_ignore_is_refus
         "start_model": {"calculated_share": 0.1},
     }
     found = workspace(declared)
-    with pytest.raises(StudyError, match=r"start_model: calculated_share has no effect: .*max_positions"):
+    with pytest.raises(StudyError, match=r"start_model: calculated_share has no effect, .*max_positions"):
         inputs_module.make_study_inputs(found, found.study.cells(), Console(quiet=True))
 
 

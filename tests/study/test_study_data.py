@@ -82,10 +82,10 @@ def test_a_file_that_lost_a_row_or_holds_a_cell_twice_is_refused(tmp_path, data)
     write_data(path, data.values())
     table = pq.read_table(path)
     pq.write_table(table.take([0, 1, 3, 4]), path)
-    with pytest.raises(StudyError, match="rows 0 to 4 are not the steps of one cell"):
+    with pytest.raises(StudyError, match="rows 0 to 4 are not the consecutive steps of one cell"):
         read_data(path)
     pq.write_table(table.take([*range(5), *range(5)]), path)
-    with pytest.raises(StudyError, match="is there twice"):
+    with pytest.raises(StudyError, match="appears twice"):
         read_data(path)
 
 
@@ -93,6 +93,6 @@ def test_cells_of_a_setting_that_began_from_other_inputs_are_not_compared(data):
     one, two, *_ = data.values()
     check_inputs([one, two])
     other = CellData(two.key, two.setting, two.arm, two.seed, {**two.info, "inputs": "other"}, two.values)
-    with pytest.raises(StudyError, match=r"easy: ahpo/seed0 began from other inputs than grpo/seed0"):
+    with pytest.raises(StudyError, match=r"easy: ahpo/seed0 and grpo/seed0 started from different inputs"):
         check_inputs([one, other])
     check_inputs([one, CellData(two.key, two.setting, two.arm, two.seed + 1, other.info, two.values)])

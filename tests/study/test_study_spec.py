@@ -95,48 +95,52 @@ PREPARE = {"task": "countdown", "problems": {"counts": [3]}, "train_size": 8, "t
         ("settings.easy.colour", 3, "settings.easy.colour"),
         ("steps", "many", "many"),
         ("steps", 0, "steps=0 must be at least 1"),
-        ("name", "A study", "'A study' must be lower-case"),
+        ("name", "A study", "'A study' must consist of lowercase"),
         ("arms", {}, "arms is empty"),
         ("experiments.one.arms", [], "experiments.one.arms is empty"),
         ("experiments.one.seeds", [], "experiments.one.seeds is empty"),
-        ("experiments.one.seeds", [1, 2, 1], "names 1 twice"),
+        ("experiments.one.seeds", [1, 2, 1], "lists 1 twice"),
         ("experiments.one.seeds", [-1], "-1 must not be negative"),
-        ("experiments.one.arms", ["grpo", "ppo"], "'ppo' is not among arms: grpo, ahpo"),
-        ("experiments.one.setting", "odd", "'odd' is not among settings: easy, hard"),
-        ("experiments.one.compare", "gspo", "compare='gspo' is not among its arms"),
+        ("experiments.one.arms", ["grpo", "ppo"], "'ppo' is not one of the arms: grpo, ahpo"),
+        ("experiments.one.setting", "odd", "'odd' is not one of the settings: easy, hard"),
+        ("experiments.one.compare", "gspo", "compare='gspo' is not one of its arms: grpo, ahpo"),
         ("experiments.one.paper", "mine", "paper='mine' is not one of telelogs"),
         ("arms.spare", {"title": "Spare"}, "arms.spare is in no experiment"),
         ("settings.spare", {"title": "Spare"}, "settings.spare is in no experiment"),
         ("arms.grpo.overrides", ["data.seed=3"], "use experiments.<name>.seeds"),
         ("arms.grpo.overrides", ["++trainer.test_freq=3"], "use test_every"),
         ("arms.grpo.overrides", ["trainer.resume_mode=auto"], "the run sets it"),
-        ("arms.grpo.overrides", ["data.train_batch_size=9"], "overrides has 'data.train_batch_size=8'"),
+        ("arms.grpo.overrides", ["data.train_batch_size=9"], "conflicts with 'data.train_batch_size=8' in overrides"),
         ("settings.easy", {"title": "E", "prepare": PREPARE, "overrides": ["data.val_files=x"]}, "contradicts"),
         (
             "settings.easy.prepare",
             TELELOGS | {"problems": {"reduction": "full"}},
-            "laptop form of telelogs sets reduction",
+            "laptop form of telelogs, which sets reduction",
         ),
         ("settings.easy.prepare", TELELOGS | {"problems": {"balance": "odd"}}, "balance='odd' is not one of"),
-        ("settings.easy.prepare", PREPARE | {"problems": {"train_size": 9}}, "train_size belongs beside problems"),
-        ("settings.easy.prepare", PREPARE | {"task": "chess"}, "prepare.task: 'chess' is neither a task"),
+        (
+            "settings.easy.prepare",
+            PREPARE | {"problems": {"train_size": 9}},
+            "train_size is a key of prepare, not of problems",
+        ),
+        ("settings.easy.prepare", PREPARE | {"task": "chess"}, "prepare.task: 'chess' is neither a built-in task"),
         ("settings.easy.prepare", PREPARE | {"train_size": 0}, "prepare.train_size=0 must be at least 1"),
         ("settings.easy.prepare", PREPARE | {"problems": {"counts": [1]}}, "prepare.problems: .*at least 2 numbers"),
         (
             "settings.easy.prepare",
             PREPARE | {"problems": {"size": 1}},
-            "problems: size is not an option of countdown data; the options are ",
+            "problems: size is not an option of the countdown data; the options are ",
         ),
-        ("scores.final_evaluations", 3, "settings.easy has 2 evaluations"),
+        ("scores.final_evaluations", 3, "exceeds the 2 evaluations of settings.easy"),
         ("scores.early_fraction", 0, "scores.early_fraction=0.0 must be in"),
         ("submit", "sbatch job.sh", "must contain {arguments}"),
         ("trainer", "ray", "trainer='ray' is not one of verl, simulator"),
         ("settings.easy.trainer", "ray", "settings.easy.trainer='ray' is not one of"),
-        ("settings.easy.trainer", "simulator", "settings.easy has no prepare"),
+        ("settings.easy.trainer", "simulator", "settings.easy.prepare is missing"),
         ("experiments.one.against", "odd", "experiments.one.against='odd': no other experiment"),
-        ("sweeps", {"s": SWEEP | {"experiments": {"one": 1}}}, "sweeps.s.experiments names 1 experiments"),
-        ("sweeps", {"s": SWEEP | {"experiments": {"one": 1, "three": 2}}}, "'three' is not among experiments"),
-        ("sweeps", {"s": SWEEP}, r"the experiments differ in seeds: \[0, 1\]"),
+        ("sweeps", {"s": SWEEP | {"experiments": {"one": 1}}}, "sweeps.s.experiments lists 1 experiments"),
+        ("sweeps", {"s": SWEEP | {"experiments": {"one": 1, "three": 2}}}, "'three' is not one of the experiments"),
+        ("sweeps", {"s": SWEEP}, r"the experiments must have the same seeds, but one has \[0, 1\]"),
     ],
 )
 def test_a_study_that_contradicts_itself_names_key_and_value(declared, load, where, value, said):
@@ -153,7 +157,7 @@ def test_a_study_that_contradicts_itself_names_key_and_value(declared, load, whe
 def test_values_of_a_sweep_are_positive_and_differ(declared, load, values):
     declared["experiments"]["two"]["seeds"] = [0, 1, 2]
     declared["sweeps"] = {"s": SWEEP | {"experiments": dict(zip(("one", "two"), values, strict=True))}}
-    with pytest.raises(StudyError, match=r"must be positive numbers, each once"):
+    with pytest.raises(StudyError, match=r"must be distinct positive numbers"):
         load(declared)
 
 
@@ -186,7 +190,7 @@ def test_filters_join_words_and_add_up(declared, load):
         *("easy/grpo/seed0", "easy/ahpo/seed0", "hard/ahpo/seed0", "hard/ahpo/seed1"),
     ]
     assert select(cells, []) == cells
-    with pytest.raises(StudyError, match="fits no cell"):
+    with pytest.raises(StudyError, match="matches no cell"):
         select(cells, ["easy/seed7"])
 
 

@@ -158,7 +158,7 @@ def test_identical_data_is_left_and_other_data_is_refused(tmp_path: Path) -> Non
     prepare_countdown(tmp_path, config=CONFIG, **SMALL)
     assert prepare_countdown(tmp_path, config=CONFIG, **SMALL).publication.written == ()
     other = CountdownConfig(counts=(3,), max_number=20, seed=5)
-    with pytest.raises(FileExistsError, match="seed: 4 there, 5 asked for"):
+    with pytest.raises(FileExistsError, match="seed: found 4, requested 5"):
         prepare_countdown(tmp_path, config=other, **SMALL)
     made = prepare_countdown(tmp_path, config=other, force=True, **SMALL)
     assert "train.parquet" in made.publication.written
@@ -173,7 +173,7 @@ def test_empty_splits_are_refused(tmp_path: Path, sizes: dict[str, int]) -> None
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only_counts"):
         prepare_countdown(tmp_path, only_counts=(3,))
-    with pytest.raises(ValueError, match="config describes synthetic"):
+    with pytest.raises(ValueError, match="config applies only to synthetic"):
         prepare_countdown(tmp_path, config=CONFIG, source="a/b")
 
 
@@ -228,20 +228,20 @@ def test_numbers_can_be_selected_after_cutting(tmp_path: Path) -> None:
     made = prepare_countdown(tmp_path / "out", source=str(source), train_size=8, test_size=4, only_counts=(3,))
     assert made.manifest["counts"]["other_counts_dropped"] == 2
     assert made.manifest["counts"]["train"] == 5
-    with pytest.raises(ValueError, match="no usable row for the test split"):
+    with pytest.raises(ValueError, match="the test split has no usable row"):
         prepare_countdown(tmp_path / "none", source=str(source), train_size=8, test_size=4, only_counts=(4,))
 
 
 def test_the_published_split_is_the_default_and_too_few_rows_are_refused(tmp_path: Path) -> None:
     source = write_source(tmp_path, ".jsonl")
-    with pytest.raises(ValueError, match=r"has 12 rows, and 327680 for training plus 1024 for testing"):
+    with pytest.raises(ValueError, match=r"has 12 rows, fewer than train_size=327680 plus test_size=1024"):
         prepare_countdown(tmp_path / "out", source=str(source))
 
 
 def test_columns_of_another_data_set_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text("\n".join(['{"question": 1}'] * 4 + ["not json"]))
-    with pytest.raises(ValueError, match=r"no usable row for the train split \(5 malformed"):
+    with pytest.raises(ValueError, match=r"the train split has no usable row \(5 malformed"):
         prepare_countdown(tmp_path / "out", source=str(path), train_size=4, test_size=1)
 
 
@@ -277,7 +277,7 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
         raise ConnectionError("no route to host")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(SourceUnavailableError, match=r"no route to host.*give that file as the source"):
+    with pytest.raises(SourceUnavailableError, match=r"no route to host.*pass that file as the source"):
         prepare_countdown(tmp_path, source="Jiayi-Pan/Countdown-Tasks-3to4")
 
 
@@ -299,10 +299,10 @@ def test_the_command_writes_and_a_second_run_leaves_it(tmp_path: Path) -> None:
     assert [row["prompt"][0]["content"][-1] for row in rows_of(tmp_path / "test.parquet")] == [":"] * 5
     status, output = command(*arguments)
     assert status == 0
-    assert output.count("already there, identical") == 2
+    assert output.count("already exists, identical") == 2
     status, output = command(*arguments[:-1], "10")
     assert status == 1
-    assert "seed: 9 there, 10 asked for" in output
+    assert "seed: found 9, requested 10" in output
 
 
 @pytest.mark.parametrize(
@@ -311,10 +311,10 @@ def test_the_command_writes_and_a_second_run_leaves_it(tmp_path: Path) -> None:
         (["--max-number", "0"], "max_number=0"),
         (["--min-target", "50", "--max-target", "40"], "max_target=40"),
         (["--numbers", "1"], "at least 2"),
-        (["--numbers", "2", "--max-number", "3", "--train-size", "900"], "distinct problems asked for"),
+        (["--numbers", "2", "--max-number", "3", "--train-size", "900"], "distinct problems requested"),
         (["--layout", "short"], "layout='short'"),
         (["--source", "nowhere.csv"], "neither an existing file"),
-        (["--source", "a/b", "--seed", "3"], "seed=3 has no effect"),
+        (["--source", "a/b", "--seed", "3"], "seed=3 applies only to synthetic problems and has no effect"),
     ],
 )
 def test_wrong_input_ends_with_a_message_that_names_it(tmp_path: Path, arguments: list[str], named: str) -> None:

@@ -261,7 +261,9 @@ def test_no_text_takes_more_than_a_few_milliseconds(name: str) -> None:
 
 
 def test_an_unknown_mode_is_refused_with_its_key_value_and_remedy() -> None:
-    with pytest.raises(ValueError, match=r"reward_kwargs\.mode='public' is not one of exact, tinyzero; leave it out"):
+    with pytest.raises(
+        ValueError, match=r"reward_kwargs\.mode='public' is not one of exact, tinyzero; remove it to use exact"
+    ):
         compute_score("countdown", RIGHT, TRUTH, mode="public")
     with pytest.raises(ValueError, match=r"reward_kwargs\.mode=None is not one of"):
         compute_score("countdown", "", TRUTH, mode=None)  # type: ignore[arg-type]
@@ -269,7 +271,7 @@ def test_an_unknown_mode_is_refused_with_its_key_value_and_remedy() -> None:
 
 def test_the_mode_needs_the_layout_with_tags() -> None:
     with pytest.raises(
-        ValueError, match=r"mode='tinyzero' does not apply to layout='terse'.*mode=exact, or layout=public"
+        ValueError, match=r"mode='tinyzero' does not apply to layout='terse'.*mode=exact, or set layout=public"
     ):
         compute_score("countdown_terse", "3*5+7", TRUTH, mode="tinyzero")
     assert compute_score("countdown_terse", RIGHT, TRUTH, mode="tinyzero", layout="public") == 1.0

@@ -137,9 +137,9 @@ def test_a_file_without_rows_has_none(tmp_path: Path, name: str) -> None:
         ("a.json", b'{\n  "train": [\n', "Expecting value: line 3"),
         ("a.json", b"no\njson\n", "Expecting value: line 1"),
         ("a.jsonl", b"no\njson\n", "cannot be read as .jsonl"),
-        ("a.json", b'{"question": ["a", "b"], "answer": ["C1"]}', "neither lines, nor an array of rows"),
-        ("a.json", b'{"train": [{"question": "a"}], "about": "text"}', "neither lines, nor an array of rows"),
-        ("a.json", b'{\n"question": "a",\n"answer": "C1"\n}', "neither lines, nor an array of rows"),
+        ("a.json", b'{"question": ["a", "b"], "answer": ["C1"]}', "expected JSON lines, an array of rows"),
+        ("a.json", b'{"train": [{"question": "a"}], "about": "text"}', "expected JSON lines, an array of rows"),
+        ("a.json", b'{\n"question": "a",\n"answer": "C1"\n}', "expected JSON lines, an array of rows"),
         ("a.csv", "question,answer\n".encode("utf-16"), "codec can't decode"),
         ("a.csv", b"question\n" + b"x" * 200_000, "field larger than field limit"),
     ],
@@ -207,10 +207,10 @@ def test_whatever_the_hubs_libraries_raise_is_one_error_that_says_what_to_do(mon
         with pytest.raises(SourceUnavailableError) as caught:
             read_hub("a/b", split="train", advice="Ask for access")
         message = str(caught.value)
-        assert message.startswith("the data set 'a/b' could not be loaded from the Hugging Face hub")
+        assert message.startswith("the data set 'a/b' could not be loaded from the Hugging Face Hub")
         assert type(error).__name__ in message
         assert "no route to host" in message
         assert "Ask for access" in message
         assert "HF_TOKEN" in message
-        assert "give that file as the source" in message
+        assert "pass that file as the source" in message
         assert caught.value.__cause__ is error

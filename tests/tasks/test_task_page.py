@@ -39,7 +39,7 @@ def test_the_commands_take_the_file_of_a_task(task_file: Path, tmp_path: Path):
     sizes = ("--train-size", 40, "--test-size", 10, "--letters", 3)
     out = call("prepare", task_file, "--output", tmp_path / "data", *sizes)
     assert re.search(r"train +40", out)
-    assert "already there" in call("prepare", task_file, "--output", tmp_path / "data", *sizes)
+    assert "already exists, identical" in call("prepare", task_file, "--output", tmp_path / "data", *sizes)
     rows = pq.read_table(tmp_path / "data" / "test.parquet").to_pylist()
     word, answer = rows[3]["prompt"][0]["content"], rows[3]["reward_model"]["ground_truth"]
     assert word == word[:3] + ":"
@@ -81,10 +81,10 @@ def test_the_tasks_of_this_package_implement_the_same_protocol(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("chess", None, "neither a task .countdown, telelogs. nor the path of a Python file"),
+        ("chess", None, "neither a built-in task .countdown, telelogs. nor the path of a Python file"),
         ("nowhere.py", None, "nowhere.py does not exist"),
-        ("empty.py", "", "defines no TASK"),
-        ("wrong.py", "TASK = 3\n", "defines no TASK"),
+        ("empty.py", "", "does not define TASK"),
+        ("wrong.py", "TASK = 3\n", "does not define TASK"),
         (
             "broken.py",
             "import no_such_module\n",
@@ -114,11 +114,20 @@ def test_a_prompt_alone_cannot_be_explained_where_the_answer_is_data(task_file: 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "dcba:", "reward_model": {"ground_truth": "abcd"}}, "the column prompt holds no chat messages"),
-        ({"prompt": [], "reward_model": {"ground_truth": "abcd"}}, "the column prompt holds no chat messages"),
-        ({"prompt": [{"role": "user", "content": "dcba:"}], "reward_model": "abcd"}, "reward_model holds no mapping"),
+        (
+            {"prompt": "dcba:", "reward_model": {"ground_truth": "abcd"}},
+            "the column 'prompt' must hold a list of chat messages",
+        ),
+        (
+            {"prompt": [], "reward_model": {"ground_truth": "abcd"}},
+            "the column 'prompt' must hold a list of chat messages",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "dcba:"}], "reward_model": "abcd"},
+            "'reward_model' must hold a mapping",
+        ),
         ({"prompt": [{"role": "user", "content": "dcba:"}], "reward_model": {"style": "rule"}}, "no ground truth"),
-        ({"question": "dcba:"}, "no column 'prompt' among question"),
+        ({"question": "dcba:"}, "the column 'prompt' is missing; found: question"),
     ],
 )
 def test_a_row_of_another_form_is_an_error_and_not_a_traceback(task_file: Path, tmp_path: Path, row, message):
@@ -175,7 +184,7 @@ def test_a_study_takes_the_file_of_a_task(task_file: Path):
     task, options = setting_data(prepare)
     assert (task.name, options.letters, options.train_size) == ("sorting", 3, 20)
     assert re.fullmatch(r"sorting-[0-9a-f]{12}", prepare.name)
-    with pytest.raises(ValueError, match=r"words is not an option of sorting data; the options are .*letters"):
+    with pytest.raises(ValueError, match=r"words is not an option of the sorting data; the options are .*letters"):
         setting_data(Prepare(task=str(task_file), problems={"words": 3}, train_size=20, test_size=8))
 
 

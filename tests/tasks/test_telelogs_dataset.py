@@ -253,16 +253,16 @@ def test_other_data_is_refused_unless_forced(tmp_path: Path, source_rows: list[d
     prepare_telelogs(tmp_path, **SMALL)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for changed, said in (
-        ({"seed": 1}, "seed: 0 there, 1 asked for"),
-        ({"test_size": 24}, "sizes: {'test': 16, 'train': 48} there"),
-        ({"balance": "uniform"}, "balance: 'train' there, 'uniform' asked for"),
-        ({"sft": True}, "sft: False there, True asked for"),
+        ({"seed": 1}, "seed: found 0, requested 1"),
+        ({"test_size": 24}, "sizes: found {'test': 16, 'train': 48}"),
+        ({"balance": "uniform"}, "balance: found 'train', requested 'uniform'"),
+        ({"sft": True}, "sft: found False, requested True"),
     ):
         with pytest.raises(FileExistsError, match=said):
             prepare_telelogs(tmp_path, **{**SMALL, **changed})
     path = tmp_path.with_suffix(".json")
     path.write_text(json.dumps(source_rows))
-    with pytest.raises(FileExistsError, match="source: 'synthetic' there"):
+    with pytest.raises(FileExistsError, match="source: found 'synthetic'"):
         prepare_telelogs(tmp_path, source=str(path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     made = prepare_telelogs(tmp_path, seed=1, force=True, **SMALL)
@@ -302,8 +302,8 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"train_size": 0}, "size=0 leaves a root cause without a row; at least 8"),
-        ({"test_size": 0}, "size=0 leaves a root cause without a row; at least 8"),
+        ({"train_size": 0}, "size=0 leaves a root cause without a row; set at least 8"),
+        ({"test_size": 0}, "size=0 leaves a root cause without a row; set at least 8"),
         ({"train_size": -5}, "size=-5"),
         ({"test_size": 7}, "size=7"),
         ({"balance": "even"}, "balance='even' is not one of train, uniform"),
@@ -528,17 +528,17 @@ def test_without_a_split_scenarios_are_split_not_rows(
 
 def test_rows_with_and_without_a_split_are_not_mixed(tmp_path: Path, source_rows: list[dict[str, Any]]) -> None:
     rows = [{**row, "split": "train" if number else None} for number, row in enumerate(source_rows)]
-    with pytest.raises(ValueError, match="1 rows name no split, and the others do"):
+    with pytest.raises(ValueError, match="1 rows have no split name, but the others do"):
         prepare_telelogs(tmp_path / "out", source=str(write_rows(tmp_path / "a.jsonl", rows)))
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"train_size": 10}, "train_size=10 describes synthetic cases and has no effect with source="),
-        ({"test_size": 0}, "test_size=0 describes"),
-        ({"balance": "train"}, "balance='train' describes"),
-        ({"reduction": "full"}, "reduction='full' describes"),
+        ({"train_size": 10}, "train_size=10 applies only to synthetic cases and has no effect with source="),
+        ({"test_size": 0}, "test_size=0 applies only to"),
+        ({"balance": "train"}, "balance='train' applies only to"),
+        ({"reduction": "full"}, "reduction='full' applies only to"),
     ],
 )
 @pytest.mark.parametrize("source", ["hub", "a.jsonl"])
@@ -549,7 +549,7 @@ def test_settings_without_effect_are_refused(tmp_path: Path, source: str, argume
 
 @pytest.mark.parametrize("source", ["missing.parquet", "no such thing", "a/b", "."])
 def test_a_source_that_is_not_there_is_refused(tmp_path: Path, source: str) -> None:
-    with pytest.raises(SourceUnavailableError, match=r"^source=.* is not an existing file .*nor hub, nor synthetic"):
+    with pytest.raises(SourceUnavailableError, match=r"^source=.* is neither synthetic, hub, nor an existing file"):
         prepare_telelogs(tmp_path / "out", source=source)
     there = write_rows(tmp_path / "a.jsonl", [{}])
     with pytest.raises(SourceUnavailableError, match=r"^test_source="):
@@ -566,15 +566,15 @@ def test_no_row_is_lost_and_every_refusal_has_its_reason(tmp_path: Path, source_
         # (what stands in the file, what is said about it)
         ({"question": question, "answer": "C9"}, "the answer is not one of the options"),
         ({"question": question, "answer": "no idea"}, "the answer is not one of the options"),
-        ({"question": question}, "no column 'answer' among question"),
-        ({"question": None, "answer": "C1"}, "nothing in the column 'question'"),
+        ({"question": question}, "the column 'answer' is missing; found: question"),
+        ({"question": None, "answer": "C1"}, "the column 'question' is empty"),
         ({"question": "", "answer": "C1"}, "line 1: expected 'Analyze the 5G"),
         ({"question": "What is 2 + 2?", "answer": "4"}, "line 1: expected 'Analyze the 5G"),
         ({"question": question + "\nmore", "answer": "C1"}, "cells in a table of 14 columns: 'more'"),
         ({"question": question.replace("SCENARIO_12 or", "SCENARIO_13 or"), "answer": "C1"}, "SCENARIO_12 or above"),
         ({"question": question.replace("\n", "\r\n"), "answer": "C1"}, "line 1: "),
         ({"question": question, "answer": "C1", "split": "dev"}, "the split is not one of train, training, test"),
-        ({}, "no column 'question' among none"),
+        ({}, "the column 'question' is missing; found: no columns"),
         (["question", "answer"], "not a row with columns"),
         ("not json at all", "not a row with columns"),
     ]
@@ -627,27 +627,27 @@ def test_a_prompt_that_would_be_written_otherwise_is_refused(
     monkeypatch: pytest.MonkeyPatch, source_rows: list[dict[str, Any]]
 ) -> None:
     monkeypatch.setattr("hpo_plugin.tasks.telelogs.dataset.render_prompt", lambda case: render_prompt(case) + " ")
-    with pytest.raises(ValueError, match="the prompt parses and does not render to the same text"):
+    with pytest.raises(ValueError, match="the prompt parses but does not render back to the same text"):
         read_row(source_rows[0])
 
 
 def test_only_refused_rows_is_an_error_that_names_the_first(tmp_path: Path, source_rows: list[dict[str, Any]]) -> None:
     rows = [{**row, "answer": f"D{number + 1}"} for number, row in enumerate(source_rows)]
     path = write_rows(tmp_path / "a.jsonl", rows)
-    with pytest.raises(ValueError, match=r"no usable row for the train split \(40 rows, 40 refused; .*: 'D1'\)"):
+    with pytest.raises(ValueError, match=r"the train split has no usable row \(40 rows, 40 refused; .*: 'D1'\)"):
         prepare_telelogs(tmp_path / "out", source=str(path))
     assert not list((tmp_path / "out").iterdir())
     other = write_rows(tmp_path / "b.jsonl", [{"prompt": "a", "label": "b"}] * 3)
-    with pytest.raises(ValueError, match="no column 'question' among prompt, label"):
+    with pytest.raises(ValueError, match="the column 'question' is missing; found: prompt, label"):
         prepare_telelogs(tmp_path / "out", source=str(other))
 
 
 def test_a_split_without_rows_is_an_error(tmp_path: Path, source_rows: list[dict[str, Any]]) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{**row, "split": "train"} for row in source_rows])
-    with pytest.raises(ValueError, match=r"no usable row for the test split \(40 rows, 0 refused\)"):
+    with pytest.raises(ValueError, match=r"the test split has no usable row \(40 rows, 0 refused\)"):
         prepare_telelogs(tmp_path / "out", source=str(path))
     path = write_text(tmp_path / "empty.json", "")
-    with pytest.raises(ValueError, match=r"no usable row for the train split \(0 rows, 0 refused\)"):
+    with pytest.raises(ValueError, match=r"the train split has no usable row \(0 rows, 0 refused\)"):
         prepare_telelogs(tmp_path / "out", source=str(path))
 
 
@@ -886,7 +886,7 @@ def test_another_failure_is_not_taken_for_a_refusal(
     assert type(caught.value) is SourceUnavailableError
     message = str(caught.value)
     assert str(error).strip() in message
-    assert "Check the network" in message
+    assert "check the network" in message
     assert "request access" in message
     assert not list(tmp_path.iterdir())
 
@@ -950,4 +950,4 @@ def test_a_row_of_the_other_split_is_refused_where_each_split_has_its_file(
     assert made.manifest["counts"]["rows_refused"] == 1
     (entry,) = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
     assert entry["row"] == 2
-    assert "names another split" in entry["reason"]
+    assert "names a different split than its file" in entry["reason"]

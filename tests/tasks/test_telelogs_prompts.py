@@ -574,7 +574,7 @@ def test_a_wrong_line_of_fixed_text_is_named(number: int) -> None:
     for wrong in (f"!{LINES[number - 1]}", LINES[number - 1].upper(), LINES[number - 1][:-1]):
         error = refused("\n".join([*LINES[: number - 1], wrong, *LINES[number:]]))
         assert error.line == number
-        assert error.reason.startswith(("expected '", 'expected "- When', "expected an option", "this is none of the"))
+        assert error.reason.startswith(("expected '", 'expected "- When', "expected an option", "not one of the eight"))
         assert wrong[5:30] in str(error)
 
 
@@ -603,8 +603,8 @@ REFUSALS: list[tuple[str, int, str]] = [
     (edited(22, "follows：", "follows"), 22, "expected 'User plane drive test data as follows：'"),
     (edited(30, "Engeneering", "Engineerin"), 30, "expected 'Engeneering parameters data as follows：'"),
     # Options.
-    (edited(7, "higher", "lower"), 7, "none of the eight root causes"),
-    (edited(7, "throughput.", "throughput. "), 7, "none of the eight root causes"),
+    (edited(7, "higher", "lower"), 7, "not one of the eight root causes"),
+    (edited(7, "throughput.", "throughput. "), 7, "not one of the eight root causes"),
     (edited(7, "C3: ", "C3:"), 7, "expected an option"),
     (edited(7, "C3", "c3"), 7, "expected an option"),
     (edited(7, "C3", "C03"), 7, "expected an option"),
@@ -614,19 +614,19 @@ REFUSALS: list[tuple[str, int, str]] = [
     (edited(7, "C3", "C٣"), 7, "expected an option"),
     (edited(7, "C3", ""), 7, "expected an option"),
     (edited(7, "C3", " C3"), 7, "expected an option"),
-    (edited(7, "C3", "C2"), 7, "the label C2 is there twice"),
-    (edited(7, LINES[6], "C9: " + LINES[4][4:]), 7, "the same root cause is there twice"),
-    (with_line(13, "C9: The weather is bad."), 13, "none of the eight root causes"),
+    (edited(7, "C3", "C2"), 7, "the label C2 appears twice"),
+    (edited(7, LINES[6], "C9: " + LINES[4][4:]), 7, "the same root cause appears twice"),
+    (with_line(13, "C9: The weather is bad."), 13, "not one of the eight root causes"),
     (without(*range(5, 13)), 6, "expected an option"),
     # Columns.
     (edited(24, "GPS Speed (km/h)", "GPS Speed"), 24, "unknown column 'GPS Speed'"),
     (edited(24, "Timestamp|", "timestamp|"), 24, "unknown column 'timestamp'"),
     (edited(24, "Timestamp|", "|Timestamp|"), 24, "unknown column ''"),
     (edited(24, "(Including 0)", "(Including 0)|"), 24, "unknown column ''"),
-    (edited(24, "Longitude|Latitude", "Longitude|Longitude"), 24, "the column 'Longitude' is there twice"),
+    (edited(24, "Longitude|Latitude", "Longitude|Longitude"), 24, "the column 'Longitude' appears twice"),
     (edited(24, "Top 5 PCI", "Top 6 PCI"), 24, "unknown column 'Measurement PCell Neighbor Cell Top Set(Cell Level)"),
     (edited(24, "Timestamp", "PCI"), 24, "unknown column 'PCI'"),
-    (edited(32, "PCI|TxRx Mode", "PCI|PCI"), 32, "the column 'PCI' is there twice"),
+    (edited(32, "PCI|TxRx Mode", "PCI|PCI"), 32, "the column 'PCI' appears twice"),
     (edited(32, "Height", "Height "), 32, "unknown column 'Height '"),
     # Rows.
     (edited(26, "|199.5", ""), 26, "18 cells in a table of 19 columns"),
@@ -644,9 +644,9 @@ REFUSALS: list[tuple[str, int, str]] = [
     (edited(33, "Invented 1", "Invented \ud800"), 33, "antenna_model: expected text or '-'"),
     (edited(33, "|40|", "|4O|"), 33, "mechanical_azimuth: expected a number"),
     # Tables.
-    (without(*range(22, 30)), 26, "expected 'User plane drive test data as follows：', the text ends"),
-    ("\n".join(LINES[:27]), 27, "expected 'Engeneering parameters data as follows：', the text ends"),
-    ("\n".join(LINES[:21]), 21, "expected the heading of a table, the text ends"),
+    (without(*range(22, 30)), 26, "expected 'User plane drive test data as follows：', but the text ends"),
+    ("\n".join(LINES[:27]), 27, "expected 'Engeneering parameters data as follows：', but the text ends"),
+    ("\n".join(LINES[:21]), 21, "expected the heading of a table, but the text ends"),
     (without(25, 26, 27), 24, "a table without rows"),
     (without(33, 34), 32, "a table without rows"),
     ("\n".join([*LINES[:29], *LINES[21:27]]), 30, "expected 'Engeneering parameters data as follows：'"),
@@ -662,7 +662,7 @@ REFUSALS: list[tuple[str, int, str]] = [
     (PROMPT.replace("\n", "\r"), 1, "expected 'Analyze the 5G wireless network"),
     (edited(26, "199.5", "199.5\r"), 26, "rbs: expected a number"),
     (edited(22, "：", "：\r"), 22, "expected 'User plane drive test data as follows：'"),
-    (edited(12, "throughput.", "throughput.\r"), 12, "none of the eight root causes"),
+    (edited(12, "throughput.", "throughput.\r"), 12, "not one of the eight root causes"),
     (with_line(23, "\r"), 23, "unknown column '\\r'"),
     (edited(26, "|-81|", "\t-81\t"), 26, "17 cells in a table of 19 columns"),
     (edited(26, "|-81|", "|\t-81|"), 26, "rsrp: expected a number"),
@@ -678,8 +678,8 @@ def test_a_refusal_names_the_line_and_the_reason(text: str, line: int, reason: s
 TERSE_REFUSALS: list[tuple[str, int, str]] = [
     (edited(1, "C3", "C3=C3", TERSE_LINES), 1, "expected labels such as C3, or M4=C3"),
     (edited(1, "C3", "M3", TERSE_LINES), 1, "expected labels such as C3, or M4=C3"),
-    (edited(1, "C3", "7=C2", TERSE_LINES), 1, "the label 7 is there twice"),
-    (edited(1, "C3", "C8", TERSE_LINES), 1, "the same root cause is there twice"),
+    (edited(1, "C3", "7=C2", TERSE_LINES), 1, "the label 7 appears twice"),
+    (edited(1, "C3", "C8", TERSE_LINES), 1, "the same root cause appears twice"),
     # What is not a line of options is taken for the other wording.
     (edited(1, "C3 ", "C3  ", TERSE_LINES), 1, "expected"),
     (edited(1, "7=C8", "7=C9", TERSE_LINES), 1, "expected"),
@@ -687,7 +687,7 @@ TERSE_REFUSALS: list[tuple[str, int, str]] = [
     (edited(3, "RSRP", "rsrp", TERSE_LINES), 3, "unknown column 'rsrp'"),
     (edited(4, "-80.10", "-80.", TERSE_LINES), 4, "rsrp: expected a number"),
     (edited(6, "cells", "cell", TERSE_LINES), 6, "1 cells in a table of 7 columns"),
-    (without(10, lines=TERSE_LINES), 9, "expected '?', the text ends"),
+    (without(10, lines=TERSE_LINES), 9, "expected '?', but the text ends"),
     (edited(10, "?", "??", TERSE_LINES), 10, "1 cells in a table of 2 columns"),
     (TERSE + "\n?", 11, "expected the end of the prompt"),
     (TERSE + "C3", 10, "1 cells in a table of 2 columns"),

@@ -482,9 +482,9 @@ def test_summarize_takes_what_a_table_holds() -> None:
     [
         ([], [], "no prompts"),
         ([[]], ["C3"], "at least one"),
-        ([["C3"]], [], "1 prompts, and 0 labels"),
-        ([["C3"]], ["C3", "C4"], "1 prompts, and 2 labels"),
-        ([["C3", "C3"], ["C3"]], ["C3", "C3"], r"found \[1, 2\]. Add \"\""),
+        ([["C3"]], [], "1 prompts, but 0 labels"),
+        ([["C3"]], ["C3", "C4"], "1 prompts, but 2 labels"),
+        ([["C3", "C3"], ["C3"]], ["C3", "C3"], r"found \[1, 2\]. Pass \"\""),
         ([["C3", "c3"]], ["C3"], "prediction 'c3'"),
         ([["C3 "]], ["C3"], "prediction 'C3 '"),
         ([["C3", None]], ["C3"], "prediction None"),

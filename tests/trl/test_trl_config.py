@@ -33,7 +33,7 @@ def test_bounds_are_inclusive(setting):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"policy": "grpo"}, r"policy='grpo' is none of 'hpo', 'ahpo'"),
+        ({"policy": "grpo"}, r"policy='grpo' is not a variant\. Set policy to one of 'hpo', 'ahpo'"),
         ({"policy": "hpo", "alpha": 1.5}, r"alpha=1.5 is not a number in \[0, 1\]"),
         ({"policy": "hpo", "alpha": -0.1}, r"alpha=-0.1 is not a number in \[0, 1\]"),
         ({"policy": "hpo", "alpha": float("nan")}, r"alpha=nan is not a number in \[0, 1\]"),
@@ -49,7 +49,7 @@ def test_bounds_are_inclusive(setting):
         ({"observe": True, "policy": "hpo"}, r"policy='hpo' has no effect with observe=True.*Remove one of the two"),
         ({"observe": True, "alpha": 0.5}, r"alpha=0.5 has no effect with policy='ahpo'"),
         ({"observe": True, "alpha_min": 2}, r"alpha_min=2 is not a number in \[0, 1\]"),
-        ({"observe": "yes"}, r"observe='yes' is neither True nor False"),
+        ({"observe": "yes"}, r"observe='yes' must be True or False"),
     ],
 )
 def test_what_would_not_be_hpo_is_refused_with_what_to_do(changes, said):
@@ -101,7 +101,9 @@ def test_a_setting_with_the_name_of_a_field_of_trl_is_refused_where_it_is_select
     hot = registry.VariantSetting("temperature", 0.5, "of α")
     registry.register_variant(registry.Variant("hot", "Hot", "α", lambda counts, settings: 0.5, (hot,)))
     assert config().settings_of_policy()["temperature"] == 0.5
-    with pytest.raises(ConfigError, match="policy='hot' has a setting 'temperature', which is a field of GRPOConfig"):
+    with pytest.raises(
+        ConfigError, match="policy='hot' has a setting 'temperature', which is also a field of GRPOConfig"
+    ):
         config(policy="hot")
 
 

@@ -228,7 +228,9 @@ def test_an_infinite_reward_does_not_stop_a_run_that_is_observed(weighted, caplo
     found, metrics = weighted([math.inf, 0.0, 0.0, 0.0], [1.5, -0.5, -0.5, -0.5], observe=True)
     assert (found, metrics) == ([1.5, -0.5, -0.5, -0.5], {})
     (record,) = caplog.records
-    assert record.getMessage().startswith("observe=True: a generation batch is not observed: rewards must be finite")
+    assert record.getMessage().startswith(
+        "observe=True: skipped the metrics of a generation batch: rewards must be finite"
+    )
 
 
 def make(tmp_path, **given):
@@ -247,7 +249,7 @@ def make(tmp_path, **given):
 
 
 def test_a_plain_config_is_refused():
-    with pytest.raises(TypeError, match=r"args is a GRPOConfig: HPOTrainer takes an HPOConfig"):
+    with pytest.raises(TypeError, match=r"args is a GRPOConfig, but HPOTrainer requires an HPOConfig"):
         HPOTrainer(tiny.build_model(), tiny.reward, GRPOConfig(output_dir="unused", use_cpu=True, bf16=False))
 
 

@@ -114,4 +114,4 @@ def test_the_script_says_how_to_read_what_it_writes(gates):
     assert listed.splitlines() == ["- `old`, `new`: c", "- `new`: d"]
     text = gates.reading(gates.VERL, measured)
     assert "`old` is commit `123456789` of 1 May 2026; `new` is a source distribution." in text
-    assert "fails before and after on `old`, after on `new`: `test_x`; the reason is not known." in text
+    assert "fails on `old` (before and after) and on `new` (after): `test_x`; the reason is not known." in text

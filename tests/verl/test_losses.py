@@ -55,9 +55,9 @@ def test_verl_finds_the_losses_and_calls_them_with_the_parameters_of_its_own(nam
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (FSDPActorConfig(rollout_n=8, ppo_micro_batch_size_per_gpu=1), "who made these is not known"),
-        (actor("hpo"), "these are of hpo"),
-        (None, "who made these is not known"),
+        (FSDPActorConfig(rollout_n=8, ppo_micro_batch_size_per_gpu=1), "their estimator is not known"),
+        (actor("hpo"), "the advantages are from hpo"),
+        (None, "their estimator is not known"),
     ],
 )
 def test_advantages_of_another_estimator_are_refused_in_the_worker_with_what_to_set(config, said):
@@ -69,7 +69,7 @@ def test_advantages_of_another_estimator_are_refused_in_the_worker_with_what_to_
 
 @pytest.mark.parametrize("agg", ["seq-mean-token-mean", "seq-mean-token-sum", "token-sum"])
 def test_any_aggregation_but_token_mean_is_refused(agg):
-    with pytest.raises(ConfigError, match=rf"loss_mode=hpo needs .*loss_agg_mode=token-mean, got {agg}"):
+    with pytest.raises(ConfigError, match=rf"loss_mode=hpo needs .*loss_agg_mode=token-mean, but it is {agg}"):
         LOSSES["hpo"](*random_batch(), agg, actor())
 
 

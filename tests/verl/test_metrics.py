@@ -306,8 +306,8 @@ def no_number(data: DataProto) -> DataProto:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (several_outputs, "(ConfigError): the prompt (uid) a has 6 rows in the batch"),
-        (no_uids, "(ValueError): it has no `uid`"),
+        (several_outputs, "(ConfigError): actor_rollout_ref.rollout.n=2, but the prompt (uid) a has 6 rows"),
+        (no_uids, "(ValueError): the batch has no `uid`"),
         (no_number, "(RewardError): rewards must be finite: 1 of 6"),
     ],
 )
@@ -318,9 +318,9 @@ def test_a_batch_that_cannot_be_counted_is_named_once_and_the_run_continues(monk
         data.batch["values"] = torch.zeros(6, 4)
         assert logged(compute_advantage(data, "gae", config=observed("gae"))) == {}
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"algorithm.hpo.observe=True: a batch is not observed {said}")
+    assert record.getMessage().startswith(f"algorithm.hpo.observe=True cannot observe a batch {said}")
 
 
 def test_a_value_that_no_check_has_seen_is_refused():
-    with pytest.raises(ConfigError, match=r"algorithm\.hpo\.observe='yes' is neither true nor false"):
+    with pytest.raises(ConfigError, match=r"algorithm\.hpo\.observe='yes' is not a boolean"):
         in_v1(batch(), config("grpo", hpo={"observe": "yes"}))

@@ -162,9 +162,9 @@ def test_estimators_and_losses_are_registered_when_verls_registry_is_imported_an
 
 @pytest.mark.timeout(400)
 def test_a_plugin_that_cannot_load_is_logged_and_whatever_needs_it_raises_the_reason():
-    """Verl itself would log it at DEBUG and go on. Here the hook that runs at once fails, after the first was set."""
+    """Verl would only log it at DEBUG. Here the hook that runs immediately fails, after the first was set."""
     facts, stderr = fresh(BROKEN)
-    assert "hpo_plugin could not be set up: runs that need it stop" in stderr
+    assert "the setup of hpo_plugin failed. Runs that do not use HPO continue; runs that use it stop" in stderr
     kind, message = facts["ahpo"]
     assert kind == "RegistrationError"
     assert "hpo_plugin.verl.seams" in message
@@ -179,7 +179,7 @@ def test_a_name_that_was_taken_before_stays_its_owners_and_stops_only_runs_that_
     assert facts["vanilla"] is None
     kind, message = facts["ahpo"]
     assert kind == "RegistrationError"
-    assert "the name is held by __main__.foreign" in message
+    assert "the name is registered by __main__.foreign" in message
 
 
 @pytest.mark.timeout(400)
@@ -193,7 +193,7 @@ def test_a_failed_installation_keeps_its_reason(monkeypatch, caplog):
     with caplog.at_level(logging.ERROR):
         plugin.load()
     assert plugin.FAILURE.startswith("ModuleNotFoundError: import of wrapt halted")
-    assert "runs that need it stop" in caplog.text
+    assert "runs that use it stop" in caplog.text
     with pytest.raises(RegistrationError, match="import of wrapt halted"):
         HPOPolicyLossConfig(adv_estimator="ahpo", loss_mode="ahpo")
 

@@ -59,7 +59,7 @@ def test_a_saved_config_selects_what_it_selected(saved: DictConfig):
 
 def test_what_version_010_let_a_user_choose_and_is_gone_is_refused(saved: DictConfig):
     saved.algorithm.hpo.weigh = "loss"
-    with pytest.raises(ConfigError, match=r"algorithm\.hpo\.weigh is not a setting"):
+    with pytest.raises(ConfigError, match=r"algorithm\.hpo\.weigh=loss is not a setting"):
         seams.prepare(saved)
 
 

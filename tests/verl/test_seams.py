@@ -179,9 +179,9 @@ def test_a_seam_that_is_not_what_it_was_is_recorded_and_stops_only_runs_that_sel
     plugin._on_import(moved)
     assert vars(moved) == before
     assert plugin.FAILURE.startswith(f"RegistrationError: {name}.")
-    assert "runs that need it stop" in caplog.text
+    assert "runs that use it stop" in caplog.text
     require_registered("grpo", "vanilla")
-    with pytest.raises(RegistrationError, match="is not there: hpo_plugin was not made for this verl"):
+    with pytest.raises(RegistrationError, match="does not exist or has other parameters: hpo_plugin does not support"):
         require_registered("ahpo", "vanilla")
 
 
@@ -196,7 +196,7 @@ def test_where_compute_advantage_has_moved_hpo_runs_and_an_observed_run_outside_
     monkeypatch.setattr(ray_trainer, "compute_advantage", inspect.unwrap(ray_trainer.compute_advantage))
     config = experimental("fully_async_policy", "algorithm.adv_estimator=grpo", "+algorithm.hpo.observe=true")
     with pytest.raises(
-        RegistrationError, match=r"observe=True: this verl has no .*, where the fully-async trainer would"
+        RegistrationError, match=r"observe=True cannot observe the fully-async trainer, because this version .*has no"
     ):
         seams.prepare(config)
     monkeypatch.undo()
@@ -281,7 +281,7 @@ def test_the_experimental_trainers_are_set_up_by_run_ppo(run_ppo, main, selected
     ("wrong", "said"),
     [
         (["+algorithm.policy_loss=banana"], "banana is not a preset"),
-        (["actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"], "adv_estimator=gae is not possible"),
+        (["actor_rollout_ref.actor.policy_loss.loss_mode=ahpo"], "does not support algorithm.adv_estimator=gae"),
         (["algorithm.adv_estimator=ahpo", "algorithm.use_kl_in_reward=True"], "use_kl_loss=True"),
     ],
 )
@@ -306,7 +306,7 @@ def test_a_key_that_nothing_applied_stops_v1_before_the_first_update():
 
     data = DataProto.from_dict(tensors={"response_mask": torch.ones(1, 1)})
     config = OmegaConf.create({"policy_loss": "ahpo", "adv_estimator": "gae"})
-    with pytest.raises(ConfigError, match=r"algorithm.policy_loss=ahpo was not applied: .*adv_estimator=ahpo"):
+    with pytest.raises(ConfigError, match=r"algorithm.policy_loss=ahpo was not applied, because .*adv_estimator=ahpo"):
         compute_advantage_for_multi_trajectories(data, ["u_0_0"], "gae", config=config)
 
 

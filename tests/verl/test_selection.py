@@ -81,8 +81,8 @@ def test_the_estimator_composes_with_any_aggregation():
     [
         (config("ahpo", "ahpo"), "A-HPO: α = clip(p̂⁺ / p̂⁻, α_min, 1), alpha_min = 0.1"),
         (config("hpo", "gspo", hpo={"alpha": 0.5}), "HPO: fixed α, alpha = 0.5"),
-        (config("opo", "hpo"), "HPO: fixed α, alpha = 0.6, on the advantages of opo"),
-        (config(), "no hysteretic weights"),
+        (config("opo", "hpo"), "HPO: fixed α, alpha = 0.6, applied to the advantages of opo"),
+        (config(), "no α"),
     ],
 )
 def test_the_label_names_the_variant_and_its_settings(config, label):
@@ -104,9 +104,9 @@ def test_the_label_names_the_variant_and_its_settings(config, label):
         pytest.param(config("hpo", hpo={"alpha": True}), ["algorithm.hpo.alpha=True"], id="alpha a truth value"),
         pytest.param(config("ahpo", hpo={"alpha_min": 2}), ["algorithm.hpo.alpha_min=2"], id="alpha_min above 1"),
         pytest.param(config("hpo", hpo=0.6), ["algorithm.hpo=0.6", "mapping"], id="no mapping"),
-        pytest.param(config("hpo", hpo={"alfa": 0.6}), ["algorithm.hpo.alfa", "alpha_min"], id="unknown setting"),
+        pytest.param(config("hpo", hpo={"alfa": 0.6}), ["algorithm.hpo.alfa=0.6", "alpha_min"], id="unknown setting"),
         pytest.param(
-            config("ahpo", hpo={"weigh": "loss"}), ["algorithm.hpo.weigh is not a setting"], id="removed setting"
+            config("ahpo", hpo={"weigh": "loss"}), ["algorithm.hpo.weigh=loss is not a setting"], id="removed setting"
         ),
         pytest.param(
             config("grpo", hpo={"alpha": 0.5}),
@@ -140,7 +140,7 @@ def test_the_label_names_the_variant_and_its_settings(config, label):
         ),
         pytest.param(
             config("ahpo", "ahpo", "seq-mean-token-mean"),
-            [f"{LOSS}=ahpo", f"{AGG}=token-mean", "seq-mean-token-mean"],
+            [f"{AGG}=seq-mean-token-mean contradicts {LOSS}=ahpo", f"Set {AGG}=token-mean"],
             id="loss of mean length with another aggregation",
         ),
         pytest.param(
@@ -181,13 +181,13 @@ def test_refused_naming_the_keys_and_their_values(bad, named):
         ("remax", "inputs that verl does not pass"),
         ("gdpo", "inputs that verl does not pass"),
         ("optimal_token_baseline", "inputs that verl does not pass"),
-        ("somebody_elses", "is not known"),
+        ("somebody_elses", "it is not known whether"),
     ],
 )
 def test_an_estimator_that_alpha_cannot_be_applied_to_is_refused_with_what_to_use(adv, why):
     with pytest.raises(ConfigError) as refused:
         read_selection(config(adv, "ahpo"))
-    for text in (f"{ADV}={adv}", f"{LOSS}=ahpo", why, f"Set {ADV}=ahpo", *BASE_ESTIMATORS):
+    for text in (f"{ADV}={adv}", f"{LOSS}=ahpo", why, f"Set {ADV} to ahpo", *BASE_ESTIMATORS):
         assert text in str(refused.value)
 
 
@@ -208,7 +208,9 @@ def changed(base: DictConfig, **values: Any) -> DictConfig:
 
 @pytest.mark.parametrize("loss", NOT_HOMOGENEOUS)
 def test_a_loss_that_is_not_homogeneous_in_the_advantage_is_refused(loss):
-    assert f"{LOSS}={loss} is not homogeneous" in refused_run(config("ahpo", loss))
+    message = refused_run(config("ahpo", loss))
+    assert f"{LOSS}={loss} does not support ahpo: the loss is not homogeneous" in message
+    assert f"Set {LOSS} to ahpo, vanilla" in message
 
 
 def test_one_response_a_prompt_is_refused_where_advantages_are_relative_to_a_group():
@@ -251,15 +253,21 @@ def test_a_distillation_loss_never_gets_alpha(key, value):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "V1 sync: α of the step's rollout batch"),
-        ({"trainer.v1.trainer_mode": "colocate_async"}, "V1 colocate_async: α of the step's rollout batch"),
+        ({}, "V1 sync trainer: α is computed from the step's rollout batch"),
+        (
+            {"trainer.v1.trainer_mode": "colocate_async"},
+            "V1 colocate_async trainer: α is computed from the step's rollout batch",
+        ),
         (
             {"trainer.v1.trainer_mode": "separate_async", "trainer.v1.separate_async.parameter_sync_step": 4},
-            "V1 separate_async: α of each local update's batch, 4 in a global step",
+            "V1 separate_async trainer: α is computed from each local update's batch, 4 in a global step",
         ),
-        (LEGACY, "legacy: α of the step's rollout batch"),
-        (ONE_STEP_OFF, "one-step-off: α of the step's rollout batch, generated one step earlier"),
-        (FULLY_ASYNC, "fully-async: α of each batch that the trainer takes from the queue"),
+        (LEGACY, "legacy trainer: α is computed from the step's rollout batch"),
+        (
+            ONE_STEP_OFF,
+            "one-step-off trainer: α is computed from the step's rollout batch, generated one step earlier",
+        ),
+        (FULLY_ASYNC, "fully-async trainer: α is computed from each batch that the trainer takes from the queue"),
     ],
 )
 def test_the_batch_that_alpha_is_of_is_named_for_each_trainer(settings, said):
@@ -278,8 +286,8 @@ def test_a_run_of_any_estimator_is_observed_and_nothing_in_its_config_changes(ad
     prepare(observed)
     assert OmegaConf.to_container(observed) == before
     assert describe_observation(observed) == (
-        "the run is observed, its update is not changed: actor/hpo/observe/* has what A-HPO (alpha_min = 0.25) would "
-        "use; V1 sync: α of the step's rollout batch"
+        "the run is observed and its update does not change: actor/hpo/observe/* logs what A-HPO (alpha_min = 0.25) "
+        "would use; V1 sync trainer: α is computed from the step's rollout batch"
     )
 
 
@@ -302,7 +310,7 @@ def test_verls_own_check_says_that_the_run_is_observed(compose_stock, capsys):
     validate_config(config=stock, use_reference_policy=False, use_critic=False)
     assert OmegaConf.to_container(stock) == before
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "[hpo_plugin]" in line]
-    assert line.startswith("[hpo_plugin] the run is observed, its update is not changed: actor/hpo/observe/*")
+    assert line.startswith("[hpo_plugin] the run is observed and its update does not change: actor/hpo/observe/*")
 
 
 # verl's stock config --------------------------------------------------------------------------------------------------
@@ -351,13 +359,13 @@ def test_a_contradiction_stops_verls_own_config_check(recipe):
 def test_a_third_class_as_target_is_refused_because_it_cannot_name_the_estimator(recipe):
     target = "actor_rollout_ref.actor.policy_loss._target_"
     other = recipe(**{target: "elsewhere.PolicyLossConfig", "actor_rollout_ref.rollout.n": 8})
-    with pytest.raises(ConfigError, match=r"policy_loss._target_=elsewhere.PolicyLossConfig cannot tell"):
+    with pytest.raises(ConfigError, match=r"policy_loss._target_=elsewhere.PolicyLossConfig cannot pass"):
         validate_config(other, use_reference_policy=False, use_critic=False)
 
 
 @pytest.mark.parametrize("adv", ["hpo", "grpo", "rloo"])
 def test_the_actors_config_refuses_another_estimator_when_it_is_built(adv):
-    with pytest.raises(ConfigError, match=f"loss_mode=ahpo needs {ADV}=ahpo, .* not {adv}"):
+    with pytest.raises(ConfigError, match=rf"{ADV}={adv} does not .*loss_mode=ahpo needs\. Set {ADV}=ahpo"):
         HPOPolicyLossConfig(adv_estimator=adv, loss_mode="ahpo")
 
 
@@ -381,4 +389,5 @@ def test_the_actors_config_refuses_another_estimator_when_it_is_built(adv):
 def test_half_of_hpo_is_named_by_looking_at_the_loss(compose_stock, loss, agg, half):
     stock = compose_stock("actor_rollout_ref.rollout.n=8", f"{ADV}=ahpo", f"{LOSS}={loss}", f"{AGG}={agg}")
     lines = prepare(stock)[1]
-    assert any("half of A-HPO" in line and f"{LOSS}={loss}" in line for line in lines) == half
+    said = "the α of A-HPO without its normalization"
+    assert any(said in line and f"{LOSS}={loss}" in line for line in lines) == half

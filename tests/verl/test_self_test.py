@@ -68,7 +68,7 @@ def test_a_run_without_hpo_needs_no_version(monkeypatch, recipe):
     [
         (losses, "ppo_loss", lambda result: (2 * result[0], result[1]), "gradient of ppo_loss differs .* 1.0e\+00"),
         (losses, "ppo_loss", None, "TypeError"),
-        (v1_utils, "compute_advantage", doubled, r"compute_advantage gives the advantages \[3\.0"),
+        (v1_utils, "compute_advantage", doubled, r"compute_advantage returns the advantages \[3\.0"),
     ],
     ids=["another scale", "moved", "other advantages"],
 )

@@ -1,6 +1,6 @@
 """Countdown: reach a target from given numbers, each used once, with + - * / and parentheses.
 
-Names are loaded on first use, so that a reward worker that imports :func:`compute_score` pays for nothing else.
+Names are loaded on first use, so that a reward worker that imports :func:`compute_score` imports nothing else.
 """
 
 from importlib import import_module

@@ -103,7 +103,7 @@ def generate_splits(
         config: What to generate.
         train_size: Problems in the training split.
         test_size: Problems in the test split.
-        progress: Told how many problems there are.
+        progress: Receives the number of problems generated so far.
 
     Returns:
         The training split, the test split.
@@ -132,7 +132,7 @@ def prepare_countdown(
     force: bool = False,
     progress: Progress | None = None,
 ) -> DataSet:
-    """Write ``train.parquet``, ``test.parquet`` and ``manifest.json``; leave identical existing data alone.
+    """Write ``train.parquet``, ``test.parquet`` and ``manifest.json``; keep identical existing data.
 
     Args:
         output: The directory; created if needed.
@@ -145,7 +145,7 @@ def prepare_countdown(
         only_counts: Keep only the rows of a source with so many numbers, after splitting; not for ``synthetic``, where
             ``config.counts`` says it.
         force: Replace other data in the directory.
-        progress: Told what is being done.
+        progress: Receives a stage's name, the work done and the total.
 
     Returns:
         Paths, manifest, and what was written.
@@ -171,7 +171,9 @@ def prepare_countdown(
     counts: dict[str, Any] = {}
     if synthetic:
         if only_counts:
-            raise ValueError("only_counts selects rows of a source; for synthetic problems set config.counts")
+            raise ValueError(
+                f"only_counts={tuple(only_counts)} selects rows of a source; for synthetic problems, set config.counts"
+            )
         config = CountdownConfig() if config is None else config
         config.validate()
         parameters |= {"source": "synthetic", **asdict(config), "counts": list(config.counts)}
@@ -179,7 +181,9 @@ def prepare_countdown(
         train, test = generate_splits(config, train_size, test_size, progress)
     else:
         if config is not None:
-            raise ValueError(f"config describes synthetic problems and has no effect with source={source!r}")
+            raise ValueError(
+                f"config applies only to synthetic problems and has no effect with source={source!r}; remove it"
+            )
         parameters |= {**_describe_source(source), "only_counts": sorted(only_counts)}
         check_output(directory, parameters, force=force)
         train, test, counts = _convert(source, train_size, test_size, only_counts, progress)
@@ -204,7 +208,7 @@ def _describe_source(source: str) -> dict[str, Any]:
     if path.suffix.lower() in FILE_SUFFIXES or not _HUB_ID.fullmatch(source):
         raise SourceUnavailableError(
             f"source={source!r} is neither an existing file ({', '.join(FILE_SUFFIXES)}) nor the id of a data set on "
-            f"the Hugging Face hub such as {PUBLIC_DATASET}"
+            f"the Hugging Face Hub, such as {PUBLIC_DATASET}"
         )
     return {"source": source}
 
@@ -247,8 +251,8 @@ def _convert(
         progress("reading the source", 1, 1)
     if len(rows) < train_size + test_size:
         raise ValueError(
-            f"source={source!r} has {len(rows)} rows, and {train_size} for training plus {test_size} for testing were "
-            "asked for; give train_size and test_size (--train-size, --test-size) that fit"
+            f"source={source!r} has {len(rows)} rows, fewer than train_size={train_size} plus test_size={test_size}; "
+            "lower one of them (--train-size, --test-size)"
         )
     splits: dict[str, list[CountdownProblem]] = {"train": [], "test": []}
     malformed: list[str] = []
@@ -265,10 +269,10 @@ def _convert(
         splits["train" if position < train_size else "test"].append(problem)
     for split, problems in splits.items():
         if not problems:
-            first = f"; the first malformed one: {malformed[0]}" if malformed else ""
+            first = f"; first malformed row: {malformed[0]}" if malformed else ""
             raise ValueError(
-                f"source={source!r}: no usable row for the {split} split ({len(malformed)} malformed, {other_counts} "
-                f"with another count of numbers{first})"
+                f"source={source!r}: the {split} split has no usable row ({len(malformed)} malformed, {other_counts} "
+                f"with a different count of numbers{first})"
             )
     unsolvable, unchecked = _count_unsolvable(splits["train"] + splits["test"], progress)
     train_identities = [problem.identity for problem in splits["train"]]
@@ -309,5 +313,5 @@ def _count_unsolvable(problems: Sequence[CountdownProblem], progress: Progress |
                 unchecked += len(part)
             done += len(part)
             if progress is not None:
-                progress("checking that problems can be solved", done, len(problems))
+                progress("checking solvability", done, len(problems))
     return unsolvable, unchecked

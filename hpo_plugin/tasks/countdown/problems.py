@@ -1,4 +1,4 @@
-"""Countdown problems: a seeded generator, a solver, and the identity that keeps splits apart.
+"""Countdown problems: a seeded generator, a solver, and the identity that keeps splits disjoint.
 
 A problem is a list of numbers and a target. Every number is to be used exactly once, with + - * / and parentheses;
 intermediate values may be negative or fractional. A generated problem is solvable because it is *built*: numbers are
@@ -70,12 +70,12 @@ class CountdownConfig:
             ValueError: Naming the field, its value and what to do.
         """
         if not self.counts:
-            raise ValueError("counts is empty: say how many numbers a problem has, for example (3, 4)")
+            raise ValueError("counts is empty; set the count of numbers in a problem, for example (3, 4)")
         for count in self.counts:
             if count < 2:
                 raise ValueError(f"counts={self.counts}: a problem needs at least 2 numbers, got {count}")
         if len(set(self.counts)) != len(self.counts):
-            raise ValueError(f"counts={self.counts} names a count twice")
+            raise ValueError(f"counts={self.counts} contains a count twice; list each count once")
         if self.min_number < 1:
             raise ValueError(f"min_number={self.min_number} must be at least 1")
         if self.max_number < self.min_number:
@@ -89,12 +89,12 @@ class CountdownConfig:
         most = max(self.counts)
         if not _fits_int64(most, self.max_number):
             raise ValueError(
-                f"counts={self.counts} with max_number={self.max_number}: values would not fit the generator's exact "
-                "64-bit arithmetic; lower one of them"
+                f"counts={self.counts} with max_number={self.max_number} exceeds the generator's exact 64-bit "
+                "arithmetic; lower one of them"
             )
         if self.min_target > _bound(most, self.max_number):
             raise ValueError(
-                f"min_target={self.min_target} cannot be reached by {most} numbers up to {self.max_number}: lower it, "
+                f"min_target={self.min_target} is out of reach of {most} numbers up to {self.max_number}; lower it, "
                 "or raise max_number"
             )
 
@@ -145,9 +145,9 @@ def generate_problems(
         problem = next(stream, None)
         if problem is None:
             raise ValueError(
-                f"{size} distinct problems asked for, and only {len(problems)} were found with counts={config.counts}, "
-                f"numbers {config.min_number}-{config.max_number}, targets {config.min_target}-{config.max_target}: "
-                "ask for fewer, or widen the ranges"
+                f"found only {len(problems)} of the {size} distinct problems requested with counts={config.counts}, "
+                f"numbers {config.min_number}-{config.max_number}, targets {config.min_target}-{config.max_target}; "
+                "request fewer, or widen the ranges"
             )
         problems.append(problem)
         if progress is not None and len(problems) % 1024 == 0:
@@ -248,13 +248,13 @@ def _fits_int64(count: int, largest: int) -> bool:
 
 
 def fits_exactly(numbers: Sequence[int], target: int) -> bool:
-    """Say whether :func:`solvable` can treat a problem: its 64-bit arithmetic is exact up to some size and count."""
+    """Return whether the 64-bit arithmetic of :func:`solvable` is exact for a problem of this size and count."""
     # One more factor than the numbers: the comparison multiplies a denominator by the target.
     return _fits_int64(len(numbers) + 1, max(*numbers, abs(target), 1))
 
 
 def solvable(numbers: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    """Say for many problems at once whether each has a solution.
+    """Return for each of many problems whether it has a solution.
 
     Args:
         numbers: Integers of shape [problems, count], each at least 0.
@@ -275,7 +275,7 @@ def solvable(numbers: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.b
     largest_number, largest_target = int(np.abs(given).max()), int(np.abs(wanted).max())
     if not fits_exactly((largest_number,) * given.shape[1], largest_target):
         raise ValueError(
-            f"{given.shape[1]} numbers up to {largest_number} with targets up to {largest_target} do not fit exact "
+            f"{given.shape[1]} numbers up to {largest_number} with targets up to {largest_target} exceed exact "
             "64-bit arithmetic; use solve()"
         )
     found = np.zeros(len(given), dtype=bool)

@@ -79,7 +79,7 @@ _INTEGER_LIMIT = 10**MAX_DIGITS
 
 
 class CountdownVerdict(str, Enum):
-    """What an answer is, and why it is not correct if it is not."""
+    """The verdict on an answer: correct, or the reason why it is not."""
 
     CORRECT = "correct"
     #: Public layout: there is no ``<answer>…</answer>``.
@@ -138,8 +138,8 @@ def compute_score(
     """
     if not 0.0 <= format_score < 1.0:
         raise ValueError(
-            f"reward.custom_reward_function.reward_kwargs.format_score={format_score!r} must be in [0, 1): "
-            "a wrong answer may not earn as much as a correct one"
+            f"reward.custom_reward_function.reward_kwargs.format_score={format_score!r} must be in [0, 1), so "
+            "that a wrong answer earns less than a correct one"
         )
     verdict = judge(solution_str, ground_truth, layout=_layout_of(data_source, layout), mode=mode)
     if verdict is CountdownVerdict.CORRECT:
@@ -150,7 +150,7 @@ def compute_score(
 
 
 def judge(solution_str: str, ground_truth: Any, *, layout: str = "public", mode: str = "exact") -> CountdownVerdict:
-    """Say whether a response is correct, and if not, why.
+    """Judge a response: correct, or the reason why it is not.
 
     Args:
         solution_str: The decoded response, without the prompt.
@@ -174,13 +174,13 @@ def judge(solution_str: str, ground_truth: Any, *, layout: str = "public", mode:
     if mode not in MODES:
         raise ValueError(
             f"reward.custom_reward_function.reward_kwargs.mode={mode!r} is not one of {', '.join(MODES)}; "
-            "leave it out for exact"
+            "remove it to use exact"
         )
     if mode == "tinyzero":
         if layout != "public":
             raise ValueError(
                 f"reward.custom_reward_function.reward_kwargs.mode={mode!r} does not apply to layout={layout!r}: the "
-                "public scorer reads <answer> tags. Set mode=exact, or layout=public for data with tags"
+                "public scorer reads <answer> tags. Set mode=exact, or set layout=public for data with tags"
             )
         return _judge_as_tinyzero(solution_str, target, numbers)
     if layout == "public":
@@ -234,7 +234,7 @@ def read_ground_truth(ground_truth: Any) -> tuple[int, tuple[int, ...]]:
     if not isinstance(given, (dict, Mapping)):
         raise _bad_ground_truth(ground_truth, f"it is a {type(given).__name__}, not a mapping")
     if "target" not in given or "numbers" not in given:
-        raise _bad_ground_truth(ground_truth, "the keys 'target' and 'numbers' are needed")
+        raise _bad_ground_truth(ground_truth, "the keys 'target' and 'numbers' are required")
     numbers = given["numbers"]
     if not isinstance(numbers, (list, tuple)) and hasattr(numbers, "tolist"):
         numbers = numbers.tolist()
@@ -247,7 +247,7 @@ def read_ground_truth(ground_truth: Any) -> tuple[int, tuple[int, ...]]:
         raise _bad_ground_truth(ground_truth, f"an integer has more than {MAX_DIGITS} digits")
     target, *integers = checked
     if min(integers) < 0:
-        raise _bad_ground_truth(ground_truth, "'numbers' holds a negative number, which no answer could write")
+        raise _bad_ground_truth(ground_truth, "'numbers' holds a negative number, which an answer cannot contain")
     integers.sort()
     return target, tuple(integers)
 
@@ -285,8 +285,8 @@ def _layout_of(data_source: str, layout: str | None) -> str:
     if data_source == TERSE_DATA_SOURCE:
         return "terse"
     raise ValueError(
-        f"data_source={data_source!r} is neither {PUBLIC_DATA_SOURCE!r} nor {TERSE_DATA_SOURCE!r}; name the layout of "
-        "this data with reward.custom_reward_function.reward_kwargs.layout=public|terse"
+        f"data_source={data_source!r} is neither {PUBLIC_DATA_SOURCE!r} nor {TERSE_DATA_SOURCE!r}; set "
+        "reward.custom_reward_function.reward_kwargs.layout to public or terse"
     )
 
 

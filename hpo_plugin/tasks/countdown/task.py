@@ -1,4 +1,4 @@
-"""Countdown behind the task protocol: its options, its laptop form, its demonstrations and explanations."""
+"""The Countdown task: options, laptop form, demonstrations and explanations."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ class CountdownOptions(DataOptions):
         source: ``synthetic``, a file, or a data set on the Hugging Face hub.
     """
 
-    train_size: int | None = option("Rows of the training split. Default 20000; 327680 for a source.", minimum=1)
-    test_size: int | None = option("Rows of the test split. Default 1024.", minimum=1)
+    train_size: int | None = option("Rows in the training split. Default: 20000, or 327680 for a source.", minimum=1)
+    test_size: int | None = option("Rows in the test split. Default: 1024.", minimum=1)
     counts: tuple[int, ...] | None = option(
-        "How many numbers a problem has; repeat for a mixture. Default 3 and 4. With --source FILE or HUB_ID: keep "
-        "only such rows.",
+        "Count of numbers in a problem. Repeat the option for a mixture. Default: 3 and 4. With --source FILE or "
+        "HUB_ID: keep only rows with this count.",
         flag="--numbers",
     )
     layout: str = option("public: TinyZero's wording and <answer> tags; terse: '3 7 5=22:' for small models.", "public")
-    min_number: int | None = option("Smallest given number. Default 1.")
-    max_number: int | None = option("Largest given number. Default 99.")
-    min_target: int | None = option("Smallest target. Default 10.")
-    max_target: int | None = option("Largest target. Default 100.")
+    min_number: int | None = option("Smallest given number. Default: 1.")
+    max_number: int | None = option("Largest given number. Default: 99.")
+    min_target: int | None = option("Smallest target. Default: 10.")
+    max_target: int | None = option("Largest target. Default: 100.")
     source: str = option(
-        "synthetic, a local .parquet/.json/.jsonl/.csv file, or a data set on the Hugging Face hub such as "
+        "synthetic, a local .parquet/.json/.jsonl/.csv file, or a data set on the Hugging Face Hub, such as "
         "Jiayi-Pan/Countdown-Tasks-3to4 (its published split is kept).",
         "synthetic",
     )
@@ -161,7 +161,9 @@ class Countdown(Task):
         """
         target, numbers = read_ground_truth(ground_truth_of(row))
         if len(numbers) > MAX_EXPLAINED_COUNT:
-            raise ValueError(f"{len(numbers)} numbers are too many to search; at most {MAX_EXPLAINED_COUNT}")
+            raise ValueError(
+                f"{len(numbers)} numbers are too many for the search; at most {MAX_EXPLAINED_COUNT} are supported"
+            )
         found = solve(numbers, target)
         shown = f"{', '.join(map(str, numbers))} → {target}"
         if found is None:
@@ -192,7 +194,9 @@ def _synthetic(given: CountdownOptions) -> CountdownConfig | None:
         return CountdownConfig(**ranges)
     if ranges:
         named = ", ".join(f"{name}={value}" for name, value in ranges.items())
-        raise ValueError(f"{named} has no effect with source={given.source!r}: only synthetic problems are generated")
+        raise ValueError(
+            f"{named} applies only to synthetic problems and has no effect with source={given.source!r}; remove it"
+        )
     return None
 
 
@@ -213,7 +217,9 @@ def shown_order_solution(numbers: Sequence[int], target: int) -> str:
         for value, (text, _) in _expressions(order):
             if value == target:
                 return text
-    raise ValueError(f"numbers {list(numbers)} cannot make {target}: there is no solution to demonstrate")
+    raise ValueError(
+        f"no expression of the numbers {list(numbers)} equals {target}, so there is no solution to demonstrate"
+    )
 
 
 @cache

@@ -1,4 +1,4 @@
-r"""The decision of the public Countdown scorer (TinyZero), holes included; no text of a model is executed.
+r"""The decision of the public Countdown scorer (TinyZero), loopholes included, without executing model output.
 
 The public scorer passes the answer to Python's ``eval`` if it holds only digits, ``+ - * / ( ) .`` and blanks. Python
 then accepts more than arithmetic: ``**``, ``//``, decimal points, calls. Here ``ast.parse`` reads the answer, which

@@ -1,6 +1,6 @@
 """TeleLogs: find the root cause of low 5G throughput from a drive test and the engineering parameters of the cells.
 
-Names are loaded on first use, so that a reward worker that imports :func:`compute_score` pays for nothing else.
+Names are loaded on first use, so that a reward worker that imports :func:`compute_score` imports nothing else.
 """
 
 from importlib import import_module

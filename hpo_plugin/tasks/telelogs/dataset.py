@@ -83,7 +83,7 @@ _REFUSAL: Final = re.compile(
 
 
 class NoAccessError(SourceUnavailableError):
-    """The gated data set is there, and this user has no access to it."""
+    """The gated data set exists, but this user has no access to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def prepare_telelogs(
     force: bool = False,
     progress: Progress | None = None,
 ) -> DataSet:
-    """Write ``train.parquet``, ``test.parquet`` and ``manifest.json``; leave identical existing data alone.
+    """Write ``train.parquet``, ``test.parquet`` and ``manifest.json``; keep identical existing data.
 
     Args:
         output: The directory; created if needed.
@@ -180,7 +180,7 @@ def prepare_telelogs(
         sft: Also write ``sft_train.parquet`` and ``sft_test.parquet``: the oracle's chains of thought, for rows whose
             label it agrees with.
         force: Replace other data in the directory.
-        progress: Told what is being done.
+        progress: Receives a stage's name, the work done and the total.
 
     Returns:
         Paths, manifest (with ``leakage``, what the splits share), and what was written.
@@ -197,7 +197,7 @@ def prepare_telelogs(
     counts: dict[str, Any]
     if source == "synthetic":
         if test_source is not None:
-            raise ValueError(f"test_source={test_source!r} has no effect with source='synthetic'")
+            raise ValueError(f"test_source={test_source!r} has no effect with source='synthetic'; remove it")
         sizes = {
             split: PUBLISHED_SIZES[split] if size is None else size
             for split, size in zip(SPLITS, (train_size, test_size), strict=True)
@@ -217,7 +217,10 @@ def prepare_telelogs(
             ("reduction", reduction),
         ):
             if value is not None:
-                raise ValueError(f"{name}={value!r} describes synthetic cases and has no effect with source={source!r}")
+                raise ValueError(
+                    f"{name}={value!r} applies only to synthetic cases and has no effect with source={source!r}; "
+                    "remove it"
+                )
         parameters |= _describe_source(source, test_source)
         check_output(directory, parameters, force=force)
         splits, counts, refused = _convert(source, test_source, seed, progress)
@@ -316,7 +319,9 @@ def _draws(made: SyntheticRows) -> dict[str, Any]:
 def _describe_source(source: str, test_source: str | None) -> dict[str, Any]:
     if source == "hub":
         if test_source is not None:
-            raise ValueError(f"test_source={test_source!r} has no effect with source='hub', which has a test split")
+            raise ValueError(
+                f"test_source={test_source!r} has no effect with source='hub', which has a test split; remove it"
+            )
         return {"source": PUBLIC_DATASET, "config": PUBLIC_CONFIG}
     described: dict[str, Any] = {}
     for name, given in (("", source), ("test_", test_source)):
@@ -324,7 +329,7 @@ def _describe_source(source: str, test_source: str | None) -> dict[str, Any]:
             continue
         if not Path(given).is_file():
             raise SourceUnavailableError(
-                f"{name}source={given!r} is not an existing file ({', '.join(FILE_SUFFIXES)}), nor hub, nor synthetic"
+                f"{name}source={given!r} is neither synthetic, hub, nor an existing file ({', '.join(FILE_SUFFIXES)})"
             )
         described |= {f"{name}{key}": value for key, value in describe_file(Path(given)).items()}
     return described
@@ -337,16 +342,16 @@ def _read_hub_split(split: str) -> list[Any]:
             config=PUBLIC_CONFIG,
             split=split,
             advice=(
-                "It is gated: request access on its page on the hub, then log in (`hf auth login`, or set HF_TOKEN) "
-                "with the account that was granted it. Check the network"
+                "The data set is gated: request access on its page on the Hub, then log in with the account that has "
+                "access (`hf auth login`, or set HF_TOKEN). Also check the network"
             ),
         )
     except SourceUnavailableError as error:
         if _is_refusal(error.__cause__):
             raise NoAccessError(
                 f"no access to the gated data set {PUBLIC_DATASET} ({type(error.__cause__).__name__}). Request access "
-                "on its page on the hub; approval is manual. Then log in with that account (`hf auth login`, or set "
-                "HF_TOKEN) and run this again. Without access: --source synthetic."
+                "on its page on the Hub; approval is manual. Then log in with that account (`hf auth login`, or set "
+                "HF_TOKEN) and run the command again. Without access, use --source synthetic."
             ) from error
         raise
 
@@ -392,20 +397,20 @@ def read_row(row: Any) -> Question:
         The row.
 
     Raises:
-        ValueError: If it cannot be used, saying why.
+        ValueError: If it cannot be used; the message states the reason.
     """
     if not isinstance(row, Mapping):
         raise ValueError("not a row with columns")
     columns = _columns(row)
     for name in ("question", "answer"):
         if name not in columns:
-            raise ValueError(f"no column {name!r} among {', '.join(map(str, row)) or 'none'}")
+            raise ValueError(f"the column {name!r} is missing; found: {', '.join(map(str, row)) or 'no columns'}")
         if columns[name] is None:
-            raise ValueError(f"nothing in the column {name!r}")
+            raise ValueError(f"the column {name!r} is empty")
     question, answer = str(columns["question"]), str(columns["answer"]).strip()
     case = parse_prompt(question)
     if render_prompt(case) != question:
-        raise ValueError("the prompt parses and does not render to the same text")
+        raise ValueError("the prompt parses but does not render back to the same text")
     label = answer if re.fullmatch(LABEL_PATTERN, answer) else read_answer(answer)
     labels = [option.label for option in case.options]
     if label is not None and label.isdigit() and label not in labels:
@@ -434,7 +439,7 @@ def _convert(
                 raise ValueError(f"the split is not one of {', '.join(_SPLIT_NAMES)}: {split!r}")
             stated = None if test_source is None else _named_split(entry)
             if stated is not None and _SPLIT_NAMES.get(stated) != split:
-                raise ValueError(f"the row names another split than the one its file was given for: {stated!r}")
+                raise ValueError(f"the row names a different split than its file: {stated!r}")
             read.append((None if split is None else _SPLIT_NAMES[split], read_row(entry)))
         except ValueError as error:
             refused.append({"row": position, "split": split, "reason": str(error)[:500]})
@@ -442,14 +447,17 @@ def _convert(
             progress("parsing prompts", position + 1, len(raw))
     named = [split is not None for split, _ in read]
     if any(named) and not all(named):
-        raise ValueError(f"source={source!r}: {named.count(False)} rows name no split, and the others do")
+        raise ValueError(
+            f"source={source!r}: {named.count(False)} rows have no split name, but the others do; name the split in "
+            "all rows or in none"
+        )
     splits = _split_by_scenario([row for _, row in read], seed) if not any(named) else _split_as_named(read)
     reasons = Counter(_kind(entry["reason"]) for entry in refused)
     for split, rows in splits.items():
         if not rows:
-            first = f"; the first refused row: {refused[0]['reason']}" if refused else ""
+            first = f"; first refused row: {refused[0]['reason']}" if refused else ""
             raise ValueError(
-                f"source={source!r}: no usable row for the {split} split ({len(raw)} rows, {len(refused)} "
+                f"source={source!r}: the {split} split has no usable row ({len(raw)} rows, {len(refused)} "
                 f"refused{first})"
             )
     counts = {

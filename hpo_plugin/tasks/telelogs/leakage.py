@@ -1,4 +1,4 @@
-"""Whether a training and a test split share base scenarios.
+"""Checks whether a training and a test split share base scenarios.
 
 The published test split is 108 base scenarios times eight counterfactuals. Rows of one scenario are nearly the same
 text with different labels, so a split by row would leak; a scenario is recognized by the fields that no counterfactual

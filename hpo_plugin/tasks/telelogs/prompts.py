@@ -344,7 +344,7 @@ class _Lines:
             ended = not any(self._lines[self._next :])
             raise PromptError(
                 min(self.number, len(self._lines)),
-                f"expected {expected}, {'the text ends' if ended else 'found an empty line'}",
+                f"expected {expected}, but {'the text ends' if ended else 'found an empty line'}",
             )
         self._next += 1
         return line
@@ -458,7 +458,7 @@ def _take_options(lines: _Lines, wording: Wording) -> tuple[Option, ...]:
             if not colon or not re.fullmatch(LABEL_PATTERN, label):
                 raise lines.fail("expected an option: a label such as C3, 3 or M4, a colon, a sentence", line)
             if text not in _CAUSE_BY_TEXT:
-                raise lines.fail("this is none of the eight root causes", text)
+                raise lines.fail("not one of the eight root causes", text)
             _add_option(options, Option(label, _CAUSE_BY_TEXT[text]), lines, line)
     else:
         line = lines.take("the labels of the options")
@@ -473,9 +473,9 @@ def _take_options(lines: _Lines, wording: Wording) -> tuple[Option, ...]:
 
 def _add_option(options: list[Option], option: Option, lines: _Lines, line: str) -> None:
     if any(option.label == other.label for other in options):
-        raise lines.fail(f"the label {option.label} is there twice", line)
+        raise lines.fail(f"the label {option.label} appears twice", line)
     if any(option.cause is other.cause for other in options):
-        raise lines.fail("the same root cause is there twice", line)
+        raise lines.fail("the same root cause appears twice", line)
     options.append(option)
 
 
@@ -492,7 +492,7 @@ def _take_table(lines: _Lines, wording: Wording, names: dict[str, str]) -> tuple
         if name not in by_name:
             raise lines.fail(f"unknown column {name!r}", header)
         if by_name[name] in columns:
-            raise lines.fail(f"the column {name!r} is there twice", header)
+            raise lines.fail(f"the column {name!r} appears twice", header)
         columns.append(by_name[name])
     ends = {*wording.drive_test_headings, *wording.cells_headings, *(block[0] for block in wording.closing)}
     rows: list[_Row] = []

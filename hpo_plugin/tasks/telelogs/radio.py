@@ -110,7 +110,7 @@ _BLOCK = 512
 
 @dataclass(frozen=True, slots=True)
 class BaseScenario:
-    """A drive test and its surroundings before any cause is put in.
+    """A drive test and its surroundings before a cause is added.
 
     Attributes:
         number: Position in the stream of its seed.

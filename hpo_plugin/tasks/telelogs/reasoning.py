@@ -1,7 +1,7 @@
 r"""Diagnoses in words: chains of thought for supervised fine-tuning, written by the oracle from its evidence.
 
 Every number is quoted from the case or computed from it by :mod:`hpo_plugin.tasks.telelogs.rules`; nothing is made up.
-The text climbs the ladder rung by rung, says what each rule saw, and ends with the answer in ``\boxed{}``.
+The text follows the ladder of rules in order, states what each rule found, and ends with the answer in ``\boxed{}``.
 """
 
 from __future__ import annotations

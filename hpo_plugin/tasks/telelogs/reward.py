@@ -68,7 +68,7 @@ _CAUSE_OF_TEXT = {_compared(cause.text): cause for cause in Cause}
 
 
 class TeleLogsVerdict(str, Enum):
-    """What a response is, and why it is not correct if it is not."""
+    """The verdict on a response: correct, or the reason why it is not."""
 
     CORRECT = "correct"
     #: There is no closed ``\boxed{…}``.
@@ -115,7 +115,7 @@ def compute_score(
 
 
 def judge(solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None) -> TeleLogsVerdict:
-    """Say whether a response is correct, and if not, why.
+    """Judge a response: correct, or the reason why it is not.
 
     Args:
         solution_str: The decoded response, without the prompt.
@@ -195,12 +195,14 @@ def summarize(predictions: Sequence[Sequence[str]], labels: Sequence[str]) -> di
             malformed.
     """
     if len(predictions) != len(labels):
-        raise ValueError(f"predictions of {len(predictions)} prompts, and {len(labels)} labels")
+        raise ValueError(
+            f"got predictions for {len(predictions)} prompts, but {len(labels)} labels; pass one label per prompt"
+        )
     sizes = sorted({len(preds) for preds in predictions})
     if len(sizes) != 1 or sizes[0] == 0:
         raise ValueError(
             f"every prompt must have the same number of samples, at least one; found {sizes or 'no prompts'}. "
-            'Add "" for a sample that was lost'
+            'Pass "" for a missing sample'
         )
     correct_samples = correct_votes = 0
     for preds, ground_truth in zip(predictions, labels, strict=True):

@@ -63,7 +63,7 @@ class RuleResult:
         rule: Name of the rule.
         holds: Whether it holds.
         rows: Numbers of the rows of the drive test that say so, from 0; where the rule does not hold, those it judged.
-        cells: Indices into the case's cells, likewise.
+        cells: Indices into the case's cells, selected in the same way.
         values: What was measured, by name; in the units of the thresholds.
         threshold: The threshold it was compared with; None for the last rung.
         template: A sentence about the values, for :meth:`sentence`.
@@ -91,8 +91,8 @@ class Diagnosis:
 
     Attributes:
         label: The answer: the label under which the case offers the cause; None if it offers none that holds.
-        cause: The root cause; None likewise.
-        evidence: What the deciding rule found; None likewise.
+        cause: The root cause; None if no offered cause holds.
+        evidence: Result of the deciding rule; None if no offered cause holds.
         results: Result of every rule that was tried, in the order of the ladder, the deciding one last.
     """
 

@@ -64,7 +64,7 @@ class SyntheticRow:
 
 @dataclass(frozen=True)
 class SyntheticRows:
-    """What :func:`generate` made.
+    """Result of :func:`generate`.
 
     Attributes:
         rows: In random order.
@@ -101,7 +101,7 @@ def class_counts(size: int, balance: str, causes: Sequence[Cause] = tuple(Cause)
     for cause in by_remainder[: size - sum(counts.values())]:
         counts[cause] += 1
     if min(counts.values()) < 1:
-        raise ValueError(f"size={size} leaves a root cause without a row; at least {len(weights)} are needed")
+        raise ValueError(f"size={size} leaves a root cause without a row; set at least {len(weights)}")
     return counts
 
 
@@ -122,18 +122,18 @@ def generate(
         balance: ``train`` (the published train split's class shares) or ``uniform``.
         seed: 0 to 2**31 - 1.
         reduction: What each row keeps; everything by default.
-        progress: Told how many rows there are.
+        progress: Receives the number of rows so far and the total.
 
     Returns:
         The rows, each agreed on by the oracle, and what was drawn again.
 
     Raises:
-        ValueError: If an argument is invalid, or the reduction leaves out what tells one of its causes.
+        ValueError: If an argument is invalid, or the reduction removes what identifies one of its causes.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     if not 0 <= seed < SEED_LIMIT:
-        raise ValueError(f"seed={seed} must be 0 to {SEED_LIMIT - 1}")
+        raise ValueError(f"seed={seed} must be in [0, {SEED_LIMIT - 1}]")
     reduction = REDUCTIONS["full"] if reduction is None else reduction
     reduction.validate()
     counts = class_counts(size, balance, reduction.causes)
@@ -157,8 +157,8 @@ def generate(
         else:
             (cause, found), _ = redrawn.most_common(1)[0]
             raise ValueError(
-                f"no scenario of {SCENARIO_ATTEMPTS} shows {cause.value}, which the rules find to be "
-                f"{'nothing' if found is None else found.value}: the reduction must keep what tells it"
+                f"none of {SCENARIO_ATTEMPTS} scenarios shows {cause.value}: after the reduction, the rules find "
+                f"{'no cause' if found is None else found.value}. Keep the rows and columns that {cause.value} needs"
             )
         rows += made
         if progress is not None:

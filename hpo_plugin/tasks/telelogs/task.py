@@ -1,4 +1,4 @@
-r"""TeleLogs behind the task protocol: its options, its laptop form, its demonstrations and explanations."""
+r"""The TeleLogs task: options, laptop form, demonstrations and explanations."""
 
 from __future__ import annotations
 
@@ -50,21 +50,23 @@ class TeleLogsOptions(DataOptions):
         sft: Whether to write demonstrations for supervised fine-tuning too.
     """
 
-    train_size: int | None = option("Synthetic training rows. Default 2400.", minimum=1)
-    test_size: int | None = option("Synthetic test rows. Default 864.", minimum=1)
-    seed: int | None = option("Seed of cases, labels and splits. Default 0.", minimum=0)
+    train_size: int | None = option("Synthetic training rows. Default: 2400.", minimum=1)
+    test_size: int | None = option("Synthetic test rows. Default: 864.", minimum=1)
+    seed: int | None = option("Seed of cases, labels and splits. Default: 0.", minimum=0)
     source: str = option(
         "synthetic; hub: the gated data set netop/TeleLogs with your own access; or a local .parquet/.json/.jsonl/.csv "
         "file with the columns question and answer.",
         "synthetic",
     )
-    test_source: str | None = option("A file with the test split, where --source is one with the training split.")
+    test_source: str | None = option("File with the test split, if --source is a file with the training split.")
     balance: str | None = option(
         "Classes of the synthetic training split: train (default: the published shares) or uniform."
     )
-    reduction: str | None = option("Synthetic cases: full (default), or laptop: some 200 characters, 5 causes.")
-    relabeled: bool = option("Also the test split under random labels, options and table order.", False)
-    sft: bool = option("Also the oracle's chains of thought, for verl's SFT trainer.", False)
+    reduction: str | None = option(
+        "Size of synthetic cases: full (default), or laptop (about 200 characters, 5 causes)."
+    )
+    relabeled: bool = option("Also write the test split with random labels, options and table order.", False)
+    sft: bool = option("Also write the oracle's chains of thought, for verl's SFT trainer.", False)
 
 
 class TeleLogs(Task):
@@ -154,7 +156,9 @@ class TeleLogs(Task):
         prompt, truth = columns.get("prompt"), columns.get("reward_model")
         if not isinstance(prompt, list):
             if columns.get("question") is None:
-                raise ValueError(f"no column 'question' or 'prompt' among {', '.join(columns) or 'none'}")
+                raise ValueError(
+                    f"the column 'question' or 'prompt' is missing; found: {', '.join(columns) or 'no columns'}"
+                )
             prompt, truth = [{"role": "user", "content": str(columns["question"])}], None
         check_prompt(prompt)
         if not isinstance(truth, Mapping):
@@ -173,7 +177,7 @@ class TeleLogs(Task):
             ValueError: A sample has no ``pred``, or the prompts have different numbers of samples.
         """
         if any("pred" not in sample for _, samples in prompts for sample in samples):
-            raise ValueError("a sample has no pred: TeleLogs is scored by the answers that its reward returns")
+            raise ValueError("a sample has no 'pred'; the metrics of TeleLogs need the answer that its reward returns")
         answers = [[str(sample["pred"]) for sample in samples] for _, samples in prompts]
         return summarize(answers, [str(label) for label, _ in prompts])
 
@@ -182,7 +186,7 @@ def _table(case: Case, diagnosis: Diagnosis) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("", "rule", "what it found", "rows"):
+    for column in ("", "rule", "finding", "rows"):
         table.add_column(column, overflow="fold")
     for check in diagnosis.results:
         label = case.label_of(check.cause)

@@ -85,11 +85,11 @@ class Reduction:
             ValueError: Naming the field, its value and what to do.
         """
         if not 4 <= self.rows <= 10:
-            raise ValueError(f"rows={self.rows} must be 4 to 10: the dip has 4 rows, a drive test 10")
+            raise ValueError(f"rows={self.rows} must be in [4, 10]: the dip has 4 rows, and a drive test has 10")
         if self.cells < 1:
             raise ValueError(f"cells={self.cells} must be at least 1")
         if Cause.C3 not in self.causes:
-            raise ValueError("causes must contain C3, which is what remains when no rule holds")
+            raise ValueError("causes must contain C3, which applies when no other rule holds")
         for name, columns, known in (
             ("drive_test_columns", self.drive_test_columns, DRIVE_TEST_COLUMNS),
             ("cell_columns", self.cell_columns, CELL_COLUMNS),
@@ -105,7 +105,7 @@ class Reduction:
             raise ValueError(f"wording={self.wording!r} is not one of {', '.join(WORDINGS)}")
 
 
-#: ``full`` keeps everything. ``laptop`` keeps what tells five causes apart, in some 130 characters.
+#: ``full`` keeps everything. ``laptop`` keeps what distinguishes five causes, in some 130 characters.
 REDUCTIONS: Final[Mapping[str, Reduction]] = MappingProxyType(
     {
         "full": Reduction(),
