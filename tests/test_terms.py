@@ -25,7 +25,7 @@ TERMS = {
     r"\bmass\b": "abs_advantage_share",
     r"(?<!power )\bcuts?\b": "shard (over GPUs), split (of data)",
     r"\bhysteresis\b": "variant",
-    r"\bhand(?:s|ed|ing)? (?:to|on|over)\b": "pass, forward, submit",
+    r"(?<!by )\bhand(?:s|ed|ing)? (?:to|on|over)\b": "pass, forward, submit",
     r"\blikewise\b": "the same as …",
     r"\bas here\b": "what it is, in full",
     r"\bkept aside\b": "held-out",
