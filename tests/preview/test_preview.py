@@ -207,7 +207,7 @@ def test_paths_that_hold_no_rollouts(tmp_path):
     for path, message in (
         (tmp_path / "nothing", "does not exist"),
         (tmp_path, r"contains no \.jsonl or \.parquet file"),
-        (write(tmp_path / "a.txt", []), "is neither"),
+        (write(tmp_path / "a.txt", []), "is not a .jsonl file, a .parquet file or a directory"),
     ):
         with pytest.raises(PreviewError, match=message):
             computed(path)

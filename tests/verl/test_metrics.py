@@ -306,7 +306,7 @@ def no_number(data: DataProto) -> DataProto:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (several_outputs, "(ConfigError): actor_rollout_ref.rollout.n=2, but the prompt (uid) a has 6 rows"),
+        (several_outputs, "(ConfigError): actor_rollout_ref.rollout.n=4, but the prompt (uid) a has 6 rows"),
         (no_uids, "(ValueError): the batch has no `uid`"),
         (no_number, "(RewardError): rewards must be finite: 1 of 6"),
     ],
