@@ -54,7 +54,7 @@ def test_another_version_that_passes_runs_with_one_line(monkeypatch, recipe):
     monkeypatch.setattr(verl, "__version__", "0.10.0.dev0")
     (line,) = run(recipe)
     assert line.startswith("warning: hpo_plugin was not tested with verl 0.10.0.dev0, only with ")
-    assert line.endswith("its self-test passed")
+    assert line.endswith("; the self-test passed")
 
 
 def test_a_run_without_hpo_needs_no_version(monkeypatch, recipe):
