@@ -23,7 +23,7 @@ def files(
     of each task. studies/ has the declarations of studies. Files that
     exist with other content are not overwritten without --force.
 
-    Exit status 0: written, or already there with the same content;
+    Exit status 0: written, or the same content exists already;
     1: refused, or a file cannot be written; 2: wrong arguments.
     """
     import shlex

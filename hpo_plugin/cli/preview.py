@@ -102,5 +102,5 @@ def preview(
     if read.bad:
         console.print()
         for reason, count in read.bad.items():
-            console.print(f"rows left out, {reason}: {count:,}", style="yellow", markup=False, highlight=False)
+            console.print(f"skipped rows, {reason}: {count:,}", style="yellow", markup=False, highlight=False)
     console.print(f"\nFiles in {output}: preview.html, preview.png, steps.jsonl", markup=False, soft_wrap=True)

@@ -174,7 +174,7 @@ def test_the_same_failure_twice_without_a_step_is_not_tried_a_third_time(launch)
     with pytest.raises(TrainingError, match="no such key"):
         launch((-1, "no such key at 0x7f00aa11bb22"), (-1, "no such key at 0x7f00cc33dd44"), (STEPS, "done"))
     assert len(launch.run.attempts()) == 2
-    assert "the same failure twice" in launch.said
+    assert "the same failure occurred twice" in launch.said
     assert "no such key" in launch.run.failure
 
 

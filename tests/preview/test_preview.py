@@ -284,7 +284,7 @@ def test_the_command_writes_its_files_and_says_what_was_left_out(tmp_path):
     file = write(tmp_path / "1.jsonl", [*ROLLOUT, "broken"])
     done = CliRunner().invoke(app, ["preview", str(file), "--output", str(tmp_path / "out"), "--alpha-min", "0.2"])
     assert done.exit_code == 0, done.output
-    assert "rows left out, not a JSON object: 1" in done.output
+    assert "skipped rows, not a JSON object: 1" in done.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"preview.html", "preview.png", "steps.jsonl"}
     (row,) = map(json.loads, (tmp_path / "out" / "steps.jsonl").read_text().splitlines())
     assert (row["step"], row["alpha"], row["shaped_positive"]) == (1, {"0.2": pytest.approx(1 / 3)}, None)
