@@ -232,7 +232,7 @@ def check_algorithm(config: DictConfig) -> list[Finding]:
         return [Finding("algorithm", f"cannot be checked: {error}", False, "correct the cause of this error")]
     observation = [Finding("observe", observed)] if observed else []
     if selection is None:
-        provided = f"{config.algorithm.adv_estimator}, which verl itself provides and checks"
+        provided = f"{config.algorithm.adv_estimator}, which verl provides and checks itself"
         return [Finding("algorithm", provided), *observation]
     low, high, both = (
         OmegaConf.select(config, f"actor_rollout_ref.actor.{key}")

@@ -251,8 +251,9 @@ def check_built_in(config: DictConfig, name: str, base_estimator: str) -> None:
         raise ConfigError(f"{KEY_POLICY_LOSS}={preset} contradicts {KEY_ESTIMATOR}={name}. Remove one of the two.")
     if base_estimator != OWN:
         raise ConfigError(
-            f"{KEY_BASE}={base_estimator} needs hpo_plugin's estimator {name}, but this version of verl provides "
-            f"{name} itself. Remove {KEY_BASE} and set {KEY_ESTIMATOR}={name}, or use a version of verl without HPO."
+            f"α on the advantages of {base_estimator} needs hpo_plugin's estimator {name}, but this version of verl "
+            f"provides {name} itself. Set {KEY_ESTIMATOR}={name} and remove {KEY_BASE}, or use a version of verl "
+            "without HPO."
         )
 
 

@@ -30,10 +30,10 @@ def test_verls_estimators_stay_registered_and_ours_fills_the_rest(built_in):
 @pytest.mark.timeout(600)
 def test_a_process_logs_only_what_is_not_as_expected(built_in):
     """The facts contain estimators of verl that do something else, and sessions of several outputs."""
-    said = [line for line in built_in["log"].splitlines() if "verl's own" in line]
+    said = [line for line in built_in["log"].splitlines() if "verl's built-in" in line]
     assert len(said) == 2
     assert "counts each output of a session as a response" in said[0]
-    assert "no hpo metrics are logged for a batch of verl's own ahpo: its advantages are not" in said[1]
+    assert "no hpo metrics are logged for a batch of verl's built-in estimator ahpo: its advantages differ from" in said[1]
     assert "built in" not in built_in["log"]
 
 
@@ -56,9 +56,9 @@ def test_command_lines_work_as_before_and_what_contradicts_itself_is_refused(bui
         refused,
         (
             "two different algorithms",
-            "base_estimator=rloo needs hpo_plugin's estimator ahpo, but this version of verl provides ahpo itself",
-            "base_estimator=rloo needs hpo_plugin's estimator ahpo, but this version of verl provides ahpo itself",
-            "α on the advantages of rloo needs hpo_plugin's estimator ahpo, but verl provides ahpo itself",
+            "α on the advantages of rloo needs hpo_plugin's estimator ahpo, but this version of verl provides ahpo",
+            "α on the advantages of rloo needs hpo_plugin's estimator ahpo, but this version of verl provides ahpo",
+            "α on the advantages of rloo needs hpo_plugin's estimator ahpo, but this version of verl provides ahpo",
             "algorithm.use_kl_in_reward=True",
             "algorithm.policy_loss=gspo contradicts",
         ),
