@@ -515,6 +515,7 @@ def test_a_report_of_data_that_are_not_there_names_the_file(declared, study_file
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "prepare",
@@ -524,9 +525,7 @@ def test_a_report_of_data_that_are_not_there_names_the_file(declared, study_file
             "start_model": {"steps": 20},
         },
         # The same way through the code, with a longer SFT stage.
-        pytest.param(
-            {"task": "telelogs", "problems": {"seed": 3}, "train_size": 64, "test_size": 40}, marks=pytest.mark.slow
-        ),
+        {"task": "telelogs", "problems": {"seed": 3}, "train_size": 64, "test_size": 40},
     ],
     ids=lambda prepare: prepare["task"],
 )
