@@ -464,7 +464,7 @@ def _add_against(
     )
 
 
-#: What brackets hold, in a table's header.
+#: Notation of a confidence interval in the header of a table.
 _INTERVAL = "[95 % CI]"
 #: Columns of :func:`_tested`.
 _TESTED = (f"difference {_INTERVAL}", "p (Holm)", "detectable")
