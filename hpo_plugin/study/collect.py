@@ -71,7 +71,7 @@ def collect(workspace: Workspace, path: Path, *, prune: bool) -> Collected:
     cells = workspace.study.cells()
     found = {cell.key: data for cell in cells if (data := read_cell(workspace, cell)) is not None}
     merged = {**before, **found}
-    check_inputs(merged[cell.key] for cell in cells if cell.key in merged)
+    check_inputs((merged[cell.key] for cell in cells if cell.key in merged), workspace.study.against)
     foreign = set(before) - {cell.key for cell in cells}
     write_data(path, [data for key, data in merged.items() if not (prune and key in foreign)])
 
@@ -93,7 +93,7 @@ def collect(workspace: Workspace, path: Path, *, prune: bool) -> Collected:
 
 
 def check_same_inputs(workspace: Workspace, collected: Mapping[str, CellData], chosen: Sequence[Cell]) -> None:
-    """Check that the cells to run start from the same inputs as the collected cells of their setting and seed.
+    """Check that the cells to run start from the same inputs as the collected cells that they are compared with.
 
     Args:
         workspace: Where the inputs are.
@@ -103,9 +103,14 @@ def check_same_inputs(workspace: Workspace, collected: Mapping[str, CellData], c
     Raises:
         StudyError: A cell to run starts from other data or another start model.
     """
-    running = {(cell.setting, cell.seed) for cell in chosen if cell.key not in collected}
+    against = workspace.study.against
+
+    def pair(cell: Cell) -> tuple[str, int]:
+        return against.get(cell.setting, cell.setting), cell.seed
+
+    running = {pair(cell) for cell in chosen if cell.key not in collected}
     for cell in workspace.study.cells():
-        if cell.key not in collected or (cell.setting, cell.seed) not in running:
+        if cell.key not in collected or pair(cell) not in running:
             continue
         made = workspace.inputs(cell.setting)
         if made is not None and collected[cell.key].info["inputs"] != dict(made.digests):

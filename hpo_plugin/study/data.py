@@ -183,20 +183,25 @@ def _joined(arrays: Sequence[Floats]) -> Floats:
     return np.concatenate(arrays) if arrays else np.empty(0, np.float32)
 
 
-def check_inputs(cells: Iterable[CellData]) -> None:
-    """Check that the cells of a setting with the same seed started from the same data and the same start model.
+def check_inputs(cells: Iterable[CellData], against: Mapping[str, str]) -> None:
+    """Check that cells that are compared with each other started from the same data and the same start model.
 
     Cells are compared seed by seed. A start model made on another machine differs in the last bits, so a study that is
     finished on another machine has one start model for some seeds and another one for the rest.
 
+    Args:
+        cells: The cells of a study.
+        against: Setting -> the setting that it is compared with; other cells are compared within their setting.
+
     Raises:
-        StudyError: Two cells of one setting and seed started from different inputs.
+        StudyError: Two cells with the same seed, of one setting or of two that are compared, started from different
+            inputs.
     """
     first: dict[tuple[str, int], CellData] = {}
     for data in cells:
-        other = first.setdefault((data.setting, data.seed), data)
+        other = first.setdefault((against.get(data.setting, data.setting), data.seed), data)
         if data.info["inputs"] != other.info["inputs"]:
             raise StudyError(
-                f"{data.setting}: {data.arm}/seed{data.seed} and {other.arm}/seed{other.seed} started from different "
-                f"inputs ({data.info['inputs']}, {other.info['inputs']}), so they cannot be compared"
+                f"{data.setting}/{data.arm}/seed{data.seed} and {other.setting}/{other.arm}/seed{other.seed} started "
+                f"from different inputs ({data.info['inputs']}, {other.info['inputs']}), so they cannot be compared"
             )

@@ -193,12 +193,12 @@ def build_report(study: Study, data: Mapping[str, CellData]) -> StudyReport:
         data: Collected cells by key. Cells of other studies are ignored.
 
     Raises:
-        StudyError: There is nothing to report, or cells of a setting began from different inputs.
+        StudyError: There is nothing to report, or cells that are compared started from different inputs.
     """
     used = [data[cell.key] for cell in study.cells() if cell.key in data]
     if not used:
         raise StudyError("no cell of this study is in the data; run it, then run `hpo-plugin study collect`")
-    check_inputs(used)
+    check_inputs(used, study.against)
     results = {name: Results.of(study, experiment, data) for name, experiment in study.experiments.items()}
     swept = {name for sweep in study.sweeps.values() for name in sweep.experiments}
     # For these, the page has the table and the figure that compare the settings, and no curves.

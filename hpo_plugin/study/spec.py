@@ -228,6 +228,11 @@ class Study:
                     named.add((experiment.setting, arm, seed))
         return list(cells.values())
 
+    @property
+    def against(self) -> dict[str, str]:
+        """Setting -> the setting that it is compared with, for settings of experiments with ``against``."""
+        return {e.setting: e.against for e in self.experiments.values() if e.against is not None}
+
     def cell(self, setting_name: str, arm: str, seed: int) -> Cell:
         """The training of an arm in a setting with a seed, whether or not an experiment names it."""
         setting = self.settings[setting_name]

@@ -91,8 +91,16 @@ def test_a_file_that_lost_a_row_or_holds_a_cell_twice_is_refused(tmp_path, data)
 
 def test_cells_of_a_setting_that_began_from_other_inputs_are_not_compared(data):
     one, two, *_ = data.values()
-    check_inputs([one, two])
+    check_inputs([one, two], {})
     other = CellData(two.key, two.setting, two.arm, two.seed, {**two.info, "inputs": "other"}, two.values)
-    with pytest.raises(StudyError, match=r"easy: ahpo/seed0 and grpo/seed0 started from different inputs"):
-        check_inputs([one, other])
-    check_inputs([one, CellData(two.key, two.setting, two.arm, two.seed + 1, other.info, two.values)])
+    with pytest.raises(StudyError, match=r"easy/ahpo/seed0 and easy/grpo/seed0 started from different inputs"):
+        check_inputs([one, other], {})
+    check_inputs([one, CellData(two.key, two.setting, two.arm, two.seed + 1, other.info, two.values)], {})
+
+
+def test_cells_of_settings_that_are_compared_start_from_the_same_inputs(data):
+    one, *_ = data.values()
+    simulated = CellData("other", "simulated", one.arm, one.seed, {**one.info, "inputs": "other"}, one.values)
+    check_inputs([one, simulated], {})
+    with pytest.raises(StudyError, match=rf"simulated/{one.arm}/seed0 and easy/{one.arm}/seed0 started from different"):
+        check_inputs([one, simulated], {"simulated": "easy"})
