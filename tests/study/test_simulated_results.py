@@ -174,31 +174,55 @@ def test_the_simulator_ends_where_verls_trainer_ends():
     for cell in load_study(path).cells():
         if cell.key in data:
             runs.setdefault((cell.setting, cell.arm), {})[cell.seed] = data[cell.key]
-    arms, settings = ("grpo", "gspo", "sapo", "hpo", "ahpo"), ("countdown3", "countdown4")
+    arms = ("grpo", "gspo", "sapo", "hpo", "ahpo")
 
-    def compared(score):
+    def compared(score, settings, arms):
         def of(setting):
             seeds = runs[setting, "grpo"]
             return {seed: float(np.mean([score(runs[setting, arm][seed]) for arm in arms])) for seed in seeds}
 
-        ours, theirs = [of(setting) for setting in settings], [of(f"verl-{setting}") for setting in settings]
-        assert sum(map(len, ours)) == 8
+        ours, theirs = [of(setting) for setting in settings], [of(setting) for setting in settings.values()]
+        assert sum(map(len, theirs)) == 8
         found = paired_difference(ours, theirs)
         assert found is not None
         return found
 
-    final, early = compared(lambda run: final_score(run, 1)), compared(lambda run: early_score(run, 0.5))
+    def final_and_early(settings, arms):
+        return (
+            compared(lambda run: final_score(run, 1), settings, arms),
+            compared(lambda run: early_score(run, 0.5), settings, arms),
+        )
+
+    final, early = final_and_early({"countdown3": "verl-countdown3", "countdown4": "verl-countdown4"}, arms)
     assert [f"{x:+.3f}" for x in (final.value, final.low, final.high)] == ["+0.008", "-0.011", "+0.028"]
     assert [f"{x:+.3f}" for x in (early.value, early.low, early.high)] == ["+0.002", "-0.008", "+0.011"]
     assert f"{final.detectable:.3f}" == "0.027"
-    differences = []
+    higher = {"lr-3e-4": "verl-3e-4", "lr-1e-3": "verl-1e-3", "long": "verl-long"}
+    final, early = final_and_early(higher, ("grpo", "ahpo"))
+    assert [f"{x:+.3f}" for x in (final.value, final.low, final.high)] == ["-0.013", "-0.029", "+0.004"]
+    assert [f"{x:+.3f}" for x in (early.value, early.low, early.high)] == ["+0.000", "-0.008", "+0.009"]
+    assert f"{final.detectable:.3f}" == "0.022"
+    pair = [
+        {seed: final_score(run, 1) for seed, run in runs[name, "ahpo"].items()} for name in ("lr-1e-3", "verl-1e-3")
+    ]
+    found = paired_difference(pair[:1], pair[1:])
+    assert [f"{x:+.3f}" for x in (found.value, found.low, found.high)] == ["-0.014", "-0.017", "-0.012"]
+    apart = [pair[0][seed] - pair[1][seed] for seed in pair[1]]
+    assert max(apart) - min(apart) < 0.002
+    # Of the difference of two shares of 512 answers.
+    assert (
+        f"{np.sqrt(sum(np.mean(list(x.values())) * (1 - np.mean(list(x.values()))) for x in pair) / 512):.3f}"
+        == "0.017"
+    )
+    differences, of_higher = [], 0
     for (setting, arm), by_seed in runs.items():
         there = runs.get((f"verl-{setting.removeprefix('lr-')}", arm)) or runs.get((f"verl-{setting}", arm), {})
         if not setting.startswith("verl-") and set(by_seed) & set(there):
             for score in (lambda run: final_score(run, 1), lambda run: early_score(run, 0.5)):
                 pair = [{seed: score(run) for seed, run in found.items()} for found in (by_seed, there)]
-                differences.append(paired_difference(pair[:1], pair[1:]))
-    # Twenty at 1e-4 have an interval; the others may have one pair.
-    p_values = [found.p for found in differences if found is not None and found.p is not None]
-    assert len(p_values) >= 20
-    assert min(holm(p_values)) > 0.05
+                found = paired_difference(pair[:1], pair[1:])
+                differences.append(found)
+                of_higher += setting in higher and found.p is not None
+    p_values = [found.p for found in differences if found.p is not None]
+    assert (len(p_values), of_higher) == (31, 11)
+    assert f"{min(holm(p_values)):.3f}" == "0.064"
