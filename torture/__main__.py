@@ -175,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", nargs=4, metavar=("MODULES", "PROBE", "CASE", "FILE"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
-        child(*given.child[:3], Path(given.child[3]))
+        modules, name, case, answer = given.child
+        child(modules, name, case, Path(answer))
         return 0
     every = probes()
     for name in given.names:
