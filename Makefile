@@ -29,9 +29,14 @@ endif
 # processes would compile all of torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
+# The code that `make lint` searches for dangerous calls, the sets of locked versions, and what `make audit` runs.
+CODE := hpo_plugin hydra_plugins torture benchmarks contrib examples recipes scripts studies setup.py
+SETS := cpu dev cpu-vllm
+PIP_AUDIT := 2.10.1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-slime test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all gpu-proof bench torture install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-slime test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all gpu-proof bench torture install install-dev install-vllm lint audit format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -115,10 +120,17 @@ bench: install-dev  ## Measure what docs/benchmarks.md promises; with ARGS=--who
 torture: install-dev  ## Try bad input, faults and load for hours, and write what happens (docs/robustness.md); resumable.
 	$(BIN)/python -m torture $(ARGS)
 
-lint: install-dev  ## Check style, format and types.
+lint: install-dev  ## Check style, format, types, and calls that can execute data.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive $(CODE)
 	$(BIN)/mypy
+
+# Asks a vulnerability service, which not every network reaches. --strict: a package that the service does not know, or a
+# service that does not answer, is an error.
+audit: $(BIN)/uv  ## Compare the locked versions with the known vulnerabilities (pip-audit).
+	$(BIN)/uv tool run pip-audit==$(PIP_AUDIT) --strict --disable-pip --require-hashes \
+		$(addprefix --requirement requirements/,$(addsuffix .txt,$(SETS)))
 
 format: install-dev  ## Format the code.
 	$(BIN)/ruff check --fix
@@ -134,12 +146,16 @@ install-dev: $(VENV)/.dev  ## The same, with what tests, lint and docs need.
 install-vllm: $(VENV)/.cpu-vllm  ## The same, with verl's vLLM rollout on CPU (Linux).
 
 # The three sets agree in every version, so that one environment serves all of them: the largest is resolved first.
+# Every version has the hashes of its files in the package index. uv installs the rest, and has a lock of its own.
+COMPILE = $(abspath $(BIN)/uv) pip compile --quiet --universal --python-version 3.10 --generate-hashes \
+	--custom-compile-command "make lock" --annotation-style line
+
 lock: $(BIN)/uv  ## Resolve requirements/*.txt anew, keeping the versions that still fit.
 	cd requirements && for set in "cpu-vllm --extra cpu-vllm --extra dev" \
 		"dev --extra cpu --extra dev --constraints cpu-vllm.txt" "cpu --extra cpu --constraints dev.txt"; do \
-		$(abspath $(BIN)/uv) pip compile ../pyproject.toml --quiet --universal --python-version 3.10 \
-			--custom-compile-command "make lock" --annotation-style line --output-file $${set%% *}.txt $${set#* } || exit 1; \
+		$(COMPILE) ../pyproject.toml --output-file $${set%% *}.txt $${set#* } || exit 1; \
 	done
+	cd requirements && echo uv | $(COMPILE) - --output-file uv.txt
 
 clean:  ## Remove the environment and everything built; runs and data stay.
 	rm -rf .venv .venv-verl-0.8 .venv-openrlhf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -150,7 +166,7 @@ $(BIN)/uv:
 		echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); hpo-plugin needs Python 3.10, 3.11 or 3.12: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@echo "Setting up $(VENV) ..."
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) uv
+	$(PIP) --require-hashes -r requirements/uv.txt
 
 # The CPU build of torch: from where pip already looks, else from PyTorch's own CPU index, which uv knows. Plain `torch`
 # from the default index brings gigabytes of CUDA packages on Linux, so it is taken only where TORCH asks for it.
@@ -163,8 +179,10 @@ else
 endif
 	@touch $@
 
-# uv takes a fifth of pip's CPU time for the same versions; pip stays as the way out where uv cannot reach an index.
+# uv takes a fifth of pip's CPU time for the same versions; pip stays as the way out where uv cannot reach an index. A file
+# whose hash is not in the lock is an error, and so is a build requirement of a source distribution. torch is installed
+# already: the lock has the hashes of the default index, not those of the CPU build.
 $(VENV)/.cpu $(VENV)/.dev $(VENV)/.cpu-vllm: $(VENV)/.%: requirements/%.txt pyproject.toml $(VENV)/.torch
-	$(UV) --no-deps -r $< || $(PIP) --no-deps -r $<
-	$(UV) --no-deps --editable . || $(PIP) --no-deps --editable .
+	$(UV) --no-deps --require-hashes --build-constraints $< -r $< || $(PIP) --no-deps --require-hashes -r $<
+	$(UV) --no-deps --no-build-isolation --editable . || $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

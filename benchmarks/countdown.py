@@ -95,7 +95,9 @@ def public_scorer(response: str, truth: Truth) -> float:
             return 0.0
         if not re.match(r"^[\d+\-*/().\s]+$", equation):
             return 0.0
-        return float(abs(eval(equation, {"__builtins__": None}, {}) - truth["target"]) < 1e-5)
+        # TinyZero's function, which the benchmark compares with ours on equations that this file makes.
+        value = eval(equation, {"__builtins__": None}, {})  # nosec B307
+        return float(abs(value - truth["target"]) < 1e-5)
     except Exception:
         return 0.0
 

@@ -62,17 +62,24 @@ STD_EPSILON = 1e-6
 #: factor is eight units in the last place of fp32, the type in which every framework stores rewards.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 
+#: Largest magnitude of a reward. Far above it, fp32 arithmetic overflows: the standard deviation that a framework
+#: computes becomes infinite and the advantages 0, or an advantage times a ratio of e^20 becomes infinite.
+REWARD_LIMIT = 1e12
+
 #: Log-ratios are clamped to ± this before ``exp``, as in every policy loss of verl.
 LOG_RATIO_LIMIT = 20.0
 
 
 class RewardError(ValueError):
-    """Rewards that are NaN or infinite; ``rows`` are their row numbers."""
+    """Rewards that are NaN, infinite or above :data:`REWARD_LIMIT`; ``rows`` are their row numbers."""
 
     def __init__(self, rewards: Tensor, rows: list[int]) -> None:
         self.rows = rows
+        large = bool(rewards[rows].isfinite().any())
+        rule = f"at most {REWARD_LIMIT:g} in magnitude, summed over the tokens of a response" if large else "finite"
         super().__init__(
-            f"rewards must be finite: {len(rows)} of {rewards.numel()} are NaN or infinite, rows {rows[:8]}"
+            f"rewards must be {rule}: {len(rows)} of {rewards.numel()} are "
+            f"{'larger or not finite' if large else 'NaN or infinite'}, rows {rows[:8]}"
             f"{' …' if len(rows) > 8 else ''}, first value {rewards[rows[0]].item()}. Fix the reward function."
         )
 
@@ -178,6 +185,7 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@torch.no_grad()
 def group_relative_advantage(
     rewards: Tensor,
     groups: Tensor,
@@ -196,38 +204,45 @@ def group_relative_advantage(
     the same reward.
 
     Args:
-        rewards: (N,) real, one scalar reward per response; any float or integer dtype.
+        rewards: (N,) real, one scalar reward per response; any float, integer or bool dtype.
         groups: (N,) int64, the group number of each response, in any order, ``0 <= groups < N``.
-        valid: (N,) bool; rows that are not valid (padding, fully masked) do not count in the mean and get A = 0. If
-            None, all rows are valid.
+        valid: (N,) bool or number, 0 if the row is not valid; rows that are not valid (padding, fully masked) do not
+            count in the mean and get A = 0. If None, all rows are valid.
         magnitude: (N,) Σ_t |r_it|, the scale of the rounding of a reward that is a sum over tokens; |r_i| if None.
         normalize_by_std: whether to divide by the std, as GRPO does. Dr. GRPO does not.
         epsilon: ε.
 
     Returns:
-        :class:`GroupAdvantage` of (N,) tensors on the device of ``rewards``; fp64 for fp64 rewards, else fp32.
+        :class:`GroupAdvantage` of (N,) tensors without gradients on the device of ``rewards``; fp64 for fp64 rewards,
+        else fp32.
 
     Raises:
-        RewardError: if a valid reward is NaN or infinite.
-        ValueError: if shapes differ.
+        RewardError: if a valid reward, or its ``magnitude``, is NaN, infinite or above :data:`REWARD_LIMIT`.
+        ValueError: if shapes differ, or a group number is not an integer in [0, N).
     """
     if rewards.dim() != 1 or any(x is not None and x.shape != rewards.shape for x in (groups, valid, magnitude)):
         raise ValueError(
             "rewards, groups, valid and magnitude must be (N,): got "
             f"{[None if x is None else tuple(x.shape) for x in (rewards, groups, valid, magnitude)]}"
         )
-    if valid is None:
-        valid = torch.ones_like(rewards, dtype=torch.bool)
-    bad = valid & ~torch.isfinite(rewards)
-    if bool(bad.any()):
-        raise RewardError(rewards, bad.nonzero().flatten().tolist())
-
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
     # fp64: the statistics of groups take N numbers, not N × T, so the higher precision costs nothing.
-    r = torch.where(valid, rewards, torch.zeros_like(rewards)).double()
+    r = torch.where(valid, rewards.double(), 0.0)
+    scale = r.abs() if magnitude is None else torch.where(valid, magnitude.double(), 0.0)
+    # `not (x <= limit)` also finds NaN.
+    bad = ~((r.abs() <= REWARD_LIMIT) & (scale <= REWARD_LIMIT))
+    outside = (groups < 0) | (groups >= len(groups))
+    if groups.dtype not in (torch.int32, torch.int64) or bool((bad | outside).any()):
+        if bool(bad.any()):
+            raise RewardError(rewards, bad.nonzero().flatten().tolist())
+        raise ValueError(
+            f"groups must be int64 in [0, N), N = {len(groups)} rewards: got {groups.dtype}, outside are "
+            f"{groups[outside].unique().tolist()[:8]}. Number the groups from 0."
+        )
+
     zeros = torch.zeros_like(r)
     size = zeros.index_add(0, groups, valid.double())
     mean = zeros.index_add(0, groups, r) / size.clamp(min=1)
-    scale = r.abs() if magnitude is None else torch.where(valid, magnitude, torch.zeros_like(magnitude)).double()
     rounding = ROUNDING * zeros.scatter_reduce(0, groups, scale, "amax")
     centered = torch.where(valid, r - mean[groups], 0.0)
     centered = torch.where(centered.abs() <= rounding[groups], 0.0, centered)
@@ -240,6 +255,7 @@ def group_relative_advantage(
     return GroupAdvantage(advantage.to(rewards.dtype if rewards.dtype == torch.float64 else torch.float32), degenerate)
 
 
+@torch.no_grad()
 def hysteretic_advantage(
     rewards: Tensor,
     groups: Tensor,
@@ -262,23 +278,26 @@ def hysteretic_advantage(
         rewards: (N,) real, one scalar reward per response.
         groups: (N,) int64, the group number of each response, in any order, ``0 <= groups < N``.
         alpha: the rule that computes α from the sign counts of the batch (``hpo_plugin.variants``).
-        valid: (N,) bool; rows that are not valid get 0 and are not counted. If None, all rows are valid.
+        valid: (N,) bool or number, 0 if the row is not valid; rows that are not valid get 0 and are not counted. If
+            None, all rows are valid.
         magnitude: (N,) Σ_t |r_it|; see :func:`group_relative_advantage`.
         lengths: (N,) T_i in tokens, for the statistics only; 1 if None.
         normalize_by_std: see :func:`group_relative_advantage`; no effect with ``base``.
         base: (N,) or (N, T) advantages of another estimator, to which α is applied instead of the group-relative ones.
-            (N, T) advantages are 0 at masked tokens, and a response has the sign of their sum.
+            (N, T) advantages are 0 at masked tokens, and a response has the sign of their sum. Half precision is
+            computed in fp32.
         base_is_zero_without_signal: whether ``base`` is 0, up to rounding, if all rewards of a group are equal. The
             function then sets it to exactly 0. False for estimators that whiten over the batch.
         counted_rewards: (N,) rewards from which the function computes the sign counts and the degenerate groups instead
             of ``rewards``. Pass the task's scores if ``rewards`` contain a KL penalty.
 
     Returns:
-        :class:`HystereticAdvantage`; dtype and device of the advantages.
+        :class:`HystereticAdvantage`, without gradients; dtype and device of the advantages.
 
     Raises:
-        RewardError: if a valid reward is NaN or infinite.
-        ValueError: if shapes differ, or the rule returns an α outside [0, 1].
+        RewardError: see :func:`group_relative_advantage`.
+        ValueError: if shapes differ, a group number is not an integer in [0, N), an advantage of ``base`` is NaN or
+            infinite, or the rule returns an α outside [0, 1].
     """
     if (lengths is not None and lengths.shape != rewards.shape) or (
         base is not None and (base.dim() not in (1, 2) or base.shape[:1] != rewards.shape)
@@ -287,13 +306,13 @@ def hysteretic_advantage(
             "rewards and lengths must be (N,), base (N,) or (N, T): got "
             f"{[None if x is None else tuple(x.shape) for x in (rewards, lengths, base)]}"
         )
-    if valid is None:
-        valid = torch.ones_like(rewards, dtype=torch.bool)
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid.bool()
     own, degenerate = group_relative_advantage(
         rewards, groups, valid=valid, magnitude=magnitude, normalize_by_std=normalize_by_std
     )
-    advantage = own if base is None else base
+    advantage = own
     if base is not None:
+        base = _at_least_fp32(base)
         kept = valid & ~degenerate if base_is_zero_without_signal else valid
         advantage = torch.where(kept if base.dim() == 1 else kept.unsqueeze(-1), base, torch.zeros_like(base))
     magnitudes = (
@@ -319,7 +338,7 @@ def hysteretic_advantage(
             *counts,
             groups_of(valid) * relative,
             groups_of(degenerate) * relative,
-            valid.sum() if lengths is None else lengths[valid].sum(),
+            valid.sum() if lengths is None else lengths[valid].double().sum(),
             magnitudes[signs > 0].sum(),
             magnitudes[signs < 0].sum(),
         ]
@@ -328,6 +347,11 @@ def hysteretic_advantage(
     if not 0 <= statistics.alpha <= 1:
         raise ValueError(
             f"the variant's rule returns α = {statistics.alpha}, which is not in [0, 1], for {counts}; correct the rule"
+        )
+    if not_finite := (~magnitudes.isfinite()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the advantages of the base estimator must be finite: {len(not_finite)} of {len(rewards)} responses have "
+            f"one that is NaN or infinite, rows {not_finite[:8]}. Use another base estimator, or correct it."
         )
     weighted = advantage * (weights if advantage.dim() == 1 else weights.unsqueeze(-1))
     return HystereticAdvantage(weighted, advantage, value, counts, statistics)
@@ -356,13 +380,17 @@ def count_signs(signs: Tensor, valid: Tensor | None = None) -> SignCounts:
 
     Args:
         signs: (N,) of −1, 0 or 1 (:func:`response_signs`), or any advantages of shape (N,).
-        valid: (N,) bool; if None, all rows are valid.
+        valid: (N,) bool or number, 0 if the row is not valid; if None, all rows are valid.
 
     Returns:
         :class:`SignCounts`. Counts of parts of a batch (ranks) can be summed; α must be computed from the sum.
+
+    Raises:
+        ValueError: if shapes differ.
     """
-    if valid is None:
-        valid = torch.ones_like(signs, dtype=torch.bool)
+    valid = torch.ones_like(signs, dtype=torch.bool) if valid is None else valid.bool()
+    if valid.shape != signs.shape:
+        raise ValueError(f"signs and valid must be (N,): got {tuple(signs.shape)} and {tuple(valid.shape)}")
     return SignCounts(((signs > 0) & valid).sum(), ((signs < 0) & valid).sum(), valid.sum())
 
 
@@ -457,7 +485,7 @@ def hpo_loss(
         log_prob: (N, T) log-probabilities under the current policy; differentiated.
         old_log_prob: (N, T) log-probabilities under the old policy.
         advantages: (N, T), *without* α.
-        response_mask: (N, T) bool or number.
+        response_mask: (N, T) bool or number; values at tokens where it is 0 have no effect, even if they are NaN.
         alpha: α of HPO, or A-HPO's from :func:`adaptive_alpha` on the whole batch.
         clip_low: ε_lo.
         clip_high: ε_hi.
@@ -465,8 +493,18 @@ def hpo_loss(
 
     Returns:
         0-d loss, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: if an input is not (N, T).
     """
+    others = (old_log_prob, advantages, response_mask)
+    if log_prob.is_nested or log_prob.dim() != 2 or any(x.shape != log_prob.shape for x in others):
+        raise ValueError(
+            "log_prob, old_log_prob, advantages and response_mask must be (N, T): got "
+            f"{[tuple(x.shape) for x in (log_prob, *others)]}"
+        )
     mask = response_mask.bool()
+    log_prob, old_log_prob, advantages = (x.masked_fill(~mask, 0.0) for x in (log_prob, old_log_prob, advantages))
     weights = hysteretic_weights(response_signs(advantages, mask), alpha)
     surrogate = clipped_surrogate(
         log_prob, old_log_prob, advantages, clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual

@@ -98,12 +98,13 @@ def surrogate_loss(
         ``(loss, sums)``: a 0-d loss, and :class:`SurrogateSums`; fp64 if any input is fp64, else fp32.
 
     Raises:
-        ValueError: if ``log_prob`` is not (N, T), or the shape of another input does not match it.
+        ValueError: if ``log_prob`` is not (N, T) or is nested, or the shape of another input does not match it.
     """
     others = [advantages] if token_weights is None else [advantages, token_weights]
     shape, column = log_prob.shape, (*log_prob.shape[:1], 1)
     if (
         len(shape) != 2
+        or log_prob.is_nested
         or any(x.shape != shape for x in (old_log_prob, response_mask))
         or any(x.shape not in (shape, column) for x in others)
     ):
@@ -140,10 +141,11 @@ def plain_surrogate_loss(
     clip_dual: float | None,
 ) -> tuple[Tensor, SurrogateSums]:
     """The definition of :func:`surrogate_loss`, with autograd; the tests compare the two."""
+    log_prob, old_log_prob, advantages = (torch.where(mask, x, 0.0) for x in (log_prob, old_log_prob, advantages))
     surrogate = algorithm.clipped_surrogate(
         log_prob, old_log_prob, advantages, clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual
     )
-    losses = surrogate.loss if token_weights is None else surrogate.loss * token_weights
+    losses = surrogate.loss if token_weights is None else surrogate.loss * torch.where(mask, token_weights, 0.0)
 
     def over_tokens(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0).sum(dim=-1).to(losses.dtype)
@@ -301,11 +303,12 @@ def rewards_of_responses(token_level_rewards: Tensor) -> tuple[Tensor, Tensor]:
     """The reward of each response, and the scale of its rounding.
 
     Args:
-        token_level_rewards: (N, T) floating point.
+        token_level_rewards: (N, T) real; other dtypes than fp64 are computed in fp32.
 
     Returns:
         Σ_t r_it and Σ_t |r_it|, both (N,); the same tensor if no token has a negative reward.
     """
+    token_level_rewards = algorithm._at_least_fp32(token_level_rewards)
     rewards = token_level_rewards.sum(dim=-1)
     if token_level_rewards.numel() and token_level_rewards.amin() >= 0:
         return rewards, rewards
@@ -326,10 +329,10 @@ def responses_with_tokens(response_mask: Tensor) -> Tensor:
     """
     t = response_mask.shape[1]
     if response_mask.device.type != "cpu" or t == 0:
-        return response_mask.any(dim=1)
+        return response_mask.any(dim=1).bool()
     found = response_mask[:, 0] != 0
     for rows in torch.split((~found).nonzero().flatten(), max(_block_size(response_mask.device) // t, 1)):
-        found[rows] = response_mask[rows].any(dim=1)
+        found[rows] = response_mask[rows].any(dim=1).bool()
     return found
 
 

@@ -136,7 +136,8 @@ Results = dict[str, dict[str, dict[str, str]]]
 def read_report(path: Path) -> dict[str, dict[str, str]]:
     """Outcome and date of each test of a JUnit report, by pytest's id; what was skipped is left out."""
     found = {}
-    for suite in ElementTree.parse(path).getroot().iter("testsuite"):
+    # pytest wrote the file.
+    for suite in ElementTree.parse(path).getroot().iter("testsuite"):  # nosec B314
         date = suite.attrib["timestamp"][:10]
         for case in suite.iter("testcase"):
             if case.find("skipped") is not None:

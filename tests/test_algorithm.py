@@ -213,6 +213,46 @@ def test_a_reward_that_is_not_finite_in_a_row_that_is_not_valid_is_of_no_consequ
     assert result.advantage.tolist() == [0.5, 0.0, -0.5]
 
 
+@pytest.mark.parametrize("value", [1.001e12, 1e30, -3e38])
+def test_a_reward_that_is_too_large_is_refused_for_its_square_would_be_infinite_in_fp32(value):
+    rewards = torch.tensor([0.0, value, 1.0, math.nan])
+    valid = torch.tensor([True, True, True, False])
+    with pytest.raises(RewardError, match=r"at most 1e\+12 in magnitude.*1 of 4 are larger or not finite, rows \[1\]"):
+        group_relative_advantage(rewards, torch.zeros(4, dtype=torch.long), valid=valid)
+    assert group_relative_advantage(torch.tensor([1e12, 0.0]), ONE_GROUP).advantage.tolist() == pytest.approx(
+        [2**-0.5, -(2**-0.5)]
+    )
+
+
+def test_tokens_that_are_too_large_are_refused_even_if_they_cancel():
+    with pytest.raises(RewardError, match=r"summed over the tokens of a response: 1 of 2 .*rows \[0\]"):
+        group_relative_advantage(torch.tensor([0.0, 1.0]), ONE_GROUP, magnitude=torch.tensor([math.inf, 1.0]))
+
+
+@pytest.mark.parametrize("groups", [[0, 2], [0, -1], [0.0, 1.0], [True, False]])
+def test_a_group_number_that_is_no_integer_from_0_to_n_is_refused(groups):
+    with pytest.raises(ValueError, match=r"groups must be int64 in \[0, N\), N = 2"):
+        group_relative_advantage(torch.tensor([1.0, 0.0]), torch.tensor(groups))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.uint8])
+def test_valid_is_bool_or_a_number(dtype):
+    valid = (torch.tensor([1, 0, 1]) * (1 if dtype == torch.bool else 2)).to(dtype)
+    result = hysteretic_advantage(
+        torch.tensor([1.0, 5.0, 0.0]), torch.zeros(3, dtype=torch.long), adaptive, valid=valid, normalize_by_std=False
+    )
+    assert result.weighted.tolist() == [0.5, 0.0, -0.5]
+    assert [int(n) for n in result.counts] == [int(n) for n in count_signs(result.advantage, valid)] == [1, 1, 2]
+
+
+def test_advantages_have_no_gradient():
+    """The gradient of the standard deviation of equal rewards is infinite."""
+    rewards = torch.tensor([1.0, 1.0], requires_grad=True)
+    assert not group_relative_advantage(rewards, ONE_GROUP).advantage.requires_grad
+    base = torch.tensor([1.0, -1.0], requires_grad=True)
+    assert not hysteretic_advantage(rewards, ONE_GROUP, adaptive, base=base).weighted.requires_grad
+
+
 def test_shapes_that_differ_are_refused_and_named():
     with pytest.raises(ValueError, match=r"\(3,\), \(2,\)"):
         group_relative_advantage(torch.zeros(3), torch.zeros(2, dtype=torch.long))
@@ -523,6 +563,42 @@ def test_alpha_of_each_micro_batch_would_be_another_loss():
     assert abs(naive / mask.sum() - whole) > 1e-2
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_values_outside_of_the_mask_reach_neither_loss_nor_gradient(garbage):
+    inputs = random_batch()
+    mask = inputs[3]
+    results = []
+    for fill in (0.0, garbage):
+        log_prob, old, advantages = (x.masked_fill(~mask, fill) for x in inputs[:3])
+        log_prob.requires_grad_()
+        loss = hpo_loss(log_prob, old, advantages, mask, alpha=0.6)
+        loss.backward()
+        results.append((loss, log_prob.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (2, 3)])
+def test_an_input_of_the_loss_with_another_shape_is_refused(at, shape):
+    """(3,) would broadcast over the rows of (3, 3)."""
+    inputs = [torch.ones(3, 3) for _ in range(4)]
+    inputs[at] = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"must be \(N, T\)"):
+        hpo_loss(*inputs, alpha=0.6)
+
+
+def test_nested_inputs_of_the_loss_are_refused():
+    nested = torch.nested.as_nested_tensor([torch.zeros(1), torch.zeros(3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"must be \(N, T\)"):
+        hpo_loss(nested, nested, nested, nested + 1, alpha=0.6)
+
+
+def test_a_valid_of_another_shape_is_not_counted():
+    with pytest.raises(ValueError, match=r"must be \(N,\): got \(2,\) and \(2, 1\)"):
+        count_signs(torch.tensor([1.0, -1.0]), torch.ones(2, 1))
+
+
 def test_a_batch_without_tokens_has_loss_zero():
     zeros = torch.zeros(2, 3)
     assert hpo_loss(zeros, zeros, zeros, zeros, alpha=0.6).item() == 0.0
@@ -676,6 +752,25 @@ def test_without_lengths_a_response_has_one_token():
     """Masses 0.75 and 1/3 · 3 · 0.25 of six valid responses."""
     found = hysteretic_advantage(REWARDS, GROUPS, adaptive, valid=VALID, normalize_by_std=False).statistics
     assert (found.tokens, found.abs_advantage_positive, found.abs_advantage_negative) == pytest.approx((6, 0.75, 0.25))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_a_base_advantage_that_is_not_finite_is_refused_unless_its_row_is_not_valid(bad, per_token):
+    base = torch.tensor([2.0, -1.0, bad, 1.0, 0.0, 0.0, bad])
+    base = torch.stack([base, torch.ones(7)], dim=1) if per_token else base
+    with pytest.raises(ValueError, match=r"base estimator must be finite: 1 of 7 .* rows \[2\]"):
+        hysteretic_advantage(REWARDS, GROUPS, adaptive, valid=VALID, base=base)
+
+
+def test_a_base_in_half_precision_is_computed_in_fp32():
+    """60,000 tokens of |A| = 2 in fp16 are more than its largest number."""
+    base = torch.tensor([2.0, -2.0], dtype=torch.float16)
+    result = hysteretic_advantage(
+        torch.tensor([1.0, 0.0]), ONE_GROUP, lambda counts: 0.5, base=base, lengths=torch.full((2,), 6e4).half()
+    )
+    assert result.weighted.dtype == torch.float32
+    assert result.statistics[6:] == pytest.approx((120_000, 120_000, 60_000), rel=1e-3)
 
 
 def test_an_empty_batch_has_no_advantages_and_alpha_one():

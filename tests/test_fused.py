@@ -164,6 +164,24 @@ def test_what_stands_outside_of_the_mask_is_never_used(garbage):
     assert torch.equal(dirty.grad, clean.grad)
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_what_stands_outside_of_the_mask_reaches_no_gradient_of_the_definition(garbage):
+    log_prob, old, advantages, mask = batch()
+    inputs = [torch.where(mask, x, garbage).requires_grad_() for x in (log_prob, old, advantages)]
+    weights = torch.where(mask, 1.0, garbage)
+    loss, _ = surrogate_loss(*inputs, mask, token_weights=weights, **SETTINGS)
+    expected, _ = surrogate_loss(log_prob, old, advantages, mask, **SETTINGS)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(x.grad.isfinite().all() and not x.grad[~mask].any() for x in inputs)
+
+
+def test_nested_tensors_are_refused():
+    nested = torch.nested.as_nested_tensor([torch.zeros(1), torch.zeros(3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"must be \(N, T\)"):
+        surrogate_loss(nested, nested, nested, nested + 1, **SETTINGS)
+
+
 def test_a_nan_inside_of_the_mask_reaches_loss_and_gradient():
     log_prob, old, advantages, mask = batch()
     log_prob[1, 0] = math.nan
@@ -245,7 +263,12 @@ def test_a_shape_that_does_not_fit_is_refused(at):
 # Advantages over tokens -----------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 6), st.integers(0, 5), st.sampled_from([torch.bool, torch.int64, torch.float32]), st.data())
+@given(
+    st.integers(0, 6),
+    st.integers(0, 5),
+    st.sampled_from([torch.bool, torch.int64, torch.float32, torch.uint8]),
+    st.data(),
+)
 @settings(max_examples=100, deadline=None)
 def test_spreading_is_multiplication_with_the_mask_and_a_response_has_tokens_if_any(n, t, dtype, data):
     bits = data.draw(st.lists(st.integers(0, 1), min_size=n * t, max_size=n * t))
@@ -283,6 +306,17 @@ def test_a_reward_that_is_nan_reaches_sum_and_magnitude():
     """The advantages refuse it, with its row."""
     for result in rewards_of_responses(torch.tensor([[math.nan, 1.0], [0.5, 0.0]])):
         assert result.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool])
+def test_rewards_of_other_dtypes_are_added_in_fp32(dtype):
+    """257 is no number of bf16, and vector_norm takes no integers."""
+    rows = [[256.0, 1.0], [-1.0, 0.0]] if dtype not in (torch.int8, torch.bool) else [[1.0, 1.0], [-1.0, 0.0]]
+    rewards = torch.tensor(rows).to(dtype)
+    total, magnitude = rewards_of_responses(rewards)
+    assert total.tolist() == [sum(row) for row in rewards.tolist()]
+    assert magnitude.tolist() == [sum(map(abs, row)) for row in rewards.tolist()]
+    assert total.dtype == magnitude.dtype == torch.float32
 
 
 def allocated(function, *args) -> int:

@@ -35,9 +35,9 @@ TEXTS = {".md", ".yaml", ".sbatch"}
 
 
 def locked(name: str) -> dict[str, str]:
-    """The requirements of a lock by distribution and marker, without the comment that says who asked for them."""
-    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements" / name).read_text().splitlines())
-    requirements = [Requirement(line) for line in lines if line]
+    """The requirements of a lock by distribution and marker, without hashes and comments."""
+    lines = (re.split("[#\\\\]", line)[0].strip() for line in (ROOT / "requirements" / name).read_text().splitlines())
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("--hash=")]
     return {f"{r.name} ; {r.marker}": str(r.specifier) for r in requirements}
 
 
@@ -207,7 +207,7 @@ def test_the_locks_bring_neither_cuda_nor_the_builds_that_break_beside_cpu_torch
 def test_the_locks_name_no_index_and_no_path():
     for path in (ROOT / "requirements").glob("*.txt"):
         assert "://" not in path.read_text()
-        assert not re.search(r"^\s*-", path.read_text(), re.MULTILINE), f"{path.name} sets an option of pip"
+        assert not re.search(r"^\s*-(?!-hash=)", path.read_text(), re.MULTILINE), f"{path.name} sets an option of pip"
 
 
 def test_tracked_files_name_no_path_of_one_machine():

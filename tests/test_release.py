@@ -96,7 +96,9 @@ def test_ci_runs_all_stages_on_pushes_and_pull_requests():
     assert {"push", "pull_request", "workflow_call"} == set(ci["on"])
     assert ci["permissions"] == {"contents": "read"}
     assert ci["concurrency"]["cancel-in-progress"] is True
-    (job,) = ci["jobs"].values()
+    assert set(ci["jobs"]) == {"test", "audit"}
+    assert "make audit" in commands(ci["jobs"]["audit"]).splitlines()
+    job = ci["jobs"]["test"]
     assert job["timeout-minutes"] == 90
     assert "bash .ci/run" in commands(job).splitlines()
     assert (ROOT / ".ci" / "run").is_file()

@@ -34,7 +34,17 @@ from torture.probe import Probe, Result, merged
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules with probes, in the order of the tables.
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    "torture.algorithm_inputs",
+    "torture.verl_inputs",
+    "torture.trl_inputs",
+    "torture.settings",
+    "torture.faults",
+    "torture.trl_faults",
+    "torture.determinism",
+    "torture.long_run",
+    "torture.scale",
+)
 RESULTS = ROOT / "docs" / "torture.json"
 PAGE = ROOT / "docs" / "robustness.md"
 #: Lines of a case's output that a failure shows.

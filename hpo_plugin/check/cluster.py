@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from hpo_plugin.check import probe
 from hpo_plugin.check.report import Finding
 from hpo_plugin.check.signals import signal_handlers_kept
+from hpo_plugin.console import listed
 from hpo_plugin.cpu.checks import CPUS_PER_RANK
 
 #: Time limit for a connection to the head of a cluster, in seconds. Ray itself tries for a minute or more.
@@ -22,6 +25,8 @@ CONNECT_TIMEOUT = 5.0
 #: TransferQueue's actor (transfer_queue/interface.py, ``init``). Its name and namespace are fixed. A trainer uses an
 #: existing actor of this name.
 QUEUE_ACTOR = {"name": "TransferQueueController", "namespace": "transfer_queue"}
+#: Parts of a message of Ray that are different on each node: ids, addresses and process numbers.
+_OF_ONE_NODE = r"[0-9a-f]{8,}|\d+(?:\.\d+){3}(?::\d+)?|\bpid=\d+"
 #: Ray's message if its raylet did not start within 15 seconds, on a busy machine or shortly after booting.
 SLOW_START = "timed out during startup"
 
@@ -119,24 +124,28 @@ class Cluster:
 
         remaining = max(0.0, timeout - (time.monotonic() - self._begin))
         ray.wait(list(self._answers.values()), num_returns=len(self._answers), timeout=remaining)
-        findings = []
+        # Nodes with the same finding share a line, because a cluster can have hundreds of nodes.
+        same: dict[tuple[str, bool, str], list[tuple[str, Finding]]] = {}
         for node_id, answer in self._answers.items():
-            label = f"node {self._nodes[node_id]['NodeManagerAddress']}"
+            node = self._nodes[node_id]
+            host, label, differs = node["NodeManagerHostname"], f"node {node['NodeManagerAddress']}", ""
             try:
                 there = ray.get(answer, timeout=0)
             except ray.exceptions.GetTimeoutError:
-                host = self._nodes[node_id]["NodeManagerHostname"]
                 found = f"{host}: no answer within {timeout:g} s"
-                findings.append(Finding(label, found, False, "check the node, or increase --timeout"))
+                findings = [Finding(label, found, False, "check the node, or increase --timeout")]
             except ray.exceptions.RayError as error:
-                host = self._nodes[node_id]["NodeManagerHostname"]
-                found = f"{host}: {' '.join(str(error).split())[-400:]}"
-                findings.append(Finding(label, found, False, "see the Ray logs of the node"))
+                found, differs = f"{host}: {' '.join(str(error).split())[-400:]}", _OF_ONE_NODE
+                findings = [Finding(label, found, False, "see the Ray logs of the node")]
             else:
-                findings += compare_node(label, here, there)
-        if not findings:
-            findings.append(Finding("ray", "the cluster has no living node", False, "start Ray: `ray start --head`"))
-        return findings
+                host = there["host"]
+                findings = compare_node(label, here, there)
+            for finding in findings:
+                said = finding.found.removeprefix(f"{host}: ")
+                key = re.sub(differs, "#", said) if differs else said, finding.ok, finding.remedy
+                same.setdefault(key, []).append((host, finding))
+        merged = [_of_nodes(entries) for entries in same.values()]
+        return merged or [Finding("ray", "the cluster has no living node", False, "start Ray: `ray start --head`")]
 
     def check_devices(self, config: DictConfig) -> list[Finding]:
         """Compare the accelerators that the config requests with those of the cluster."""
@@ -146,7 +155,7 @@ class Cluster:
 
         nodes, per_node = _asked(config)
         have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        counts = ", ".join(map(str, sorted((_accelerators(resources) for resources in have), reverse=True)))
+        counts = _counted(sorted((_accelerators(resources) for resources in have), reverse=True))
         found = (
             f"trainer.nnodes={nodes} x trainer.n_gpus_per_node={per_node} requested; the nodes of the cluster have "
             f"{counts or 'none'}"
@@ -155,7 +164,7 @@ class Cluster:
             remedy = "correct trainer.nnodes and trainer.n_gpus_per_node, or add nodes to the cluster"
             return [Finding("accelerators", found, False, remedy)]
         if not _holds(have, nodes, per_node, cpus=CPUS_PER_RANK):
-            cpus = ", ".join(str(int(resources.get("CPU", 0))) for resources in have)
+            cpus = _counted(int(resources.get("CPU", 0)) for resources in have)
             found = f"each node needs {per_node * CPUS_PER_RANK} logical CPUs; the nodes have {cpus}"
             remedy = "start Ray with a larger `ray start --num-cpus`; with too few CPUs, verl waits forever"
             return [Finding("accelerators", found, False, remedy)]
@@ -197,6 +206,20 @@ class Cluster:
         return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}
 
 
+def _of_nodes(same: Sequence[tuple[str, Finding]]) -> Finding:
+    """One finding for the nodes with the same finding, from their hosts and their findings."""
+    host, finding = same[0]
+    if len(same) == 1:
+        return finding
+    said = finding.found.removeprefix(f"{host}: ")
+    return Finding(f"{len(same)} nodes", f"{listed(host for host, _ in same)}: {said}", finding.ok, finding.remedy)
+
+
+def _counted(values: Iterable[int]) -> str:
+    """Equal numbers with how often they occur: "8, 4, 4" is "8, 2 x 4"."""
+    return ", ".join(f"{count} x {value}" if count > 1 else str(value) for value, count in Counter(values).items())
+
+
 def _asked(config: DictConfig) -> tuple[int, int]:
     nodes, per_node = (int(OmegaConf.select(config, f"trainer.{key}")) for key in ("nnodes", "n_gpus_per_node"))
     return nodes, per_node
@@ -228,6 +251,8 @@ def _init_ray(arguments: dict[str, Any]) -> None:
     """Call ``ray.init``, and once more if the machine was too slow to start a node."""
     import ray
 
+    # A cluster that Ray starts here sends usage statistics by default.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for last in (False, True):
         try:
             # Ray replaces the handler of SIGTERM.
@@ -304,5 +329,5 @@ def compare_node(label: str, here: dict[str, Any], there: dict[str, Any]) -> lis
         what = f"{there['host']}: the code differs from the local code ({there['code']}, locally {here['code']})"
         findings.append(Finding(label, what, False, "install the same source on every node"))
     if not findings:
-        findings.append(Finding(label, f"{there['host']}: registered, same versions ({there['seconds']:.0f} s)"))
+        findings.append(Finding(label, f"{there['host']}: registered, same versions"))
     return findings

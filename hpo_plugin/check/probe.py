@@ -26,15 +26,12 @@ def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> d
         - ``host`` and ``python`` (str);
         - ``versions``: distribution -> version, or None if it is not installed;
         - ``code``: a short hash of the mathematics and the adapter, because two copies of one version may differ;
-        - ``seconds`` (float);
         - ``problems``: (problem, remedy) pairs, empty if HPO and A-HPO can be used in this process;
         - ``built_in``: the parts of HPO that verl itself provides, in one line, or None.
     """
     import platform
     import socket
-    import time
 
-    begin = time.monotonic()
     problems = _registration_problems() + _file_problems(files, shared)
     return {
         "host": socket.gethostname(),
@@ -43,7 +40,6 @@ def probe(files: Sequence[tuple[str, str]] = (), shared: str | None = None) -> d
         "code": _code_hash(),
         "problems": problems,
         "built_in": None if problems else _built_in(),
-        "seconds": time.monotonic() - begin,
     }
 
 

@@ -34,14 +34,13 @@ def check(
     import contextlib
     import sys
 
-    from rich.console import Console
-
     from hpo_plugin.cli.requirements import require
 
     require("check", "verl")
     from hpo_plugin.check.checks import run_checks
+    from hpo_plugin.console import terminal
 
-    console, errors = Console(), Console(stderr=True)
+    console, errors = terminal(), terminal(stderr=True)
     show_status = errors.is_terminal and not as_json
     with contextlib.ExitStack() as stack:
         status = stack.enter_context(errors.status("checking")) if show_status else None

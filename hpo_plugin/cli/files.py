@@ -28,12 +28,10 @@ def files(
     """
     import shlex
 
-    from rich.console import Console
-
-    from hpo_plugin.console import note, stopped
+    from hpo_plugin.console import note, stopped, terminal
     from hpo_plugin.shipped import copy_files, shipped_files
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal(highlight=False, soft_wrap=True)
     try:
         copied = copy_files(shipped_files(), directory, force=force)
     except OSError as error:
@@ -53,7 +51,7 @@ def files(
         "  --config-name=hpo_trainer algorithm.policy_loss=ahpo ...",
         "hpo-plugin study run studies/paper-countdown.yaml --print",
     ]:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
     console.print(
         "\nrecipes/README.md and recipes/cluster/README.md explain the arguments. Their links to docs/ lead to the "
         "documentation, which is not part of the package."

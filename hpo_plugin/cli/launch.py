@@ -46,18 +46,16 @@ def launch(
     import signal
     import sys
 
-    from rich.console import Console
-
     from hpo_plugin.cli.requirements import require
 
     require("launch", "verl")
     from hpo_plugin.check.signals import interruptible
-    from hpo_plugin.console import stopped
+    from hpo_plugin.console import stopped, terminal
     from hpo_plugin.runs.launch import Launch, run_launch
     from hpo_plugin.runs.training import TrainingError
 
     # An explicit file: the checks redirect standard output, but not that of the launcher.
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = terminal(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
     wanted = Launch(
         config_name=config_name,
         overrides=tuple(overrides or ()),

@@ -52,10 +52,8 @@ def preview(
     import dataclasses
     import json
 
-    from rich.console import Console
-
     from hpo_plugin.cli.requirements import require
-    from hpo_plugin.console import stage_bars, stopped
+    from hpo_plugin.console import stage_bars, stopped, terminal
 
     require("preview", "preview")
     from hpo_plugin.check.signals import interruptible
@@ -64,12 +62,12 @@ def preview(
     from hpo_plugin.preview.rollouts import PreviewError, open_rollouts
     from hpo_plugin.preview.steps import preview_step
 
-    console, alpha_mins = Console(), tuple(dict.fromkeys(alpha_min or [0.1]))
+    console, alpha_mins = terminal(), tuple(dict.fromkeys(alpha_min or [0.1]))
     try:
         check_output(output, {})
         with (
             interruptible(),
-            stage_bars(Console(stderr=True), transient=True) as progress,
+            stage_bars(terminal(stderr=True), transient=True) as progress,
             open_rollouts(
                 rollouts, rewards=reward or (), group=group, length=length, tokenizer=tokenizer, progress=progress
             ) as read,
@@ -92,15 +90,13 @@ def preview(
         raise stopped(error) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    console.print(
-        f"{read.rows:,} responses: {read.columns}", style="dim", markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(f"{read.rows:,} responses: {read.columns}", style="dim", highlight=False, soft_wrap=True)
     console.print(table(found))
     console.print()
     for sentence in sentences(found):
-        console.print(sentence, markup=False, highlight=False)
+        console.print(sentence, highlight=False)
     if read.bad:
         console.print()
         for reason, count in read.bad.items():
-            console.print(f"skipped rows, {reason}: {count:,}", style="yellow", markup=False, highlight=False)
-    console.print(f"\nFiles in {output}: preview.html, preview.png, steps.jsonl", markup=False, soft_wrap=True)
+            console.print(f"skipped rows, {reason}: {count:,}", style="yellow", highlight=False)
+    console.print(f"\nFiles in {output}: preview.html, preview.png, steps.jsonl", soft_wrap=True)

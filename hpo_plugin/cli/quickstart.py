@@ -61,8 +61,6 @@ def quickstart(
     """
     import sys
 
-    from rich.console import Console
-
     from hpo_plugin.cli.requirements import require
 
     require("quickstart", "cpu")
@@ -74,6 +72,7 @@ def quickstart(
         )
 
     from hpo_plugin.check.signals import interruptible
+    from hpo_plugin.console import terminal
     from hpo_plugin.quickstart.run import run_quickstart
     from hpo_plugin.runs.directory import RunRequest
     from hpo_plugin.runs.training import TrainingError
@@ -92,13 +91,13 @@ def quickstart(
         overrides=tuple(overrides or ()),
         task=task,
     )
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = terminal(highlight=False, soft_wrap=not sys.stdout.isatty())
     try:
         with interruptible():
             run_quickstart(request, output, new=new, stall=stall, console=console)
     except TrainingError as error:
         console.print()
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("\nInterrupted; all processes of the run have stopped. Run the same command again to resume it.")

@@ -57,14 +57,12 @@ def prepare(
     from hpo_plugin.cli.requirements import require
 
     require("study prepare", "verl", "study")
-    from rich.console import Console
-
     from hpo_plugin.check.signals import interruptible
-    from hpo_plugin.console import stopped
+    from hpo_plugin.console import stopped, terminal
     from hpo_plugin.study.inputs import check_cells, compose_cells, make_study_inputs
     from hpo_plugin.study.spec import StudyError
 
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     try:
         with interruptible():
             workspace, cells = _load(study_file, output, only)
@@ -111,17 +109,15 @@ def run(
     from hpo_plugin.cli.requirements import require
 
     require("study run", "verl", "study")
-    from rich.console import Console
-
     from hpo_plugin.check.signals import interruptible
-    from hpo_plugin.console import stopped
+    from hpo_plugin.console import stopped, terminal
     from hpo_plugin.study.collect import check_same_inputs
     from hpo_plugin.study.data import read_data
     from hpo_plugin.study.inputs import prepare_in_child
     from hpo_plugin.study.run import StudyRun, show_failures
     from hpo_plugin.study.spec import StudyError
 
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     try:
         if print_commands and submit:
             raise StudyError("--print and --submit exclude each other. Remove one of them.")
@@ -168,15 +164,13 @@ def status(study_file: StudyFile, output: Output = DEFAULT_OUTPUT, data: Data = 
     from hpo_plugin.cli.requirements import require
 
     require("study status", "study")
-    from rich.console import Console
-
-    from hpo_plugin.console import stopped
+    from hpo_plugin.console import stopped, terminal
     from hpo_plugin.study.cells import State
     from hpo_plugin.study.data import read_data
     from hpo_plugin.study.run import look, show_failures, state_table
     from hpo_plugin.study.spec import StudyError
 
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     try:
         workspace, cells = _load(study_file, output, only)
         entries = look(workspace, cells, read_data(_data_file(study_file, data)))
@@ -187,7 +181,7 @@ def status(study_file: StudyFile, output: Output = DEFAULT_OUTPUT, data: Data = 
     for entry in entries:
         if entry.state is State.RUNNING:
             line = entry.view.line(entry.cell.steps) if entry.view else "starting"
-            console.print(f"{entry.cell.name}: {line}", markup=False, soft_wrap=True)
+            console.print(f"{entry.cell.name}: {line}", soft_wrap=True)
     show_failures([entry for entry in entries if entry.state is State.FAILED], console)
     counts = {state: sum(entry.state is state for entry in entries) for state in State}
     console.print(", ".join(f"{count} {state.value}" for state, count in counts.items() if count))
@@ -207,9 +201,7 @@ def collect(
     from hpo_plugin.cli.requirements import require
 
     require("study collect", "study")
-    from rich.console import Console
-
-    from hpo_plugin.console import stopped
+    from hpo_plugin.console import listed, stopped, terminal
     from hpo_plugin.study.collect import collect as collect_cells
     from hpo_plugin.study.spec import StudyError
 
@@ -219,11 +211,11 @@ def collect(
         done = collect_cells(workspace, path, prune=prune)
     except (StudyError, OSError, ValueError) as error:
         raise stopped(error) from None
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{path}: {path.stat().st_size / 1000:.0f} kB", markup=False)
+    console = terminal(highlight=False, soft_wrap=True)
+    console.print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
     for label, names in (("added", done.added), ("replaced", done.replaced), ("not finished", done.missing)):
         if names:
-            console.print(f"{label}: {len(names)} ({', '.join(names)})", markup=False)
+            console.print(f"{label}: {len(names)} ({listed(names)})")
     if done.kept:
         console.print(f"unchanged: {len(done.kept)}")
     if done.foreign:

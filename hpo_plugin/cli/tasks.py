@@ -96,9 +96,7 @@ def _prepare_command(task: Task) -> Callable[..., None]:
     )
 
     def prepare(output: Path, force: bool, **given: Any) -> None:
-        from rich.console import Console
-
-        from hpo_plugin.console import stage_bars, stopped
+        from hpo_plugin.console import stage_bars, stopped, terminal
 
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
@@ -106,7 +104,7 @@ def _prepare_command(task: Task) -> Callable[..., None]:
         try:
             options = task.Options(**values)
             task.validate(options)
-            with stage_bars(Console(stderr=True), transient=False) as progress:
+            with stage_bars(terminal(stderr=True), transient=False) as progress:
                 made = task.prepare(output, options, force=force, progress=progress)
         except (ValueError, OSError) as error:
             raise stopped(error) from None
@@ -123,8 +121,9 @@ def _prepare_command(task: Task) -> Callable[..., None]:
 
 
 def _print_data_set(made: DataSet) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from hpo_plugin.console import terminal
 
     counts = dict(made.manifest["counts"])
     for split, agreement in made.manifest.get("oracle", {}).items():
@@ -141,14 +140,14 @@ def _print_data_set(made: DataSet) -> None:
         table.add_row(*row)
     for name in sorted({*written, *made.publication.unchanged} - {"manifest.json"}):
         table.add_row(str(directory / name), "written" if name in written else "already exists, identical")
-    console = Console()
+    console = terminal()
     console.print(table, soft_wrap=True)
     for name, examples in counts.items():
         if name.endswith("_examples"):
             for example in examples:
-                console.print(f"{name.removesuffix('_examples')}: {example}", markup=False, highlight=False)
+                console.print(f"{name.removesuffix('_examples')}: {example}", highlight=False)
     if leakage and leakage["shared_scenarios"]:
-        Console(stderr=True).print(
+        terminal(stderr=True).print(
             f"warning: {leakage['train_rows']:,} training rows and {leakage['test_rows']:,} test rows share a base "
             "scenario, so the held-out success will be too high",
             style="yellow",
@@ -184,30 +183,28 @@ def _explain_command(task: Task) -> Callable[..., None]:
         row: Annotated[int, typer.Option(min=0, help="Index of the row in the file, from 0.")] = 0,
         text: Annotated[bool, typer.Option("--text", help="Print the derivation instead of the table.")] = False,
     ) -> None:
-        from rich.console import Console
-
-        from hpo_plugin.console import stopped
+        from hpo_plugin.console import stopped, terminal
 
         try:
             given = _read_row(task, file, row)
             found = task.explain(given)
         except (ValueError, OSError) as error:
             raise stopped(error) from None
-        console = Console(highlight=False)
+        console = terminal(highlight=False)
         if text and found.answer is not None:
-            console.print(found.text or found.summary, markup=False, soft_wrap=True)
+            console.print(found.text or found.summary, soft_wrap=True)
             return
         if found.table is not None:
             console.print(found.table)
             console.print()
-        console.print(found.summary, style="bold red" if found.answer is None else "bold", markup=False)
+        console.print(found.summary, style="bold red" if found.answer is None else "bold")
         if found.answer is None:
             raise typer.Exit(1)
         for line in found.evidence:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
+            console.print(f"  {line}", soft_wrap=True)
         truth = given["reward_model"].get("ground_truth")
         if isinstance(truth, str) and truth != found.answer:
-            console.print(f"The answer in the file is {truth}; the rules disagree.", style="yellow", markup=False)
+            console.print(f"The answer in the file is {truth}; the rules disagree.", style="yellow")
 
     explain.__doc__ = (
         f"Explain the answer to one row of {task.title}.\n\n"
@@ -247,9 +244,7 @@ def _score_command(task: Task) -> Callable[..., None]:
             typer.Argument(help="File <step>.jsonl of verl's trainer.validation_data_dir, with one sample per line."),
         ],
     ) -> None:
-        from rich.console import Console
-
-        from hpo_plugin.console import stopped
+        from hpo_plugin.console import stopped, terminal
 
         try:
             prompts = _read_samples(file)
@@ -257,7 +252,7 @@ def _score_command(task: Task) -> Callable[..., None]:
             groups = [task.group(truth) for truth, _ in prompts]
         except (ValueError, OSError) as error:
             raise stopped(error) from None
-        console = Console(highlight=False)
+        console = terminal(highlight=False)
         console.print(f"{len(prompts):,} prompts, {len(prompts[0][1])} samples each")
         for name, value in metrics.items():
             console.print(f"{name:<8}{100 * value:.2f} %", style="bold")

@@ -140,7 +140,8 @@ def apply_alpha(
         The metrics of the batch.
 
     Raises:
-        RewardError: A reward is NaN or infinite; ``rows`` are positions in the rollout batch.
+        RewardError: A reward is NaN, infinite or above ``REWARD_LIMIT`` of :mod:`hpo_plugin.algorithm`; ``rows`` are
+            positions in the rollout batch.
         ValueError: The rule gives an α outside of [0, 1].
     """
     index = torch.tensor([i for experience in experiences for i in experience.index])

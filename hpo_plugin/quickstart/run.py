@@ -67,7 +67,9 @@ def run_quickstart(request: RunRequest, output: Path, *, new: bool, stall: float
     os.environ.update(ENVIRONMENT)
     name = PRESET_TITLES.get(request.policy_loss, request.policy_loss)
     task = load_task(request.task)
-    console.print(f"[bold]{name} on {task.title}[/], with verl's trainer on this machine's CPU cores")
+    console.print(
+        Text.assemble((f"{name} on {task.title}", "bold"), ", with verl's trainer on this machine's CPU cores")
+    )
     try:
         run, resumed = choose_run(output, request, new=new)
         with run.locked():
@@ -267,7 +269,8 @@ def _finish(run: Run, title: str, training: Training, request: RunRequest, *, se
     run.finish({"request": request.as_json(), **result, "command": command})
 
     console.print()
-    console.print(draw_curves(rows, width=console.width, color=console.is_terminal), markup=False, soft_wrap=True)
+    curves = draw_curves(rows, width=console.width, color=console.is_terminal)
+    console.print(Text.from_ansi(curves), soft_wrap=True)
     console.print()
     console.print(_summary_table(result, request, seconds))
     console.print()

@@ -6,6 +6,7 @@ detects them when it reads the config. It imports only OmegaConf.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,32 +15,56 @@ from omegaconf import DictConfig, OmegaConf
 
 from hpo_plugin.errors import ConfigError
 
-__all__ = ["KEY_RECIPE", "STRATEGIES", "Layout", "check_layout", "check_sharding"]
+__all__ = ["KEY_RECIPE", "STRATEGIES", "Layout", "check_layout", "check_sharding", "check_sizes"]
 
-#: The node of configs that are composed from ``hpo_recipe``. This module checks only such configs.
+#: The node of configs that are composed from ``hpo_recipe``.
 KEY_RECIPE = "recipe"
 
 _ACTOR = "actor_rollout_ref.actor"
 _ROLLOUT = "actor_rollout_ref.rollout"
+#: The keys of a recipe.
+_KEYS = ("architecture", "data_dir", "engine", "megatron", "model", "offload", "task")
+#: The sizes that every config of verl has, in the order of the fields of :class:`Layout`.
+_COUNTS = (
+    "trainer.nnodes",
+    "trainer.n_gpus_per_node",
+    "data.train_batch_size",
+    f"{_ACTOR}.ppo_mini_batch_size",
+    f"{_ROLLOUT}.n",
+    f"{_ROLLOUT}.tensor_model_parallel_size",
+)
+
+
+def _count(config: DictConfig, key: str, prefix: str = f"{_ACTOR}.") -> int:
+    value = OmegaConf.select(config, key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        key = f"{prefix}{key}"
+        raise ConfigError(f"{key}={value!r} is not a positive integer. Set {key} to an integer of 1 or more.")
+    return value
 
 
 def _fsdp(actor: DictConfig) -> tuple[int, int, int]:
     # verl still reads the older of the two keys.
-    return 1, 1, max(actor.ulysses_sequence_parallel_size, actor.fsdp_config.ulysses_sequence_parallel_size)
+    key = "ulysses_sequence_parallel_size"
+    return 1, 1, max(_count(actor, key), _count(actor, f"fsdp_config.{key}"))
 
 
 def _megatron(actor: DictConfig) -> tuple[int, int, int]:
-    sizes = actor.megatron
-    return sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size
+    tensor, pipeline, context = (
+        _count(actor, f"megatron.{kind}_parallel_size") for kind in ("tensor_model", "pipeline_model", "context")
+    )
+    return tensor, pipeline, context
 
 
 def _veomni(actor: DictConfig) -> tuple[int, int, int]:
-    return 1, 1, actor.veomni.ulysses_parallel_size
+    return 1, 1, _count(actor, "veomni.ulysses_parallel_size")
 
 
 def _torchtitan(actor: DictConfig) -> tuple[int, int, int]:
-    sizes = actor.torchtitan
-    return sizes.tensor_parallel_size, sizes.pipeline_parallel_size, sizes.context_parallel_size
+    tensor, pipeline, context = (
+        _count(actor, f"torchtitan.{kind}_parallel_size") for kind in ("tensor", "pipeline", "context")
+    )
+    return tensor, pipeline, context
 
 
 #: ``actor_rollout_ref.actor.strategy`` -> function that reads the tensor, pipeline and context parallel sizes from the
@@ -92,25 +117,28 @@ class Layout:
         """Read a composed config.
 
         Raises:
-            ConfigError: if the actor's strategy is not one of :data:`STRATEGIES`.
+            ConfigError: if the actor's strategy is not one of :data:`STRATEGIES`, or a size is not a positive integer.
         """
-        actor, rollout = OmegaConf.select(config, _ACTOR), OmegaConf.select(config, _ROLLOUT)
+        actor = OmegaConf.select(config, _ACTOR)
         if actor.strategy not in STRATEGIES:
             raise ConfigError(
                 f"{_ACTOR}.strategy={actor.strategy} is not supported. Set one of {', '.join(STRATEGIES)}."
             )
         tensor, pipeline, context = STRATEGIES[actor.strategy](actor)
+        nodes, gpus_per_node, prompts, mini_batch_prompts, responses, rollout_tensor = (
+            _count(config, key, prefix="") for key in _COUNTS
+        )
         return cls(
             strategy=actor.strategy,
-            nodes=config.trainer.nnodes,
-            gpus_per_node=config.trainer.n_gpus_per_node,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
             tensor=tensor,
             pipeline=pipeline,
             context=context,
-            rollout_tensor=rollout.tensor_model_parallel_size,
-            prompts=config.data.train_batch_size,
-            mini_batch_prompts=actor.ppo_mini_batch_size,
-            responses=rollout.n,
+            rollout_tensor=rollout_tensor,
+            prompts=prompts,
+            mini_batch_prompts=mini_batch_prompts,
+            responses=responses,
             prompt_tokens=config.data.max_prompt_length,
             response_tokens=config.data.max_response_length,
             tokens_per_gpu=actor.ppo_max_token_len_per_gpu,
@@ -166,14 +194,65 @@ def check_layout(config: DictConfig) -> Layout | None:
         ConfigError: each message names the keys, their values and what to do.
     """
     architecture = OmegaConf.select(config, f"{KEY_RECIPE}.architecture")
+    if architecture is None:
+        return None
+    _check_keys(config[KEY_RECIPE])
     # Engines that a user has added to verl are not checked.
-    if architecture is None or OmegaConf.select(config, f"{_ACTOR}.strategy") not in STRATEGIES:
+    if OmegaConf.select(config, f"{_ACTOR}.strategy") not in STRATEGIES:
         return None
     layout = Layout.of(config)
     check_sharding(layout, architecture)
     if layout.strategy == "torchtitan":
         _check_torchtitan(layout, OmegaConf.select(config, f"{_ACTOR}.torchtitan"))
     return layout
+
+
+def _check_keys(recipe: DictConfig) -> None:
+    """Reject keys that no recipe reads, but that resemble one that a recipe reads."""
+    for key in recipe:
+        if key not in _KEYS and (close := difflib.get_close_matches(str(key), _KEYS, 1)):
+            raise ConfigError(
+                f"{KEY_RECIPE}.{key}={recipe[key]} has no effect. Set {KEY_RECIPE}.{close[0]}, or remove it."
+            )
+    if not isinstance(recipe.get("offload", False), bool):
+        raise ConfigError(
+            f"{KEY_RECIPE}.offload={recipe.offload!r} is not a boolean. Set {KEY_RECIPE}.offload=true or false."
+        )
+
+
+def check_sizes(config: DictConfig) -> None:
+    """Check the sizes of any run whose trainer and rollout share GPUs, with or without a recipe.
+
+    verl detects an indivisible mini-batch only after the first rollout.
+
+    Args:
+        config: the root config. If one of the keys is missing, the sizes are not compared. Engines that are not in
+            :data:`STRATEGIES` are not checked.
+
+    Raises:
+        ConfigError: each message names the keys, their values and what to do.
+    """
+    absent = object()
+    if any(OmegaConf.select(config, key, default=absent) is absent for key in _COUNTS):
+        return
+    if OmegaConf.select(config, f"{_ACTOR}.strategy") not in STRATEGIES:
+        return
+    layout = Layout.of(config)
+    _check_groups(layout)
+    size = layout.rollout_tensor
+    for key in ("data_parallel_size", "pipeline_model_parallel_size"):
+        size *= OmegaConf.select(config, f"{_ROLLOUT}.{key}") or 1
+    if layout.gpus % size:
+        raise ConfigError(
+            f"{_gpus(layout)} cannot be divided into rollout replicas of {size} GPUs "
+            f"({_ROLLOUT}.tensor_model_parallel_size={layout.rollout_tensor}). Set a size that divides {layout.gpus}."
+        )
+    if layout.prompts < layout.mini_batch_prompts:
+        raise ConfigError(
+            f"data.train_batch_size={layout.prompts} is smaller than {_ACTOR}.ppo_mini_batch_size="
+            f"{layout.mini_batch_prompts}. Set {_ACTOR}.ppo_mini_batch_size to {layout.prompts} or less."
+        )
+    _check_rows(layout)
 
 
 def check_sharding(layout: Layout, architecture: Any) -> None:
@@ -199,13 +278,17 @@ def _gpus(layout: Layout) -> str:
     )
 
 
-def _check_gpus(layout: Layout) -> None:
+def _check_groups(layout: Layout) -> None:
     if layout.gpus % layout.model_parallel:
         raise ConfigError(
             f"{_gpus(layout)} cannot be divided into model-parallel groups of {layout.model_parallel} GPUs (sizes of "
             f"{_ACTOR}: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}). Use a "
             f"multiple of {layout.model_parallel} GPUs, or smaller parallel sizes."
         )
+
+
+def _check_gpus(layout: Layout) -> None:
+    _check_groups(layout)
     if layout.gpus_per_node % layout.rollout_tensor:
         raise ConfigError(
             f"trainer.n_gpus_per_node={layout.gpus_per_node} cannot be divided into rollout replicas of "
@@ -232,6 +315,17 @@ def _check_torchtitan(layout: Layout, sizes: DictConfig) -> None:
         )
 
 
+def _check_rows(layout: Layout) -> None:
+    if layout.mini_batch_rows % layout.ranks:
+        raise ConfigError(
+            f"{_gpus(layout)} give {layout.ranks} data-parallel ranks, which do not divide the mini-batch of "
+            f"{_ACTOR}.ppo_mini_batch_size={layout.mini_batch_prompts} x {_ROLLOUT}.n={layout.responses} = "
+            f"{layout.mini_batch_rows} rows. Use fewer GPUs, so that the number of ranks divides "
+            f"{layout.mini_batch_rows}, or increase both {_ACTOR}.ppo_mini_batch_size and "
+            f"data.train_batch_size={layout.prompts}."
+        )
+
+
 def _check_batch(layout: Layout) -> None:
     batch = f"data.train_batch_size={layout.prompts}"
     mini_batch = f"{_ACTOR}.ppo_mini_batch_size={layout.mini_batch_prompts}"
@@ -241,13 +335,7 @@ def _check_batch(layout: Layout) -> None:
             "ratios are 1 and most algorithms are the same; verl fills an incomplete mini-batch with empty rows. Set "
             f"{_ACTOR}.ppo_mini_batch_size to {layout.prompts // 2}, or to a smaller divisor of {layout.prompts}."
         )
-    if layout.mini_batch_rows % layout.ranks:
-        raise ConfigError(
-            f"{_gpus(layout)} give {layout.ranks} data-parallel ranks, which do not divide the mini-batch of "
-            f"{mini_batch} x {_ROLLOUT}.n={layout.responses} = {layout.mini_batch_rows} rows. Use fewer GPUs, so that "
-            f"the number of ranks divides {layout.mini_batch_rows}, or increase both {_ACTOR}.ppo_mini_batch_size and "
-            f"{batch}."
-        )
+    _check_rows(layout)
     if layout.row_tokens > layout.tokens_per_gpu * layout.context:
         raise ConfigError(
             f"data.max_prompt_length={layout.prompt_tokens} + data.max_response_length={layout.response_tokens} exceed "

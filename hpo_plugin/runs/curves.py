@@ -20,6 +20,8 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    # A title with two "$" is text.
+    "text.parse_math": False,
 }
 
 

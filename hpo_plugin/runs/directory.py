@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -140,19 +142,29 @@ class Run:
         Returns:
             The step; None to start from the beginning.
         """
-        rows = self.rows()
-        latest = self._latest_checkpoint()
-        logged = 0
-        while logged + 1 in rows:
-            logged += 1
-        usable = [step for step in self._checkpoint_steps() if step <= min(latest, logged)]
+        last = min(self._latest_checkpoint(), self.logged_steps())
+        usable = [step for step, path in self._checkpoints() if step <= last and damage(path) is None]
         return max(usable, default=None)
 
-    def _checkpoint_steps(self) -> list[int]:
+    def logged_steps(self) -> int:
+        """The number of steps from step 1 on that are logged without a gap."""
+        rows, logged = self.rows(), 0
+        while logged + 1 in rows:
+            logged += 1
+        return logged
+
+    def damaged_checkpoints(self) -> dict[int, str]:
+        """The checkpoints whose save verl has recorded but that cannot be loaded, and what is wrong with each."""
+        latest = self._latest_checkpoint()
+        found = {step: damage(path) for step, path in self._checkpoints() if step <= latest}
+        return {step: what for step, what in found.items() if what is not None}
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        """The directories of checkpoints by ascending step; the newest ones may be incomplete."""
         return sorted(
-            int(path.parent.name.removeprefix("global_step_"))
-            for path in self.checkpoints.glob("global_step_*/data.pt")
-            if re.fullmatch(r"global_step_\d+", path.parent.name) and _holds_actor(path.parent / "actor")
+            (int(path.name.removeprefix("global_step_")), path)
+            for path in self.checkpoints.glob("global_step_*")
+            if re.fullmatch(r"global_step_\d+", path.name)
         )
 
     @property
@@ -163,11 +175,10 @@ class Run:
         """The step that verl recorded after its last complete save."""
         try:
             return int(self._tracker.read_text())
-        except FileNotFoundError:
-            return 0
-        except ValueError:
-            # The trainer was killed between opening and writing the file. The checkpoint before the newest is complete.
-            return max(self._checkpoint_steps()[:-1], default=0)
+        except (FileNotFoundError, ValueError):
+            # The trainer was killed before it wrote the file, for the first time or again. verl saves one checkpoint
+            # after the other, so those before the newest are complete.
+            return max((step for step, _ in self._checkpoints()[:-1]), default=0)
 
     def new_attempt(self, resumed_from: int | None) -> Attempt:
         """Create the directory of the next attempt, and invalidate checkpoints after the one that it resumes from.
@@ -281,13 +292,37 @@ def choose_run(output: Path, request: RunRequest, *, new: bool = False) -> tuple
     return Run(directory), False
 
 
-def _holds_actor(directory: Path) -> bool:
-    """Whether the ``actor/`` of a checkpoint was written, and not removed to free space.
+def damage(checkpoint: Path) -> str | None:
+    """What is missing from a checkpoint; None if it is whole.
 
     The FSDP engine writes ``*.pt`` for each rank. The Megatron engine writes shards in ``model/``, ``optimizer/`` and
-    ``extra/``, and a manifest at the end (``MegatronCheckpointManager._finalize_save``).
+    ``extra/``, and a manifest at the end (``MegatronCheckpointManager._finalize_save``). The function reads only the
+    end of each file: ``torch.save`` writes a zip archive, whose directory is at the end, so a truncated file has none.
+
+    Args:
+        checkpoint: ``global_step_<N>``.
     """
-    return (directory / "ckpt_contents.json").exists() or any(directory.glob("*.pt"))
+    actor, data = checkpoint / "actor", checkpoint / "data.pt"
+    if (actor / "ckpt_contents.json").exists():
+        files = [data]
+    else:
+        files = [*sorted(actor.glob("*.pt")), data]
+        if len(files) == 1:
+            return "actor/ has no file *.pt"
+    for file in files:
+        if not file.exists():
+            return f"{file.relative_to(checkpoint)} is missing"
+        if not zipfile.is_zipfile(file):
+            return f"{file.relative_to(checkpoint)} is truncated"
+    ranks = defaultdict(set)
+    for file in files:
+        if found := re.fullmatch(r"(.+_world_size_(\d+)_rank_)(\d+)\.pt", file.name):
+            ranks[found[1], int(found[2])].add(int(found[3]))
+    for (stem, world_size), there in ranks.items():
+        for rank in range(world_size):
+            if rank not in there:
+                return f"actor/{stem}{rank}.pt is missing"
+    return None
 
 
 def _number(directory: Path) -> int:

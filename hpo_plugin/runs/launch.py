@@ -21,6 +21,7 @@ from hpo_plugin.check.cluster import Cluster
 from hpo_plugin.check.compose import compose
 from hpo_plugin.check.report import CheckReport
 from hpo_plugin.configs import renamed
+from hpo_plugin.console import listed
 from hpo_plugin.errors import ConfigError
 from hpo_plugin.runs.directory import Attempt, Run, RunBusyError, write_json
 from hpo_plugin.runs.process import end_leftovers
@@ -232,9 +233,9 @@ class _Launcher:
 
         def died() -> str:
             dead = self._cluster.dead_nodes()
-            return ", ".join(sorted({dead[node] for node in dead.keys() - known}))
+            return listed(sorted({dead[node] for node in dead.keys() - known}))
 
-        failed = any(finding.name.startswith("node ") for finding in report.findings if not finding.ok)
+        failed = any(re.match(r"node |\d+ nodes", finding.name) for finding in report.findings if not finding.ok)
         return self._once_noticed(died) if failed else died()
 
     @staticmethod
@@ -269,7 +270,7 @@ class _Launcher:
     def lost_nodes(self) -> str:
         """Addresses of the nodes that died since the trainer was started."""
         dead = self._cluster.dead_nodes()
-        return ", ".join(sorted(dead[node] for node in self._nodes & dead.keys()))
+        return listed(sorted(dead[node] for node in self._nodes & dead.keys()))
 
     def watch(self) -> None:
         """Check the nodes at intervals.

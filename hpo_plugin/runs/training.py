@@ -26,15 +26,17 @@ from hpo_plugin.check.cluster import SLOW_START
 from hpo_plugin.files import atomic_write
 from hpo_plugin.runs.directory import Attempt, Run
 from hpo_plugin.runs.process import StalledError, Trainer, drive
-from hpo_plugin.runs.verl_log import MetricsFile, failure_cause, plain_lines
+from hpo_plugin.runs.verl_log import MetricsFile, died_workers, failure_cause, plain_lines
 
-#: Environment of the trainer, for its log: full tracebacks and unbuffered lines.
-LOG_ENVIRONMENT = {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
+#: Environment of the trainer: full tracebacks and unbuffered lines in its log, and no usage statistics of Ray.
+LOG_ENVIRONMENT = {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 #: Steps between checkpoints, which is also the maximum number of steps that an interruption loses.
 SAVE_EVERY = 10
 #: Maximum number of starts of the trainer if Ray starts too slowly.
 STARTS = 3
 TAIL_LINES = 15
+#: Free space, in bytes, below which a file system is full.
+FULL = 1 << 20
 #: Packages whose versions the result of a run contains.
 RECORDED_PACKAGES = ("hpo-plugin", "verl", "torch", "transformers", "ray")
 
@@ -123,7 +125,13 @@ def train_in_turns(
     """The same as :func:`train`, as a generator. Closing the generator ends the trainer with all its processes."""
     again = again or _where_ray_was_slow(tell)
     while not training.done(run):
-        attempt = run.new_attempt(run.resume_step())
+        step = run.resume_step()
+        for damaged, what in run.damaged_checkpoints().items():
+            if damaged > (step or 0):
+                tell(f"the checkpoint of step {damaged} is not used: {what}")
+        if step is None and (logged := run.logged_steps()):
+            tell(f"there is no whole checkpoint, so steps 1 to {logged} are repeated")
+        attempt = run.new_attempt(step)
         try:
             yield from _train_once(run, attempt, training, stall=stall, screen=screen, tell=tell)
             return
@@ -275,11 +283,18 @@ def why(status: int) -> str:
 
 def failure(log: Path, what: str, advice: str) -> TrainingError:
     """Return the error for a failed trainer, with the cause and the end of its log."""
-    lines = [line for line in plain_lines(log.read_text(encoding="utf-8", errors="replace")) if line]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in plain_lines(text) if line]
     cause = failure_cause(lines)
     parts = [what]
     if cause:
         parts.append(f"Cause: {cause}")
+    if died := died_workers(text):
+        parts.append(f"Ray reports that these processes died: {', '.join(died)}")
+        cause = cause or f"{died[0]} died"
+    # torch.save does not say so: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534".
+    if shutil.disk_usage(log.parent).free < FULL:
+        parts.append(f"No space left on the file system of {log.parent}: free some space first.")
     parts += [f"The end of {log}:", *(f"  {line[:300]}" for line in lines[-TAIL_LINES:])]
     parts.append(advice)
     return TrainingError("\n".join(parts), cause or what)

@@ -175,6 +175,9 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _RAY_PREFIX = re.compile(r"^\((?:[\w.:]+ )?pid=\d+(?:, ip=[\d.]+)?\) ?")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w]*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Timeout)\b.*")
 _WRAPPED = re.compile(r"^(?:ray\.exceptions\.)?RayTaskError|^ray\.exceptions\.\w+: .*actor died")
+_ACTOR = re.compile(r"\(([A-Za-z_]\w*) pid=(\d+)")
+#: The report of a raylet, which Ray prints in the driver.
+_DIED = re.compile(r"A worker died or was killed .*?Worker PID: (\d+) Worker exit type: (\w+)")
 #: verl's agent loop logs an exception with this text and continues. The exception that stops the run comes later and
 #: does not name it.
 _AGENT_LOOP = "Error in _run_prompt"
@@ -204,3 +207,19 @@ def failure_cause(lines: Sequence[str]) -> str | None:
     if own:
         return own[-1]
     return found[-1] if found else None
+
+
+def died_workers(text: str) -> list[str]:
+    """The worker processes that died according to Ray, from the output of a run.
+
+    If verl waits for such a process, its own exception does not name it, or there is none.
+
+    Args:
+        text: The output, with Ray's ``(Actor pid=1)`` prefixes.
+
+    Returns:
+        ``"<actor> (pid <number>, <Ray's exit type>)"`` for each process; without the actor if it has printed nothing.
+    """
+    names = {pid: name for name, pid in _ACTOR.findall(text)}
+    found = dict(_DIED.findall(text))
+    return [f"{names.get(pid, 'a worker')} (pid {pid}, {exit_type})" for pid, exit_type in found.items()]

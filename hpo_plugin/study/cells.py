@@ -92,9 +92,18 @@ class Workspace:
 
     def run(self, cell: Cell) -> Run:
         """The run directory of a cell. It is found by the cell's key, so that a setting or an arm can be renamed."""
-        cells = self.directory / "cells"
-        there = sorted(cells.glob(f"*-{cell.key}"))
-        return Run(there[0] if there else cells / f"{cell.setting}-{cell.arm}-seed{cell.seed}-{cell.key}")
+        named = self._cells / f"{cell.setting}-{cell.arm}-seed{cell.seed}-{cell.key}"
+        return Run(self._existing.get(cell.key, named))
+
+    @property
+    def _cells(self) -> Path:
+        return self.directory / "cells"
+
+    @cached_property
+    def _existing(self) -> Mapping[str, Path]:
+        """The run directories that existed at the first call, by key. Later ones have the names of this study."""
+        paths = sorted(self._cells.iterdir(), reverse=True) if self._cells.exists() else []
+        return {path.name.rpartition("-")[2]: path for path in paths}
 
     def start(self, cell: Cell) -> tuple[Run, SettingInputs | None]:
         """Make the run directory of a cell, or find it.

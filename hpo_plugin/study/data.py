@@ -53,6 +53,9 @@ METRICS = (
     "timing_s/testing",
 )
 
+#: The columns with a text, which is the same in all rows of a cell.
+TEXTS = ("key", "setting", "arm", "info")
+
 Floats = npt.NDArray[np.float32]
 
 
@@ -120,9 +123,12 @@ def read_data(path: Path) -> dict[str, CellData]:
     if not path.exists():
         return {}
     try:
-        table = pq.read_table(path)
-        texts = {name: table[name].to_pylist() for name in ("key", "setting", "arm", "seed", "info")}
+        # A text is in memory once for each cell, not once for each row.
+        table = pq.read_table(path, read_dictionary=TEXTS).unify_dictionaries()
         steps = table["step"].to_numpy()
+        begins = np.flatnonzero(steps == 0)
+        keys = np.concatenate([chunk.indices.to_numpy() for chunk in table["key"].chunks] or [begins])
+        texts = {name: table[name].take(begins).to_pylist() for name in (*TEXTS, "seed")}
         unknown = np.full(len(steps), np.nan, np.float32)
         # A file of an earlier version lacks metrics that were added since.
         columns = {name: table[name].to_numpy() if name in table.column_names else unknown for name in METRICS}
@@ -130,11 +136,10 @@ def read_data(path: Path) -> dict[str, CellData]:
         raise StudyError(f"{path} does not hold collected data: {error}") from error
     cells: dict[str, CellData] = {}
     # A cell's rows stand together, from step 0.
-    begins = [row for row, step in enumerate(steps) if step == 0]
-    for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True):
-        if list(steps[begin:end]) != list(range(end - begin)) or len(set(texts["key"][begin:end])) != 1:
+    for number, (begin, end) in enumerate(zip(begins, [*begins[1:], len(steps)], strict=True)):
+        if (steps[begin:end] != np.arange(end - begin)).any() or (keys[begin:end] != keys[begin]).any():
             raise StudyError(f"{path}: rows {begin} to {end} are not the consecutive steps of one cell")
-        key, setting, arm, seed, info = (texts[name][begin] for name in ("key", "setting", "arm", "seed", "info"))
+        key, setting, arm, info, seed = (texts[name][number] for name in (*TEXTS, "seed"))
         if key in cells:
             raise StudyError(f"{path}: the cell {key} appears twice")
         values = {name: np.asarray(column[begin:end], np.float32) for name, column in columns.items()}
@@ -151,17 +156,20 @@ def write_data(path: Path, cells: Iterable[CellData]) -> None:
     """
     ordered = sorted(cells, key=lambda data: (data.setting, data.arm, data.seed, data.key))
     lengths = [len(data.values[REWARD]) for data in ordered]
+    rows = np.repeat(np.arange(len(ordered)), lengths)
 
-    def repeated(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-        return pa.array([value for value, length in zip(values, lengths, strict=True) for _ in range(length)], kind)
+    def texts(values: Sequence[str]) -> pa.Array:
+        # A text is in memory once for each cell, not once for each row.
+        encoded = pa.array(values, pa.string()).dictionary_encode()
+        return pa.DictionaryArray.from_arrays(encoded.indices.take(pa.array(rows)), encoded.dictionary)
 
     table = pa.table(
         {
-            "key": repeated([data.key for data in ordered], pa.string()),
-            "setting": repeated([data.setting for data in ordered], pa.string()),
-            "arm": repeated([data.arm for data in ordered], pa.string()),
-            "seed": repeated([data.seed for data in ordered], pa.int64()),
-            "info": repeated([json.dumps(data.info, sort_keys=True) for data in ordered], pa.string()),
+            "key": texts([data.key for data in ordered]),
+            "setting": texts([data.setting for data in ordered]),
+            "arm": texts([data.arm for data in ordered]),
+            "seed": pa.array(np.array([data.seed for data in ordered], np.int64)[rows]),
+            "info": texts([json.dumps(data.info, sort_keys=True) for data in ordered]),
             "step": pa.array([step for length in lengths for step in range(length)], pa.int32()),
             **{name: pa.array(_joined([data.values[name] for data in ordered]), pa.float32()) for name in METRICS},
         }
@@ -172,7 +180,11 @@ def write_data(path: Path, cells: Iterable[CellData]) -> None:
         sink,
         compression="zstd",
         compression_level=19,
-        use_dictionary=["key", "setting", "arm", "info"],
+        use_dictionary=list(TEXTS),
+        # By default, texts beyond 1 MB are written once for each row.
+        dictionary_pagesize_limit=1 << 30,
+        # The columns are texts for every reader, not Arrow's dictionaries.
+        store_schema=False,
         use_byte_stream_split=list(METRICS),
         write_statistics=False,
     )

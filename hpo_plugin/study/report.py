@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-import markdown
 import numpy as np
 import numpy.typing as npt
+from markdown_it import MarkdownIt
 
 from hpo_plugin.files import atomic_write
 from hpo_plugin.runs.curves import SMOOTHED_OVER, smooth
@@ -138,11 +138,10 @@ class Results:
     @classmethod
     def of(cls, study: Study, experiment: Experiment, data: Mapping[str, CellData]) -> Results:
         """Select the finished runs by the keys of their cells."""
-        keys = {(cell.setting, cell.arm, cell.seed): cell.key for cell in study.cells()}
         runs: dict[str, dict[int, CellData]] = {}
         for arm in experiment.arms:
             for seed in sorted(experiment.seeds):
-                found = data.get(keys[experiment.setting, arm, seed])
+                found = data.get(study.cell(experiment.setting, arm, seed).key)
                 if found is not None:
                     runs.setdefault(arm, {})[seed] = found
         return cls(experiment, runs)
@@ -306,13 +305,19 @@ def _machine(run: CellData) -> str:
     machine = run.info["result"].get("machine")
     if not machine:
         return "not recorded"
-    return f"{machine['system']} {machine['machine']}, {machine['cores']} cores, {machine['memory_gb']} GB"
+    return _plain(f"{machine['system']} {machine['machine']}, {machine['cores']} cores, {machine['memory_gb']} GB")
 
 
 def _versions(run: CellData) -> str:
     result = run.info["result"]
     versions = {"Python": result.get("machine", {}).get("python"), **result.get("versions", {})}
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "not recorded"
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return _plain(shown) or "not recorded"
+
+
+def _plain(text: str) -> str:
+    """Text of the collected data in one line of Markdown, without HTML."""
+    return escape(" ".join(text.split()), quote=False)
 
 
 def _distinct(texts: Iterable[str]) -> str:
@@ -823,8 +828,8 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-        # The text of STUDY.yaml is Markdown, and the HTML page's body is made from it.
-        autoescape=False,
+        # The page in Markdown contains the Markdown of STUDY.yaml.
+        autoescape=jinja2.select_autoescape(["html.j2"], default=False),
     )
 
 
@@ -853,8 +858,11 @@ def write_report(report: StudyReport, output: Path, *, png: bool = True) -> list
 
 
 def _to_html(report: StudyReport, text: str, inline: Mapping[str, tuple[str, str]]) -> str:
-    """The Markdown page as HTML, with the pictures in it: name -> what it shows, SVG."""
-    body = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    """The Markdown page as HTML, with the pictures in it: name -> what it shows, SVG.
+
+    HTML in the Markdown is shown as text, and links have no scheme that executes code.
+    """
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     # Cells break between words, but not inside a figure with its interval.
     body = re.sub(r"(\d) (\[[^\],]+,) ([^\]]+\])", "\\1&nbsp;\\2&nbsp;\\3", body)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
@@ -862,6 +870,8 @@ def _to_html(report: StudyReport, text: str, inline: Mapping[str, tuple[str, str
     body = re.sub(r"(?:<p><img [^>]*></p>\s*)+", lambda found: f'<div class="pictures">{found[0]}</div>', body)
 
     def embed(found: re.Match[str]) -> str:
+        if found[1] not in inline:
+            return found[0]
         alt, svg = inline[found[1]]
         described = f'<svg role="img" aria-label="{escape(alt)}" '
         return f"<div>{svg.replace('<svg ', described, 1)}</div>"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import subprocess
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from hpo_plugin.console import listed
 from hpo_plugin.runs.directory import Attempt, Run, RunBusyError
 from hpo_plugin.runs.process import end_leftovers
 from hpo_plugin.runs.training import Training, TrainingError, outcome, train_in_turns, write_metrics
@@ -27,6 +29,8 @@ from hpo_plugin.study.spec import SIMULATOR, Cell, Study, StudyError
 
 #: Seconds between two looks at all running cells.
 INTERVAL = 0.5
+#: Maximum number of seeds that have a column each in :func:`state_table`.
+SEED_COLUMNS = 16
 
 _STYLES = {
     State.WAITING: "dim",
@@ -276,12 +280,12 @@ class StudyRun:
 
 def _cause(text: str) -> str:
     """The line of a failure that says why."""
-    lines = text.splitlines()
+    lines = text.splitlines() or [""]
     return next((line for line in lines if line.startswith("Cause: ")), lines[0])
 
 
 def state_table(study: Study, entries: Sequence[CellStatus], running: dict[Cell, str] | None = None) -> Table:
-    """A row per arm in each setting, a column per seed.
+    """A row per arm in each setting, and a column per seed; with many seeds, a column per state with numbers of cells.
 
     Args:
         study: For titles.
@@ -290,6 +294,17 @@ def state_table(study: Study, entries: Sequence[CellStatus], running: dict[Cell,
     """
     seeds = sorted({entry.cell.seed for entry in entries})
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    if len(seeds) > SEED_COLUMNS:
+        counts: dict[tuple[str, str], Counter[State]] = {}
+        for entry in entries:
+            state = State.RUNNING if running and entry.cell in running else entry.state
+            counts.setdefault((entry.cell.setting, entry.cell.arm), Counter())[state] += 1
+        states = [state for state in State if any(count[state] for count in counts.values())]
+        for title in ("setting", "arm", *(state.value for state in states)):
+            table.add_column(title, no_wrap=True)
+        for (setting, arm), count in counts.items():
+            table.add_row(setting, arm, *(Text(str(count[state]), _STYLES[state]) for state in states))
+        return table
     for title in ("setting", "arm", *(f"seed {seed}" for seed in seeds)):
         table.add_column(title, no_wrap=True)
     rows: dict[tuple[str, str], dict[int, Text]] = {}
@@ -308,11 +323,20 @@ def state_table(study: Study, entries: Sequence[CellStatus], running: dict[Cell,
 
 
 def show_failures(entries: Sequence[CellStatus], console: Console) -> None:
-    """Print why cells failed, with the end of their logs."""
+    """Print why cells failed, with the end of their logs; of cells with the same cause, only the first in full."""
+    by_cause: dict[str, list[CellStatus]] = {}
     for entry in entries:
+        # The same cause can have other ids, times and numbers.
+        cause = re.sub(r"[0-9a-f]{8,}|\d+", "#", _cause(entry.run.failure or ""))
+        by_cause.setdefault(cause, []).append(entry)
+    for first, *others in by_cause.values():
         console.print()
-        console.print(f"{entry.cell.name} failed:", style="bold red", markup=False, highlight=False)
-        console.print(entry.run.failure or "", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{first.cell.name} failed:", style="bold red", markup=False, highlight=False)
+        console.print(first.run.failure or "", markup=False, highlight=False, soft_wrap=True)
+        if others:
+            names = listed(entry.cell.name for entry in others)
+            line = f"{len(others)} other cells failed with the same cause: {names}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -357,7 +381,8 @@ def submit_cell(workspace: Workspace, cell: Cell) -> str:
         StudyError: The command failed.
     """
     command = submit_command(workspace, cell)
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    # The study's `submit` is a command for a shell. submit_command quotes the arguments.
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # nosec B602
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
         raise StudyError(f"{cell.name}: the submit command failed (exit status {done.returncode}): {said}\n  {command}")

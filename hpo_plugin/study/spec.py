@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from hpo_plugin.tasks.task import DataOptions, Task, TaskError, load_task
 
 #: Names become directories, keys of the data and words of a command line.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+#: Names of environment variables are words of a command line, too.
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Override -> the field of STUDY.yaml that decides it; None for what the run itself decides.
 _RESERVED = {
     "data.seed": "experiments.<name>.seeds",
@@ -268,12 +270,19 @@ class Study:
             ("settings", self.settings),
             ("arms", self.arms),
             ("experiments", self.experiments),
+            ("sweeps", self.sweeps),
         ):
-            if not named:
+            if not named and kind != "sweeps":
                 raise StudyError(f"{kind} is empty; declare at least one")
             for name in named:
                 if not _NAME.fullmatch(name):
                     raise StudyError(f"{kind}: {name!r} must consist of lowercase letters, digits, '_', '-' and '.'")
+        for key in self.environment:
+            if not _VARIABLE.fullmatch(key):
+                raise StudyError(
+                    f"environment: {key!r} is not the name of a variable; use letters, digits and '_', and do not start "
+                    "with a digit"
+                )
         for key in ("steps", "test_every", "save_every"):
             _at_least_one(key, getattr(self, key))
         _at_least_one("scores.final_evaluations", self.scores.final_evaluations)
@@ -450,7 +459,7 @@ class Cell:
             **({} if self.trainer == VERL else {"trainer": self.trainer}),
         }
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Identity of the cell: a digest of :meth:`request`. A change to the training gives another key."""
         return _digest(self.request())

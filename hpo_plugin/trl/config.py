@@ -51,7 +51,12 @@ class HPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check the settings of HPO, after TRL has checked its own."""
+        """Check the settings of HPO, and those of TRL."""
+        if self.num_generations == 1:
+            raise ConfigError(
+                "num_generations=1 trains nothing: in a group of one completion the advantage is 0. Set "
+                "num_generations to 2 or more."
+            )
         super().__post_init__()
         variant, _ = resolve(self.policy, self._given())
         for name in {setting.name for setting in variant.settings} & _TRL_FIELDS:

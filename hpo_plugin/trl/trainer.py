@@ -158,7 +158,7 @@ class HPOTrainer(GRPOTrainer):
             The weighted advantages (N,), and the statistics of the batch.
 
         Raises:
-            RewardError: A reward is infinite.
+            RewardError: A reward is infinite, or above ``REWARD_LIMIT`` of :mod:`hpo_plugin.algorithm`.
             ValueError: The rule of a variant gives an α outside of [0, 1].
         """
         weights = self.reward_weights.to(advantages.device)

@@ -42,9 +42,21 @@ def estimator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _group_numbers(index: np.ndarray) -> Tensor:
-    """The group number of each row, (N,) int64, by the text of its uid. A dictionary takes a tenth of a sort's time."""
-    uids = list(map(str, np.asarray(index).reshape(-1).tolist()))
+    """The group number of each row, (N,) int64, by the text of its uid. A dictionary takes a tenth of a sort's time.
+
+    Raises:
+        ValueError: if a uid is None or NaN.
+    """
+    values = np.asarray(index).reshape(-1).tolist()
+    uids = list(map(str, values))
     number_of = dict(zip(dict.fromkeys(uids), range(len(uids)), strict=False))
+    if "None" in number_of or "nan" in number_of:
+        rows = [row for row, uid in enumerate(values) if uid is None or (isinstance(uid, float) and uid != uid)]
+        if rows:
+            raise ValueError(
+                f"the `uid` of {len(rows)} of {len(uids)} rows is None or NaN, rows {rows[:8]}: their prompt is not "
+                "known. Set `uid` in every row of the batch."
+            )
     return torch.from_numpy(np.fromiter(map(number_of.__getitem__, uids), dtype=np.int64, count=len(uids)))
 
 
@@ -62,7 +74,7 @@ def last_rows(batch_keys: Sequence[str]) -> Tensor:
         session, _, output = key.rpartition("_")
         sessions.append(session)
         last[session] = max(last.get(session, (-1, -1)), (int(output), row))
-    return torch.tensor([last[session][1] for session in sessions])
+    return torch.tensor([last[session][1] for session in sessions], dtype=torch.int64)
 
 
 def _sessions(last_row: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +95,10 @@ def _base_advantages(base: str, rewards: Tensor, mask: Tensor, index: np.ndarray
 
     rows = valid.nonzero().flatten()
     results = core_algos.get_adv_estimator_fn(base)(
-        token_level_rewards=rewards[rows], response_mask=mask[rows], index=index[rows.numpy()], config=config
+        token_level_rewards=algorithm._at_least_fp32(rewards[rows]),
+        response_mask=mask[rows].long(),
+        index=index[rows.numpy()],
+        config=config,
     )
     return [torch.zeros(mask.shape, dtype=x.dtype).index_copy_(0, rows, x) for x in results]
 
@@ -117,11 +132,12 @@ def hysteretic_outcome_advantage(
 
     Args:
         name: the variant.
-        token_level_rewards: (N, T) floating point, where N is the number of rows of the whole rollout batch. The reward
-            of a response is the sum over T.
-        response_mask: (N, T) of 0 and 1. Rows without a response token (padding, rejected) get 0 and belong to no
-            group.
-        index: (N,) object array of uids, one per prompt; rows of one uid need not be adjacent.
+        token_level_rewards: (N, T) real, where N is the number of rows of the whole rollout batch. The reward of a
+            response is the sum over T. Other dtypes than fp64 are computed in fp32.
+        response_mask: (N, T) of 0 and 1, int64 or any other dtype. Rows without a response token (padding, rejected)
+            get 0 and belong to no group.
+        index: (N,) array of uids, one per prompt, of any dtype; uids with the same text are the same. Rows of one uid
+            need not be adjacent.
         config: verl's ``algorithm`` node. The function reads ``norm_adv_by_std_in_grpo``, ``use_kl_in_reward`` and
             ``hpo.*``.
         last_row: (N,) int64, see :func:`last_rows`. A session counts as one response with the reward of its last
@@ -137,7 +153,9 @@ def hysteretic_outcome_advantage(
     Raises:
         ConfigError: if a setting is invalid, or the responses cannot be counted: rewards with a KL penalty and no task
             scores, or sessions with several outputs in a trainer without session keys.
-        ValueError: if a reward is NaN or infinite (the message names the uids), or the batch has no uids.
+        ValueError: if a reward is NaN, infinite or too large (the message names the uids; see
+            :class:`~hpo_plugin.algorithm.RewardError`), the batch has no uids, a uid is None or NaN, an advantage of
+            the base estimator is NaN or infinite, or shapes differ.
     """
     if index is None:
         raise ValueError(
@@ -148,7 +166,10 @@ def hysteretic_outcome_advantage(
     settings, base = keys.read_settings(get("hpo", None))
     if get("use_kl_in_reward", False) and token_level_scores is None:
         raise ConfigError(keys.kl_in_reward(name, "this trainer"))
+    if response_mask.dtype != torch.int64:
+        response_mask = response_mask.bool()
     with torch.no_grad():
+        index = np.asarray(index)
         rewards, mask, lengths = token_level_rewards, response_mask, response_mask.sum(dim=1)
         session = None
         if last_row is not None:
@@ -184,7 +205,9 @@ def hysteretic_outcome_advantage(
                 normalize_by_std=bool(get("norm_adv_by_std_in_grpo", True)),
                 base=of_base,
                 base_is_zero_without_signal=BASE_ESTIMATORS[base],
-                counted_rewards=None if token_level_scores is None else token_level_scores.sum(dim=-1),
+                counted_rewards=None
+                if token_level_scores is None
+                else fused.rewards_of_responses(token_level_scores)[0],
             )
         except algorithm.RewardError as error:
             prompts = dict.fromkeys(map(str, index[error.rows]))

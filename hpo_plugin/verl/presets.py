@@ -7,6 +7,7 @@ read the table by interpolation. For other configs, this module writes the row i
 from __future__ import annotations
 
 import functools
+import math
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -17,9 +18,7 @@ from hpo_plugin.errors import ConfigError
 from hpo_plugin.variants import VARIANTS
 from hpo_plugin.verl import selection as keys
 
-__all__ = ["PRESET_COLUMNS", "apply_preset", "preset_of", "preset_rows"]
-
-KEY_PRESETS = "policy_loss_presets"
+__all__ = ["PRESET_COLUMNS", "apply_preset", "check_values", "preset_of", "preset_rows"]
 
 
 class Column(NamedTuple):
@@ -55,7 +54,7 @@ PRESET_COLUMNS = {
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
     text = files("hpo_plugin.configs").joinpath("hpo.yaml").read_text(encoding="utf-8")
-    table: dict[str, dict[str, Any]] = yaml.safe_load(text)[KEY_PRESETS]
+    table: dict[str, dict[str, Any]] = yaml.safe_load(text)[keys.KEY_PRESETS]
     return table
 
 
@@ -68,12 +67,36 @@ def preset_rows() -> dict[str, dict[str, Any]]:
 
 
 def preset_of(config: DictConfig) -> dict[str, Any] | None:
-    """The row that ``algorithm.policy_loss`` names; None if the key is not set. ConfigError for an unknown name."""
+    """The row that ``algorithm.policy_loss`` names; None if the key is not set. ConfigError for an unknown name.
+
+    Configs that include ``hpo.yaml`` read the estimator from the key, so they need a name.
+    """
     name = OmegaConf.select(config, keys.KEY_POLICY_LOSS)
-    rows = {**preset_rows(), **(config.get(KEY_PRESETS) or {})}
+    rows = {**preset_rows(), **(config.get(keys.KEY_PRESETS) or {})}
     if name is not None and name not in rows:
         raise ConfigError(f"{keys.KEY_POLICY_LOSS}={name} is not a preset. Choose one of: {', '.join(rows)}.")
+    if name is None and keys.KEY_PRESETS in config and OmegaConf.select(config, keys.KEY_ESTIMATOR) is None:
+        raise ConfigError(f"{keys.KEY_POLICY_LOSS}=null selects no algorithm. Choose one of: {', '.join(rows)}.")
     return rows.get(name)
+
+
+def check_values(config: DictConfig) -> None:
+    """Reject values of the wrong type in the columns that a preset does not replace. verl does not check them.
+
+    Raises:
+        ConfigError: the message names the key, its value and what to do.
+    """
+    for key, default, gives_way in PRESET_COLUMNS.values():
+        value = OmegaConf.select(config, key, default=default)
+        if gives_way is not None:
+            continue
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{key}={value!r} is not a boolean. Set {key}=true or {key}=false.")
+        elif value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+        ):
+            raise ConfigError(f"{key}={value!r} is not a number of 0 or more. Set a number of 0 or more.")
 
 
 def apply_preset(config: DictConfig) -> list[str]:
@@ -90,7 +113,7 @@ def apply_preset(config: DictConfig) -> list[str]:
         ConfigError: for an unknown name, or an override that contradicts the preset.
     """
     name, row = OmegaConf.select(config, keys.KEY_POLICY_LOSS), preset_of(config)
-    if row is None or KEY_PRESETS in config:
+    if row is None or keys.KEY_PRESETS in config:
         return []
     changes: dict[str, Any] = {}
     lines = []

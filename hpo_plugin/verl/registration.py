@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from hpo_plugin.errors import ConfigError
 from hpo_plugin.variants import VARIANTS
@@ -16,10 +19,15 @@ __all__ = [
     "built_in",
     "describe_built_in",
     "register",
+    "require_known",
     "require_loaded",
     "require_registered",
     "selects_built_in",
 ]
+
+
+#: A module that verl imports in every worker, for example to register a policy loss.
+KEY_EXTERNAL = "actor_rollout_ref.model.external_lib"
 
 
 class RegistrationError(RuntimeError):
@@ -140,6 +148,34 @@ def require_registered(adv_estimator: str, loss_mode: str) -> None:
                 "one of the two packages, or exclude one with VERL_USE_EXTERNAL_PLUGINS."
             )
     require_loaded()
+
+
+def require_known(config: DictConfig) -> None:
+    """Reject an estimator or a loss mode that is not registered in verl, in a run that selects or means a variant.
+
+    verl raises its own error only when it calls the function, after the first rollout.
+
+    Args:
+        config: the root config.
+
+    Raises:
+        ConfigError: the message names the key, its value and what to set. A name is accepted if the workers import a
+            module that may register it.
+    """
+    names = {key: str(OmegaConf.select(config, key)) for key in (KEY_ESTIMATOR, KEY_LOSS_MODE)}
+    meant = {re.sub(r"[^a-z0-9]", "", name.lower()) for name in names.values()}
+    if not meant & set(VARIANTS) or OmegaConf.select(config, KEY_EXTERNAL):
+        return
+    from verl.trainer.ppo import core_algos
+
+    for (key, name), registry in zip(
+        names.items(), (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY), strict=True
+    ):
+        if name not in registry and name not in VARIANTS:
+            raise ConfigError(
+                f"{key}={name} is not registered in verl. Set {key} to one of {', '.join(sorted(registry))}. If a "
+                f"module of yours registers {name}, set {KEY_EXTERNAL} to the module."
+            )
 
 
 def _failure() -> str | None:

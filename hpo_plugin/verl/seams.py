@@ -28,15 +28,16 @@ from hpo_plugin.variants import VARIANTS
 from hpo_plugin.verl import metrics
 from hpo_plugin.verl import selection as keys
 from hpo_plugin.verl.losses import normalizes_by_mean_length
-from hpo_plugin.verl.presets import apply_preset
+from hpo_plugin.verl.presets import apply_preset, check_values
 from hpo_plugin.verl.registration import (
     RegistrationError,
     built_in,
+    require_known,
     require_loaded,
     require_registered,
     selects_built_in,
 )
-from hpo_plugin.verl.selection import Selection, check_built_in, check_selection, read_selection
+from hpo_plugin.verl.selection import Selection, check_built_in, check_keys, check_selection, read_selection
 from hpo_plugin.verl.self_test import require_supported_verl
 
 __all__ = ["SEAMS", "prepare", "replace"]
@@ -71,7 +72,11 @@ def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
         check_built_in(config, name, str(OmegaConf.select(config, keys.KEY_BASE, default=None) or keys.OWN))
         _check_recipe(config)
         return None, lines
+    require_known(config)
     selection = read_selection(config)
+    check_keys(config, selection)
+    if selection.variant is not None or OmegaConf.select(config, keys.KEY_POLICY_LOSS) is not None:
+        check_values(config)
     if selection.variant is not None:
         check_selection(config, selection)
         if selects_built_in(selection.variant.name, "vanilla"):
@@ -87,6 +92,12 @@ def prepare(config: DictConfig) -> tuple[Selection | None, list[str]]:
                 f"uses the α of {selection.variant.title} without its normalization"
             )
     _check_recipe(config)
+    # The other trainers set their sizes later.
+    if selection.variant is not None and keys.trainer_of(config).startswith(("V1", "legacy")):
+        # Imported here because only runs with HPO need it.
+        from hpo_plugin.recipe.layout import check_sizes
+
+        check_sizes(config)
     return selection, lines
 
 
@@ -148,6 +159,11 @@ def inject_config(config: DictConfig, selection: Selection) -> list[str]:
         raise ConfigError(
             f"actor_rollout_ref.actor.policy_loss._target_={target} cannot pass the advantage estimator to the policy "
             f"loss of {name}. Set it to {OUR_TARGET}, or set {keys.KEY_LOSS_MODE}=vanilla."
+        )
+    if node.get("adv_estimator", name) != name:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.policy_loss.adv_estimator={node.adv_estimator} contradicts "
+            f"{keys.KEY_ESTIMATOR}={name}. Remove it; hpo_plugin sets this key."
         )
     with open_dict(node):
         if target == STOCK_TARGET:

@@ -7,7 +7,9 @@ of variants.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,13 @@ KEY_HPO = "algorithm.hpo"
 KEY_BASE = f"{KEY_HPO}.base_estimator"
 KEY_OBSERVE = f"{KEY_HPO}.observe"
 KEY_N = "actor_rollout_ref.rollout.n"
+_ACTOR = "actor_rollout_ref.actor"
+#: The last parts of the keys that select an algorithm.
+_SELECTING = tuple(key.rpartition(".")[2] for key in (KEY_POLICY_LOSS, KEY_ESTIMATOR, KEY_LOSS_MODE))
+KEY_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs"
+KEY_CORRECTION = "algorithm.rollout_correction"
+#: The table of presets, in configs that include ``hpo.yaml``.
+KEY_PRESETS = "policy_loss_presets"
 
 #: The keys of ``algorithm.hpo`` other than the settings of the variants.
 OTHER_KEYS = ("base_estimator", "observe")
@@ -211,11 +220,14 @@ def read_selection(config: DictConfig) -> Selection:
             f"{KEY_POLICY_LOSS}={preset} contradicts {selected}. Remove either {KEY_POLICY_LOSS} or the other two "
             "overrides."
         )
+    # hpo.yaml has all settings, so a default does not show that the user has set it.
+    given = {} if node is None or KEY_PRESETS in config else node
     effective = set() if variant is None else {setting.name for setting in variant.settings}
     if is_observed(node):
         effective |= {setting.name for setting in VARIANTS["ahpo"].settings}
     for key, setting in settings().items():
-        if values[key] != setting.default and key not in effective and not verl_has_settings():
+        is_set = key in given or values[key] != setting.default
+        if is_set and key not in effective and not verl_has_settings():
             owners = " or ".join(v.name for v in VARIANTS.values() if setting in v.settings)
             raise ConfigError(
                 f"{KEY_HPO}.{key}={values[key]:g} has no effect with {selected}: it is a setting of {owners}. "
@@ -304,11 +316,17 @@ def check_selection(config: DictConfig, selection: Selection) -> None:
             f"{KEY_LOSS_MODE}={selection.loss_mode} does not support {name}: the loss is not homogeneous in the "
             f"advantage, so α would not multiply it. Set {KEY_LOSS_MODE} to {name}, vanilla, gspo, sapo or cispo."
         )
-    if BASE_ESTIMATORS[selection.base_estimator] and OmegaConf.select(config, KEY_N) == 1:
+    n = OmegaConf.select(config, KEY_N, default=2)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ConfigError(f"{KEY_N}={n!r} is not a number of responses. Set {KEY_N} to an integer of 2 or more.")
+    if BASE_ESTIMATORS[selection.base_estimator] and n == 1:
         raise ConfigError(
             f"{KEY_N}=1 trains nothing with {name}: in a group of one response the advantage is 0. "
             f"Set {KEY_N} to 2 or more, or {KEY_BASE}=reinforce_plus_plus."
         )
+    _check_correction(config, selection)
+    if selection.loss_mode in VARIANTS:
+        _check_clip_ratio(config)
     trainer = trainer_of(config)
     if OmegaConf.select(config, KEY_KL_IN_REWARD) and not trainer.startswith("V1"):
         raise ConfigError(kl_in_reward(name, f"the {trainer} trainer"))
@@ -325,6 +343,97 @@ def check_selection(config: DictConfig, selection: Selection) -> None:
                 f"With {loss}.use_task_rewards=False no policy loss uses advantages, so {name} has no effect. Set "
                 f"{loss}.use_task_rewards=True, or select another {KEY_ESTIMATOR} and {KEY_LOSS_MODE}."
             )
+
+
+def _check_correction(config: DictConfig, selection: Selection) -> None:
+    """Reject a rollout correction that verl cannot compute, or does not apply."""
+    correction = _select(config, KEY_CORRECTION) or {}
+    asked = {key: correction[key] for key in ("bypass_mode", "rollout_is", "rollout_rs") if correction.get(key)}
+    loss_type = correction.get("loss_type", "ppo_clip")
+    if loss_type != "ppo_clip" and selection.loss_mode != "bypass_mode":
+        raise ConfigError(
+            f"{KEY_CORRECTION}.loss_type={loss_type} has no effect with {KEY_LOSS_MODE}={selection.loss_mode}. Remove "
+            f"it, or remove {KEY_POLICY_LOSS} and set {KEY_LOSS_MODE}=bypass_mode."
+        )
+    if asked and OmegaConf.select(config, KEY_LOG_PROBS) is False:
+        key, value = next(iter(asked.items()))
+        raise ConfigError(
+            f"{KEY_CORRECTION}.{key}={value} needs log-probabilities of the rollout, but {KEY_LOG_PROBS}=False. Set "
+            f"{KEY_LOG_PROBS}=True, or remove {KEY_CORRECTION}.{key}."
+        )
+    if asked.pop("bypass_mode", False) and asked and selection.loss_mode != "bypass_mode":
+        key, value = next(iter(asked.items()))
+        assert selection.variant is not None
+        raise ConfigError(
+            f"{KEY_CORRECTION}.{key}={value} has no effect with {KEY_CORRECTION}.bypass_mode=True and "
+            f"{KEY_LOSS_MODE}={selection.loss_mode}. Remove it, set {KEY_CORRECTION}.bypass_mode=False, or remove "
+            f"{KEY_POLICY_LOSS} and set {KEY_ESTIMATOR}={selection.variant.name} and {KEY_LOSS_MODE}=bypass_mode."
+        )
+
+
+def _check_clip_ratio(config: DictConfig) -> None:
+    """Reject ``clip_ratio`` where the two keys that replace it have other values."""
+    key = "actor_rollout_ref.actor.clip_ratio"
+    both, low, high = (OmegaConf.select(config, name) for name in (key, f"{key}_low", f"{key}_high"))
+    # verl's default is 0.2 for all three.
+    if both not in (None, 0.2, low, high) and None not in (low, high):
+        raise ConfigError(
+            f"{key}={both} has no effect, because {key}_low={low} and {key}_high={high} take precedence. Remove it, "
+            f"and set {key}_low and {key}_high."
+        )
+
+
+def check_keys(config: DictConfig, selection: Selection) -> None:
+    """Reject keys that look like keys of this package or of verl's ``algorithm``, because verl ignores unknown keys.
+
+    Args:
+        config: the root config.
+        selection: the selection of that config. Without a variant and without ``algorithm.hpo.observe``, only a key
+            that would select a variant is rejected.
+
+    Raises:
+        ConfigError: each message names the key, its value and the key to set.
+    """
+    for key in _children(config, "", "algorithm", _ACTOR):
+        if key in (KEY_ESTIMATOR, KEY_POLICY_LOSS) or not _similar(key, _SELECTING):
+            continue
+        value = _select(config, key)
+        if isinstance(value, str) and value in VARIANTS and value != getattr(selection.variant, "name", None):
+            raise ConfigError(f"{key}={value} selects nothing. Remove it, and set {KEY_POLICY_LOSS}={value} instead.")
+    observed = is_observed(_select(config, KEY_HPO))
+    if selection.variant is None and not observed:
+        return
+    effective = {**selection.settings, "base_estimator": selection.base_estimator, "observe": observed}
+    for key in _children(config, "", "hpo", "algorithm", _ACTOR, f"{_ACTOR}.policy_loss"):
+        name = _similar(key, effective)
+        # An equal value has its effect, for example that of an interpolation.
+        if name and (value := _select(config, key)) != effective[name]:
+            raise ConfigError(f"{key}={value} has no effect. Remove it, and set {KEY_HPO}.{name} instead.")
+    from verl.trainer.config import AlgoConfig
+
+    known = [*AlgoConfig.__dataclass_fields__, *(key.partition(".")[2] for key in (KEY_POLICY_LOSS, KEY_HPO))]
+    for key in _children(config, "algorithm"):
+        name = key.partition(".")[2]
+        if name not in known and (close := difflib.get_close_matches(name, known, 1, 0.78)):
+            raise ConfigError(
+                f"{key}={_select(config, key)} has no effect: verl does not read it. Set algorithm.{close[0]}, or "
+                "remove it."
+            )
+
+
+def _children(config: DictConfig, *nodes: str) -> Iterator[str]:
+    """The whole keys of the children of nodes; the root is the empty string."""
+    for node in nodes:
+        parent = OmegaConf.select(config, node) if node else config
+        if isinstance(parent, DictConfig):
+            yield from (f"{node}.{name}".lstrip(".") for name in parent)
+
+
+def _similar(key: str, names: Iterable[str]) -> str | None:
+    """The name that the last part of a key resembles, with or without ``hpo`` in front."""
+    plain = {re.sub(r"[^a-z]", "", name): name for name in names}
+    word = re.sub(r"[^a-z]", "", key.rpartition(".")[2].lower()).removeprefix("hpo")
+    return plain[found[0]] if (found := difflib.get_close_matches(word, plain, 1, 0.85)) else None
 
 
 def kl_in_reward(name: str, where: str) -> str:

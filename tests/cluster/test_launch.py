@@ -26,7 +26,7 @@ from hpo_plugin.runs.training import TrainingError, bookkeeping_overrides
 
 #: Goes on from the checkpoint it is given; the plan says how far each attempt gets, and how it ends.
 TRAINER = """
-import json, os, signal, sys, time
+import json, os, signal, sys, time, zipfile
 from pathlib import Path
 
 values = dict(word.partition("=")[::2] for word in sys.argv[1:])
@@ -39,8 +39,9 @@ for step in range(begin, last + 1):
     if step and step % int(values["trainer.save_freq"]) == 0:
         actor = checkpoints / f"global_step_{step}" / "actor"
         actor.mkdir(parents=True, exist_ok=True)
-        (actor / "model_world_size_1_rank_0.pt").touch()
-        (actor.parent / "data.pt").touch()
+        # torch.save writes zip archives.
+        zipfile.ZipFile(actor / "model_world_size_1_rank_0.pt", "w").close()
+        zipfile.ZipFile(actor.parent / "data.pt", "w").close()
         (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
     with metrics.open("a") as file:
         file.write(json.dumps({"step": step, "data": {"attempt": attempt}}) + chr(10))

@@ -217,7 +217,7 @@ def test_the_sft_config_is_found_by_verls_sft_trainer_and_checks_platform_and_st
         _ = config.trainer.device
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     assert config.trainer.device == "cpu"
-    assert config.model.external_lib == "hpo_plugin.cpu.backend"
+    assert config.model.external_lib == ["hpo_plugin.cpu.backend", "hpo_plugin.verl.sft_resume"]
     with pytest.raises(InterpolationResolutionError, match=r"Set engine\.strategy=fsdp2"):
         _ = wrong.trainer.device
 

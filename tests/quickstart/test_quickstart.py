@@ -4,11 +4,14 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -212,6 +215,63 @@ def test_a_failure_shows_the_cause_and_the_end_of_the_log(run, install_trainer):
     assert "shutting down" in message
     assert list(run.rows()) == [0, 1, 2]
     assert not (run.directory / "processes.json").exists()
+
+
+RESUMES = """
+import json, os, sys
+
+values = dict(word.partition("=")[::2] for word in sys.argv[1:])
+first = int(values.get("trainer.resume_from_path", "_-1").rpartition("_")[2]) + 1
+with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as file:
+    for step in range(first, 61):
+        file.write(json.dumps({"step": step, "data": {}}) + chr(10))
+"""
+
+
+def interrupted(run, *, steps, checkpoints):
+    attempt = run.new_attempt(None)
+    attempt.metrics.write_text("".join(json.dumps({"step": step, "data": {}}) + "\n" for step in range(steps + 1)))
+    for step in checkpoints:
+        folder = run.checkpoints / f"global_step_{step}"
+        (folder / "actor").mkdir(parents=True)
+        for name in ("actor/model_world_size_1_rank_0.pt", "data.pt"):
+            zipfile.ZipFile(folder / name, "w").close()
+        (run.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, install_trainer):
+    install_trainer(RESUMES)
+    interrupted(run, steps=25, checkpoints=(10, 20))
+    (run.checkpoints / "global_step_20" / "data.pt").write_bytes(b"PK")
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    run_module._train(run, TRAINING, REQUEST, stall=60, console=console)
+    said = console.export_text()
+    assert "the checkpoint of step 20 is not used: data.pt is truncated" in said
+    assert "resuming from the checkpoint of step 10" in said
+    assert list(run.rows()) == list(range(61))
+
+
+def test_a_run_whose_checkpoints_are_lost_says_which_steps_it_repeats(run, install_trainer):
+    install_trainer(RESUMES)
+    interrupted(run, steps=25, checkpoints=())
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    run_module._train(run, TRAINING, REQUEST, stall=60, console=console)
+    assert "there is no whole checkpoint, so steps 1 to 25 are repeated" in console.export_text()
+    assert list(run.rows()) == list(range(61))
+
+
+def test_a_failure_on_a_full_disk_says_so_because_torch_does_not(run, install_trainer, monkeypatch):
+    install_trainer("raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534')")
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+
+    def message(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        with pytest.raises(TrainingError) as caught:
+            run_module._train(run, TRAINING, REQUEST, stall=60, console=console)
+        return str(caught.value)
+
+    assert f"No space left on the file system of {run.directory / 'attempt-1'}" in message(free=4096)
+    assert "No space left" not in message(free=1 << 30)
 
 
 def test_the_checks_leave_the_handlers_of_signals_alone(run, monkeypatch):

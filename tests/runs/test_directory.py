@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from hpo_plugin.runs.directory import Run, RunBusyError, RunRequest, choose_run
 
@@ -20,9 +21,9 @@ def log(attempt, *steps):
 def checkpoint(run, step, *, latest=True, complete=True):
     directory = run.checkpoints / f"global_step_{step}"
     (directory / "actor").mkdir(parents=True)
-    (directory / "actor" / "model_world_size_1_rank_0.pt").touch()
+    torch.save({"weight": torch.zeros(9)}, directory / "actor" / "model_world_size_1_rank_0.pt")
     if complete:
-        (directory / "data.pt").touch()
+        torch.save({}, directory / "data.pt")
     if latest:
         (run.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
 
@@ -105,6 +106,54 @@ def test_a_half_written_note_of_the_latest_checkpoint_means_the_one_before(tmp_p
     checkpoint(run, 20)
     (run.checkpoints / "latest_checkpointed_iteration.txt").write_text("")
     assert run.resume_step() == 10
+
+
+def test_a_half_written_note_does_not_discard_the_checkpoint_before_the_newest(tmp_path):
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), *range(25))
+    checkpoint(run, 10)
+    checkpoint(run, 20, complete=False)
+    (run.checkpoints / "latest_checkpointed_iteration.txt").write_text("")
+    assert run.resume_step() == 10
+
+
+def test_a_lost_note_of_the_latest_checkpoint_means_the_one_before_the_newest(tmp_path):
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), *range(25))
+    checkpoint(run, 10)
+    (run.checkpoints / "latest_checkpointed_iteration.txt").unlink()
+    assert run.resume_step() is None
+    checkpoint(run, 20, latest=False)
+    assert run.resume_step() == 10
+
+
+@pytest.mark.parametrize("size", [0, 1, 0.5, -1])
+@pytest.mark.parametrize("name", ["actor/model_world_size_1_rank_0.pt", "data.pt"])
+def test_a_truncated_checkpoint_is_not_used(tmp_path, name, size):
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), *range(25))
+    checkpoint(run, 10)
+    checkpoint(run, 20)
+    assert run.damaged_checkpoints() == {}
+    path = run.checkpoints / "global_step_20" / name
+    whole = path.stat().st_size
+    os.truncate(path, int(size * whole) if 0 < size < 1 else size % whole)
+    assert run.resume_step() == 10
+    assert run.damaged_checkpoints() == {20: f"{name} is truncated"}
+
+
+def test_a_checkpoint_without_the_file_of_a_rank_is_not_used(tmp_path):
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), *range(25))
+    checkpoint(run, 10)
+    checkpoint(run, 20)
+    actor = run.checkpoints / "global_step_20" / "actor"
+    for rank in range(2):
+        torch.save({}, actor / f"optim_world_size_2_rank_{rank}.pt")
+    assert run.resume_step() == 20
+    (actor / "optim_world_size_2_rank_1.pt").unlink()
+    assert run.resume_step() == 10
+    assert run.damaged_checkpoints() == {20: "actor/optim_world_size_2_rank_1.pt is missing"}
 
 
 def test_without_a_checkpoint_it_starts_again_and_nothing_is_logged_twice(tmp_path):

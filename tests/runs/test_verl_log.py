@@ -9,6 +9,7 @@ from hpo_plugin.runs.verl_log import (
     LogError,
     MetricsFile,
     StepView,
+    died_workers,
     evaluations,
     failure_cause,
     merge_attempts,
@@ -123,3 +124,18 @@ def test_the_cause_is_the_exception_and_not_rays_wrapper_of_it():
 
 def test_output_without_an_exception_has_no_cause():
     assert failure_cause(plain_lines("step 1\rstep 2\nKilled")) is None
+
+
+RAYLET = "\x1b[33m(raylet)\x1b[0m A worker died or was killed while executing a task by an unexpected system error."
+#: What Ray prints for killed actors.
+DIED = f"""\
+\x1b[36m(AgentLoopWorkerTQ pid=71)\x1b[0m ready
+{RAYLET} Lease ID: ff7cc1d49b Node ID: 2d493b4f Worker PID: 71 Worker exit type: SYSTEM_ERROR Worker \
+exit detail: Worker unexpectedly exits with a connection error code 2. End of file.
+{RAYLET} Worker ID: 7c1de2aa Node ID: 2d493b4f Worker PID: 72 Worker exit type: NODE_OUT_OF_MEMORY [repeated 2x]
+"""
+
+
+def test_the_processes_that_ray_reports_as_dead_are_named():
+    assert died_workers(DIED) == ["AgentLoopWorkerTQ (pid 71, SYSTEM_ERROR)", "a worker (pid 72, NODE_OUT_OF_MEMORY)"]
+    assert died_workers(AGENT_LOOP) == []

@@ -17,6 +17,7 @@ from hpo_plugin.quickstart.start_model import StartModelConfig, build_start_mode
 from hpo_plugin.simulator.gradients import compare_gradients  # noqa: E402
 from hpo_plugin.simulator.loop import SIMULATED, check_simulated, simulate  # noqa: E402
 from hpo_plugin.simulator.model import SmallQwen2  # noqa: E402
+from hpo_plugin.study.simulated import simulate_cell  # noqa: E402
 from hpo_plugin.tasks.task import load_task  # noqa: E402
 
 STEPS = 3
@@ -201,6 +202,25 @@ def test_the_same_seed_gives_the_same_run_and_algorithms_see_the_same_problems(i
     other = run("algorithm.policy_loss=grpo", "data.seed=5")
     assert other[0] == first[0]
     assert run("algorithm.policy_loss=ahpo", "data.seed=6")[0] != first[0]
+
+
+def test_a_cell_is_the_same_for_any_number_of_threads_before(inputs, tmp_path):
+    """A study's processes set one thread themselves; only the times of two runs differ."""
+    overrides = [
+        *("data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "algorithm.policy_loss=ahpo"),
+        *(f"trainer.total_training_steps={STEPS}", "trainer.test_freq=2"),
+        *(f"data.train_files={inputs}/data/train.parquet", f"data.val_files={inputs}/data/test.parquet"),
+        *(f"actor_rollout_ref.model.path={inputs}/model", f"reward.custom_reward_function.path={inputs}/reward.py"),
+    ]
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        simulate_cell("countdown_cpu", overrides, {}, tmp_path / "metrics.jsonl")
+        rows = [json.loads(line)["data"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        found.append([{k: v for k, v in row.items() if not k.startswith("timing_s/")} for row in rows])
+    torch.set_num_threads(before)
+    assert found[0] == found[1]
+    assert found[0][1]["actor/grad_norm"] > 0
 
 
 REFUSED = {

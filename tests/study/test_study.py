@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from typer.testing import CliRunner
@@ -30,7 +31,7 @@ from hpo_plugin.study.spec import StudyError, load_study
 
 #: Logs, evaluates, saves and goes on like verl's trainer; overrides tell it to fail, or to take its time.
 STAND_IN = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, sys, time, zipfile
 
 given = dict(word.lstrip("+").split("=", 1) for word in sys.argv[2:] if "=" in word)
 steps, every = int(given["trainer.total_training_steps"]), int(given["trainer.save_freq"])
@@ -46,8 +47,9 @@ for step in range(first + 1 if first else 0, steps + 1):
     if step and (step % every == 0 or step == steps):
         folder = checkpoints / f"global_step_{step}"
         (folder / "actor").mkdir(parents=True)
-        (folder / "actor" / "model.pt").touch()
-        (folder / "data.pt").touch()
+        # torch.save writes zip archives.
+        zipfile.ZipFile(folder / "actor" / "model.pt", "w").close()
+        zipfile.ZipFile(folder / "data.pt", "w").close()
         (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
     data = {"critic/rewards/mean": step / 10, "timing_s/step": 2.0} if step else {}
     if step % int(given["trainer.test_freq"]) == 0:
@@ -333,8 +335,8 @@ def test_an_interrupted_cell_is_collected_with_each_step_once(declared, study_fi
     attempt.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     attempt.log.touch()
     (interrupted.checkpoints / "global_step_2" / "actor").mkdir(parents=True)
-    (interrupted.checkpoints / "global_step_2" / "actor" / "model.pt").touch()
-    (interrupted.checkpoints / "global_step_2" / "data.pt").touch()
+    for name in ("actor/model.pt", "data.pt"):
+        torch.save({}, interrupted.checkpoints / "global_step_2" / name)
     (interrupted.checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
     run(study_file(declared), "--only", "grpo/seed0")
     collect(found, tmp_path / "data.parquet", prune=False)

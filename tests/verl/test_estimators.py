@@ -319,6 +319,69 @@ def test_a_reward_that_is_not_finite_is_refused_naming_its_prompt():
         first_token(batch(rewards, [f"prompt-{i // 8}" for i in range(64)]), root("ahpo"))
 
 
+@pytest.mark.parametrize("uid", [None, float("nan")])
+def test_rows_without_a_prompt_are_refused_instead_of_forming_a_group(uid):
+    data = batch([1, 0, 0, 1], ["u", uid, "u", uid])
+    with pytest.raises(ValueError, match=r"`uid` of 2 of 4 rows is None or NaN, rows \[1, 3\]"):
+        first_token(data, root("ahpo"))
+    assert first_token(batch([1, 0], ["None", "None"]), root("ahpo", normalize=False)) == [0.5, -0.5]
+
+
+def test_an_advantage_of_the_base_that_is_not_finite_is_refused(monkeypatch):
+    right = core_algos.get_adv_estimator_fn("rloo")
+
+    def wrong(**inputs):
+        found, returns = right(**inputs)
+        found[1] = float("inf")
+        return found, returns
+
+    monkeypatch.setitem(core_algos.ADV_ESTIMATOR_REGISTRY, "rloo", wrong)
+    with pytest.raises(ValueError, match=r"base estimator must be finite: 1 of 4 .*rows \[1\]"):
+        first_token(batch(*SPARSE), root("ahpo", base_estimator="rloo"))
+
+
+# Dtypes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASE_ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16])
+def test_rewards_of_other_dtypes_give_the_advantages_of_their_values(base, dtype):
+    """In verl's rloo, integer rewards would truncate the advantages."""
+    config, data, plain = root("ahpo", base_estimator=base), batch(*SPARSE), batch(*SPARSE)
+    data.batch["token_level_rewards"] = data.batch["token_level_rewards"].to(dtype)
+    torch.testing.assert_close(advantages(data, config), advantages(plain, config))
+
+
+@pytest.mark.parametrize("base", BASE_ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.int32, torch.uint8])
+def test_a_mask_of_another_dtype_is_the_same_mask(base, dtype):
+    config, lengths = root("ahpo", base_estimator=base), [4, 3, 2, 0]
+    data, plain = batch(*SPARSE, lengths), batch(*SPARSE, lengths)
+    data.batch["response_mask"] = data.batch["response_mask"].to(dtype)
+    torch.testing.assert_close(advantages(data, config), advantages(plain, config))
+    assert metrics.drain()["actor/hpo/response_length"] == 3
+
+
+def test_half_precision_does_not_limit_the_length():
+    """70,000 is more than the largest number of fp16."""
+    mask = torch.ones(2, 70_000, dtype=torch.float16)
+    rewards = torch.zeros(2, 70_000)
+    rewards[0, -1] = 1
+    found, _ = core_algos.get_adv_estimator_fn("ahpo")(
+        rewards, mask, np.array(["u", "u"]), config=root("ahpo").algorithm
+    )
+    assert found.isfinite().all()
+    assert metrics.drain()["actor/hpo/response_length"] == 70_000
+
+
+def test_an_empty_batch_is_estimated_and_logged():
+    inputs = (torch.zeros(0, 4), torch.zeros(0, 4, dtype=torch.long), np.array([], dtype=object))
+    for last_row in (None, last_rows([])):
+        found, _ = core_algos.get_adv_estimator_fn("ahpo")(*inputs, config=root("ahpo").algorithm, last_row=last_row)
+        assert found.shape == (0, 4)
+        assert metrics.drain()["actor/hpo/alpha"] == 1
+
+
 def test_an_invalid_setting_is_refused():
     with pytest.raises(ConfigError, match=r"algorithm.hpo.alpha=2"):
         first_token(batch(*SPARSE), root("hpo", alpha=2))

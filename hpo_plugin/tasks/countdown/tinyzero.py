@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-#: An integer power that may have more bits is not computed.
+#: An integer power that may have more bits is not computed. The results of all operations of an answer may have as many.
 MAX_POWER_BITS = 65_536
 
 _ALLOWED = re.compile(r"[\d+\-*/().\s]+")
@@ -66,7 +66,7 @@ def tinyzero_value(answer: str) -> Any:
     if _ALLOWED.fullmatch(answer) is None:
         return None
     try:
-        return _value(ast.parse(answer, mode="eval").body)
+        return _value(ast.parse(answer, mode="eval").body, [])
     except (SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError):
         return None
 
@@ -79,14 +79,18 @@ def tinyzero_close(value: Any, target: int) -> bool:
         return False
 
 
-def _value(node: ast.expr) -> Any:
+def _value(node: ast.expr, sizes: list[int]) -> Any:
     # Signs are the only operations that can nest deeply, so they are collected in a loop.
     signs = []
     while isinstance(node, ast.UnaryOp):
         signs.append(_SIGNS[type(node.op)])
         node = node.operand
     if isinstance(node, ast.BinOp):
-        value = _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+        value = _OPERATIONS[type(node.op)](_value(node.left, sizes), _value(node.right, sizes))
+        if isinstance(value, int):
+            sizes.append(value.bit_length())
+            if sum(sizes) > MAX_POWER_BITS:
+                raise OverflowError(f"integers of more than {MAX_POWER_BITS} bits in all")
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
         value = node.value
     else:

@@ -49,7 +49,10 @@ MAX_BOX_CHARACTERS = 512
 _ANSWER = re.compile(r"[A-Z]?[1-9][0-9]?")
 _BOX_COMMAND = r"\boxed"
 _BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(rf"{_BOX.pattern}|[{{}}]")
+_BRACE = re.compile("[{}]")
+_OPENING, _CLOSING = b"{}"
+#: All bytes but the braces and NUL.
+_NO_TOKENS = bytes(set(range(256)) - {0, _OPENING, _CLOSING})
 #: What shows nothing of its own.
 _INVISIBLE = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:bf|it|rm|sf|tt|normal)|emph|underline|mbox|boldsymbol|bm"
@@ -221,13 +224,16 @@ def _last_box(text: str) -> str | None:
     first = text.find(_BOX_COMMAND, max(0, len(text) - MAX_SEARCHED_CHARACTERS))
     if first < 0:
         return None
+    # The braces alone, with a NUL for the command and the brace of a box. Loops over bytes are the fastest.
+    marked = _BOX.sub("\0", text[first:].replace("\0", "?"))
+    tokens = marked.encode("ascii", "replace").translate(None, _NO_TOKENS)
     # Read backward, an opening brace takes a closing brace that is still free. The first box that gets one is the last
     # closed box.
     boxes = free = 0
-    for token in reversed(_BRACE.findall(text, first)):
-        if token == "}":
+    for token in reversed(tokens):
+        if token == _CLOSING:
             free += 1
-        elif token == "{":
+        elif token == _OPENING:
             if free:
                 free -= 1
         else:

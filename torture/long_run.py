@@ -1,0 +1,470 @@
+"""Long runs: memory, file handles and logs of every process of a training, and a study with many cells.
+
+python -m torture.long_run --hours 0.1 FOLDER    # train and sample; FOLDER gets the samples
+python -m torture.long_run --read FOLDER         # the slopes of samples
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import yaml
+from scipy import stats
+
+from hpo_plugin.runs.verl_log import MetricsFile
+from torture.faults import Command
+from torture.probe import Probe, Result
+from torture.scale import run_command
+
+MIB = 2**20
+#: Seconds between two samples.
+INTERVAL = 15.0
+#: Share of the samples at the beginning that does not count.
+WARM_UP = 0.25
+#: Blocks of a series; a slope is fitted to their medians, because neighboring samples are not independent.
+BLOCKS = 8
+CONFIDENCE = 0.95
+#: Largest upper end of the interval of a slope: private memory of a process, and its file handles and threads.
+MEMORY_BOUND, HANDLES_BOUND, THREADS_BOUND = 5.0, 2.0, 2.0
+#: Largest size of all logs of a run for each step, in bytes.
+LOG_BOUND = 32_768.0
+
+
+# --- samples -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One process at one time.
+
+    Attributes:
+        seconds: Time since the start.
+        step: Last step that is logged.
+        role: What the process does, see :func:`role_of`.
+        process: Identity of the process: its number and its time of creation.
+        private: Memory that no other process shares (USS), in MiB.
+        resident: Resident memory, in MiB.
+        handles: Open file descriptors.
+        threads: Threads.
+    """
+
+    seconds: float
+    step: int
+    role: str
+    process: str
+    private: float
+    resident: float
+    handles: int
+    threads: int
+
+
+def role_of(command: Sequence[str]) -> str:
+    """What a process does, from its command line.
+
+    Ray renames its workers: ``ray::WorkerDict.actor_rollout_update_actor`` has the role ``ray::WorkerDict``.
+    """
+    text = " ".join(command)
+    if worker := re.match(r"ray::\w+", text):
+        return worker[0]
+    for module, role in (("verl.trainer.main_ppo", "trainer"), ("torture.small_quickstart", "hpo-plugin")):
+        if f"-m {module}" in text:
+            return role
+    if "-m hpo_plugin.cli" in text:
+        return "hpo-plugin"
+    if "multiprocessing" in text:
+        return "simulator" if "spawn_main" in text else "multiprocessing"
+    program = Path(command[0]).name if command else "unknown"
+    if program.startswith("python") and len(command) > 1:
+        scripts = [word for word in command[1:] if not word.startswith("-")]
+        return Path(scripts[0]).name if scripts else program
+    return program
+
+
+def sample(processes: Iterable[psutil.Process], seconds: float, step: int) -> list[Sample]:
+    """Sample processes; one that has ended is left out."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            memory = process.memory_full_info()
+            found.append(
+                Sample(
+                    seconds=round(seconds, 1),
+                    step=step,
+                    role=role_of(process.cmdline()),
+                    process=f"{process.pid}-{process.create_time():.0f}",
+                    private=memory.uss / MIB,
+                    resident=memory.rss / MIB,
+                    handles=process.num_fds(),
+                    threads=process.num_threads(),
+                )
+            )
+    return found
+
+
+# --- slopes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A slope and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> Slope:
+    """The slope of a series after the warm-up.
+
+    Args:
+        x: times or steps, ascending.
+        y: values.
+
+    Returns:
+        The slope of a line through the medians of :data:`BLOCKS` blocks, with the interval of Student's t. The interval
+        is infinite if there are too few values, or if ``x`` does not change.
+    """
+    begin = int(len(x) * WARM_UP)
+    kept_x, kept_y = np.asarray(x[begin:], float), np.asarray(y[begin:], float)
+    if len(kept_x) < 2 * BLOCKS or np.ptp(kept_x) == 0:
+        return Slope(math.nan, -math.inf, math.inf)
+    middle_x, middle_y = (
+        np.array([np.median(block) for block in np.array_split(values, BLOCKS)]) for values in (kept_x, kept_y)
+    )
+    # Not scipy.stats.linregress, whose standard error of a constant series is NaN.
+    centered = middle_x - middle_x.mean()
+    value = float(centered @ middle_y / (centered @ centered))
+    rest = middle_y - middle_y.mean() - value * centered
+    error = math.sqrt(rest @ rest / (BLOCKS - 2) / (centered @ centered))
+    width = float(stats.t.ppf((1 + CONFIDENCE) / 2, BLOCKS - 2)) * error
+    return Slope(value, value - width, value + width)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """How one process changes.
+
+    Attributes:
+        role: See :class:`Sample`.
+        private: Private memory in MiB per 100 steps.
+        handles: File handles per hour.
+        threads: Threads per hour.
+        peak: Largest resident memory, in MiB.
+        samples: Number of samples.
+    """
+
+    role: str
+    private: Slope
+    handles: Slope
+    threads: Slope
+    peak: float
+    samples: int
+
+
+def trends(samples: Sequence[Sample], *, share: float = 0.5) -> list[Trend]:
+    """The trends of all processes that lived for at least a share of the run, by role."""
+    by_process: dict[str, list[Sample]] = {}
+    for entry in samples:
+        by_process.setdefault(entry.process, []).append(entry)
+    times = len({entry.seconds for entry in samples})
+    found = []
+    for entries in by_process.values():
+        if len(entries) < share * times:
+            continue
+        hours = [entry.seconds / 3600 for entry in entries]
+        steps = [entry.step / 100 for entry in entries]
+        found.append(
+            Trend(
+                # Ray names a worker when it gets its first task.
+                role=entries[-1].role,
+                private=slope(steps, [entry.private for entry in entries]),
+                handles=slope(hours, [entry.handles for entry in entries]),
+                threads=slope(hours, [entry.threads for entry in entries]),
+                peak=max(entry.resident for entry in entries),
+                samples=len(entries),
+            )
+        )
+    return sorted(found, key=lambda trend: trend.role)
+
+
+def judge(found: Sequence[Trend], result: Result, *, steps: str = "steps") -> None:
+    """Add the trends to a result; a slope whose interval is not below its bound is a failure.
+
+    Args:
+        found: the trends.
+        result: gets the failures and the largest slopes.
+        steps: what was counted as steps.
+    """
+    for trend in found:
+        for what, value, bound, unit in (
+            ("private memory", trend.private, MEMORY_BOUND, f"MiB per 100 {steps}"),
+            ("file handles", trend.handles, HANDLES_BOUND, "per hour"),
+            ("threads", trend.threads, THREADS_BOUND, "per hour"),
+        ):
+            if not value.high <= bound:
+                result.failures.append(
+                    f"{trend.role}: {what} grow by {value.value:.3g} [{value.low:.3g}, {value.high:.3g}] {unit}, "
+                    f"bound {bound:g} ({trend.samples} samples)"
+                )
+            if math.isfinite(value.high):
+                result.measure(f"largest slope of {what} ({unit})", value.value)
+                result.measure(f"upper end of the 95 % intervals of {what}", value.high)
+        result.measure("largest process (MiB)", trend.peak)
+
+
+def written(trend: Trend) -> str:
+    """A trend in one line."""
+    shown = [
+        f"{name} {value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
+        for name, value in (
+            ("MiB/100 steps", trend.private),
+            ("handles/h", trend.handles),
+            ("threads/h", trend.threads),
+        )
+    ]
+    return f"{trend.role}: {'; '.join(shown)}; peak {trend.peak:.0f} MiB; {trend.samples} samples"
+
+
+# --- a long training -----------------------------------------------------------------------------------------------
+
+
+def quickstart(folder: Path) -> list[str]:
+    """The command of a run that does not end by itself."""
+    arguments = [sys.executable, "-m", "torture.small_quickstart", "quickstart", "--steps=1000000", "--n-test=64"]
+    return [*arguments, f"--output={folder / 'runs'}", "trainer.max_actor_ckpt_to_keep=2"]
+
+
+def train(folder: Path, *, hours: float, interval: float = INTERVAL) -> Result:
+    """Run ``hpo-plugin quickstart`` for some time, sample all of its processes, interrupt it, and judge the trends.
+
+    Args:
+        folder: gets the run, and ``samples.jsonl``.
+        hours: how long to train, from the first step.
+        interval: seconds between samples.
+    """
+    command, progress, result = Command(quickstart(folder), folder), Progress(folder), Result()
+    samples: list[Sample] = []
+    begin, first = time.monotonic(), math.nan
+    try:
+        with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+            while not time.monotonic() - first > hours * 3600:
+                if not command.running():
+                    result.failures.append(f"the command ended: {command.output()[-2000:]}")
+                    break
+                step = progress.step()
+                if step and math.isnan(first):
+                    first = time.monotonic()
+                if step:
+                    new = sample(command.members(), time.monotonic() - first, step)
+                    samples += new
+                    file.writelines(json.dumps(asdict(entry)) + "\n" for entry in new)
+                    file.flush()
+                elif time.monotonic() - begin > 1800:
+                    result.failures.append(f"no step within 30 minutes: {command.output()[-2000:]}")
+                    break
+                time.sleep(interval)
+        steps, logs = progress.step(), log_bytes(folder)
+        command.process.send_signal(signal.SIGINT)
+        if command.wait(120.0) != 130:
+            result.failures.append("the command did not end with exit status 130 within 120 s after an interrupt")
+        if left := command.left():
+            result.failures.append(f"{len(left)} processes are left after the interrupt")
+    finally:
+        command.kill()
+    result.inputs = steps
+    found = trends(samples)
+    for trend in found:
+        print(written(trend), flush=True)
+    judge(found, result)
+    if not found:
+        result.failures.append("no process was sampled")
+    result.measure("hours", (time.monotonic() - first) / 3600)
+    result.measure("sampled processes", len(found))
+    result.measure("logs (kB per step)", logs / max(steps, 1) / 1000)
+    if logs > LOG_BOUND * steps:
+        result.failures.append(f"the logs have {logs / max(steps, 1):.0f} bytes per step, bound {LOG_BOUND:g}")
+    return result
+
+
+class Progress:
+    """The last step that the run in a folder has logged."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read nothing yet.
+
+        Args:
+            folder: contains ``runs``.
+        """
+        self._folder = folder
+        self._files: dict[Path, MetricsFile] = {}
+        self._step = 0
+
+    def step(self) -> int:
+        """The step; 0 before the first."""
+        for attempt in _attempts(self._folder):
+            file = self._files.setdefault(attempt, MetricsFile(attempt / "metrics.jsonl"))
+            self._step = max([self._step, *(step for step, _ in file.new_rows())])
+        return self._step
+
+
+def _attempts(folder: Path) -> list[Path]:
+    return sorted((folder / "runs").glob("*/attempt-*"))
+
+
+def log_bytes(folder: Path) -> int:
+    """The size of all logs and metrics of the run in a folder."""
+    files = [folder / "output.log", *(path for attempt in _attempts(folder) for path in attempt.glob("*.*"))]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+# --- a study -------------------------------------------------------------------------------------------------------
+
+
+def declaration(simulated: int, real: int) -> dict[str, Any]:
+    """A study with two arms, and so many cells of the simulator and of verl's trainer, each of a few steps."""
+    prepare = {
+        "task": "countdown",
+        "problems": {"counts": [3], "max_number": 12},
+        "start_model": {"steps": 60},
+        "train_size": 128,
+        "test_size": 32,
+    }
+    arms = ["grpo", "ahpo"]
+    return {
+        "name": "many-cells",
+        "title": "Many cells",
+        "config_name": "countdown_cpu",
+        "steps": 3,
+        "test_every": 3,
+        "environment": {"VERL_PLATFORM": "cpu"},
+        "overrides": ["data.train_batch_size=16", "actor_rollout_ref.actor.ppo_mini_batch_size=8"],
+        "settings": {
+            "simulated": {"title": "Simulator", "trainer": "simulator", "prepare": prepare},
+            "real": {"title": "verl's trainer", "prepare": prepare, "overrides": ["trainer.max_actor_ckpt_to_keep=2"]},
+        },
+        "arms": {name: {"title": name, "overrides": [f"algorithm.policy_loss={name}"]} for name in arms},
+        "experiments": {
+            name: {"title": name, "setting": name, "arms": arms, "seeds": list(range(number // 2)), "compare": "ahpo"}
+            for name, number in (("simulated", simulated), ("real", real))
+            if number
+        },
+    }
+
+
+def study(folder: Path, *, simulated: int = 200, real: int = 10, interval: float = INTERVAL) -> Result:
+    """Run a study of many cells with two jobs, sample its processes, then show, collect and report it."""
+    cells, result = simulated + real, Result(inputs=simulated + real)
+    path = folder / "study.yaml"
+    declared = declaration(simulated, real)
+    declared["settings"] = {name: declared["settings"][name] for name in declared["experiments"]}
+    path.write_text(yaml.safe_dump(declared, sort_keys=False), encoding="utf-8")
+    output = f"--output={folder / 'runs'}"
+    run = [sys.executable, "-m", "hpo_plugin.cli", "study", "run", str(path), output, "--jobs=2"]
+    command, samples = Command(run, folder), list[Sample]()
+    begin = time.monotonic()
+    total: dict[str, float] = {"private memory of all processes (MiB)": 0, "processes": 0, "file handles": 0}
+    try:
+        while command.running():
+            done = len(list((folder / "runs" / "many-cells" / "cells").glob("*/result.json")))
+            new = sample(command.members(), time.monotonic() - begin, done)
+            samples += new
+            for name, value in (
+                ("private memory of all processes (MiB)", sum(entry.private for entry in new)),
+                ("processes", len(new)),
+                ("file handles", sum(entry.handles for entry in new)),
+            ):
+                total[name] = max(total[name], value)
+            time.sleep(interval)
+        if command.process.returncode:
+            result.failures.append(f"exit status {command.process.returncode}: {command.output()[-2000:]}")
+        if left := command.left():
+            result.failures.append(f"{len(left)} processes are left")
+    finally:
+        command.kill()
+    result.measure("minutes", (time.monotonic() - begin) / 60)
+    for name, value in total.items():
+        result.measure(f"largest number of {name}" if "MiB" not in name else f"largest {name}", value)
+    # The process that follows the cells, and those of the simulator, which train one cell after another.
+    found = [trend for trend in trends(samples) if trend.role in ("hpo-plugin", "simulator")]
+    for trend in found:
+        print(written(trend), flush=True)
+    judge(found, result, steps="cells")
+    if result.failures:
+        return result
+    for name, arguments, expected in (
+        ("status", [str(path), output], f"{cells} finished"),
+        ("collect", [str(path), output], f"added: {cells} "),
+        ("report", [str(path), f"--output={folder / 'report'}", "--no-png"], "many-cells.md"),
+    ):
+        done_command = run_command("study", name, *arguments)
+        if expected not in done_command.text:
+            result.failures.append(f"{name}: {expected!r} is not in the output:\n{done_command.text[-1000:]}")
+    files = [file for file in (folder / "runs").rglob("*") if file.is_file()]
+    result.measure("files", len(files))
+    result.measure("run directories (MB)", sum(file.stat().st_size for file in files) / 1e6)
+    return result
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train for some hours, or read samples."""
+    parser = argparse.ArgumentParser(prog="python -m torture.long_run", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--interval", type=float, default=INTERVAL)
+    parser.add_argument("--read", action="store_true", help="only print the slopes of the samples in the folder")
+    given = parser.parse_args(arguments)
+    if given.read:
+        lines = (given.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        result = Result()
+        found = trends([Sample(**json.loads(line)) for line in lines])
+        for trend in found:
+            print(written(trend))
+        judge(found, result)
+    else:
+        given.folder.mkdir(parents=True, exist_ok=True)
+        result = train(given.folder.resolve(), hours=given.hours, interval=given.interval)
+    print(json.dumps(asdict(result), indent=1, ensure_ascii=False))
+    return 1 if result.failures else 0
+
+
+PROBES = (
+    Probe(
+        "long-run",
+        "long-runs",
+        "two hours of `hpo-plugin quickstart` on CPU cores; each of its processes is sampled every 15 seconds",
+        "per process, with 95 % confidence: at most 5 MiB per 100 steps, 2 file handles and 2 threads per hour; "
+        "at most 32 kB of logs per step; no process is left",
+        {"one": partial(train, hours=2.0)},
+        limit=4 * 3600.0,
+    ),
+    Probe(
+        "study-210-cells",
+        "long-runs",
+        "`hpo-plugin study run --jobs 2` with 200 cells of the simulator and 10 of verl's trainer, then `status`, "
+        "`collect` and `report`",
+        "all cells are finished, collected and reported; the bounds of the row above for 100 cells; no process is left",
+        {"one": study},
+        limit=4 * 3600.0,
+    ),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
