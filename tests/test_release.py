@@ -195,6 +195,6 @@ def test_what_security_states_about_the_code_holds():
     shells = {path.name for path, text in sources.items() if re.search(r"shell=True|os\.system\(|os\.popen\(", text)}
     assert shells == {"run.py"}
     assert "autoescape=True" in (ROOT / "hpo_plugin/preview/report.py").read_text(encoding="utf-8")
-    assert "autoescape=False" in (ROOT / "hpo_plugin/study/report.py").read_text(encoding="utf-8")
+    assert [path for path, text in sources.items() if "autoescape=False" in text or "Markup(" in text] == []
     # The token of the hub is read by the hub's own libraries.
     assert [path for path, text in sources.items() if re.search(r"environ\W+HF_TOKEN|get_token\(", text)] == []
