@@ -169,7 +169,8 @@ def tinyzero_oracle(response: str, target: int, numbers: Sequence[int]) -> bool 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return bool(abs(eval(answer, {"__builtins__": None}, {}) - target) < 1e-5)
+            # The reference that the package is compared with; answers consist of digits and operators.
+            return bool(abs(eval(answer, {"__builtins__": None}, {}) - target) < 1e-5)  # nosec B307
     except Exception:
         return False
 
@@ -614,7 +615,8 @@ def made_for(answer: str, rng: random.Random) -> tuple[int, tuple[int, ...]] | N
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                value = eval(answer.strip(), {"__builtins__": None}, {})
+                # Digits, operators and parentheses.
+                value = eval(answer.strip(), {"__builtins__": None}, {})  # nosec B307
             target = round(abs(value) if isinstance(value, complex) else value)
         except Exception:
             pass

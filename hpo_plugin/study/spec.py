@@ -280,8 +280,8 @@ class Study:
         for key in self.environment:
             if not _VARIABLE.fullmatch(key):
                 raise StudyError(
-                    f"environment: {key!r} is not the name of a variable; use letters, digits and '_', and do not start "
-                    "with a digit"
+                    f"environment: {key!r} is not the name of a variable; use letters, digits and '_', and do not "
+                    "start with a digit"
                 )
         for key in ("steps", "test_every", "save_every"):
             _at_least_one(key, getattr(self, key))

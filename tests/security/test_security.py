@@ -120,7 +120,7 @@ def test_make_lint_searches_all_code_but_the_tests():
 
 def test_an_exception_names_the_check_and_the_reason():
     marked = []
-    for path in sorted({*ROOT.glob("*.py"), *(ROOT / "hpo_plugin").rglob("*.py"), *ROOT.glob("[b-s]*/**/*.py")}):
+    for path in sorted({*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")}):
         lines = path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines):
             if re.search(r"#\s*nosec", line) and "tests" not in path.parts:
@@ -278,10 +278,10 @@ def collected(study, text="Linux"):
     return found
 
 
-def titled(declaration, first, texts):
-    """The declaration with texts in all fields that are shown, beginning with one of them."""
+def titled(declaration, texts):
+    """The declaration with texts in all fields that are shown, one after another."""
     changed = copy.deepcopy(declaration)
-    turns = itertools.cycle([*texts[first:], *texts[:first]])
+    turns = itertools.cycle(texts)
     changed["title"] = next(turns)
     changed["text"] += "".join(f"\n{text}\n\n```\n{text}\n```\n\n    {text}\n" for text in texts)
     changed["text"] += "\n[r]: javascript:alert(1)"
@@ -297,25 +297,24 @@ def reported(study, text, folder):
 
 
 def test_a_report_shows_the_texts_of_a_study_and_its_data_and_executes_none(tmp_path, declared, load):
-    plain = titled(declared, 0, ["plain"] * len(HOSTILE))
+    plain = titled(declared, ["plain"] * len(HOSTILE))
     # Pictures that do not exist are no error.
     plain["text"] += "\n\n![a](small/none.svg)\n\n![b](https://example.org/page)"
     expected = reported(load(plain), "plain", tmp_path / "plain")
     assert expected.found["svg"] >= 8
-    for first in (0, 5):
-        folder = tmp_path / str(first)
-        page = reported(load(titled(declared, first, HOSTILE)), " ".join(HOSTILE), folder)
-        assert page.unexpected(expected) == set()
-        assert page.title == HOSTILE[first]
-        assert page.found["svg"] == expected.found["svg"]
-        for link in page.links:
-            assert re.match(r"#|https://example\.org/page$", link), link
-        for picture in folder.rglob("*.svg"):
-            drawing = ElementTree.parse(picture).getroot()
-            names = {name.rpartition("}")[2] for element in drawing.iter() for name in [element.tag, *element.attrib]}
-            assert not [name for name in names if name.startswith("on") or name in ("script", "foreignObject", "a")]
-        # The texts are on the page.
-        assert all(page.text.count(text) > 3 for text in ("<script>alert(1)</script>", "{{ 7*7 }}", "$x^2$"))
+    folder = tmp_path / "hostile"
+    page = reported(load(titled(declared, HOSTILE)), " ".join(HOSTILE), folder)
+    assert page.unexpected(expected) == set()
+    assert page.title == HOSTILE[0]
+    assert page.found["svg"] == expected.found["svg"]
+    for link in page.links:
+        assert re.match(r"#|https://example\.org/page$", link), link
+    for picture in folder.rglob("*.svg"):
+        drawing = ElementTree.parse(picture).getroot()
+        names = {name.rpartition("}")[2] for element in drawing.iter() for name in [element.tag, *element.attrib]}
+        assert not [name for name in names if name.startswith("on") or name in ("script", "foreignObject", "a")]
+    # The texts are on the page.
+    assert all(page.text.count(text) > 3 for text in ("<script>alert(1)</script>", "{{ 7*7 }}", "$x^2$"))
 
 
 @pytest.mark.parametrize("template", ["study/templates/report.html.j2", "preview/templates/page.html.j2"])
@@ -350,7 +349,7 @@ def previewed(folder, rows, text, name):
 
 def test_the_page_of_a_preview_shows_what_rollouts_contain_and_executes_none(tmp_path):
     expected, steps, _ = previewed(tmp_path / "plain", rollouts("plain"), "plain", "plain.jsonl")
-    for number, text in enumerate([" ".join(HOSTILE), "'); DROP TABLE every; --", 'x"); DROP TABLE every; --']):
+    for number, text in enumerate([" ".join(HOSTILE), "'); DROP TABLE every; -- x\"); DROP TABLE every; --"]):
         # No separators, and no patterns of DuckDB.
         name = re.sub(r"[/*?\[]", "-", text)[:200] + ".jsonl"
         page, same, said = previewed(tmp_path / str(number), rollouts(text), text, name)
