@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-slime test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all gpu-proof bench torture install install-dev install-vllm lint format docs lock clean
+.PHONY: help quickstart test test-megatron test-verl test-verl-0.8 .test-verl-0.8 test-trl test-slime test-openrlhf .test-openrlhf test-training test-trainers test-recipes test-all gpu-proof bench install install-dev install-vllm lint format docs lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -112,9 +112,6 @@ gpu-proof:  ## Prove on one GPU that this is right, fast and trains (docs/gpu.md
 bench: install-dev  ## Measure what docs/benchmarks.md promises; with ARGS=--whole-step, training runs too.
 	$(BIN)/python -m benchmarks $(ARGS)
 
-torture: install-dev  ## Try bad input, faults and load for hours, and write what happens (docs/robustness.md); resumable.
-	$(BIN)/python -m torture $(ARGS)
-
 lint: install-dev  ## Check style, format and types.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -143,7 +140,7 @@ lock: $(BIN)/uv  ## Resolve requirements/*.txt anew, keeping the versions that s
 
 clean:  ## Remove the environment and everything built; runs and data stay.
 	rm -rf .venv .venv-verl-0.8 .venv-openrlhf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find hpo_plugin hydra_plugins benchmarks contrib torture tests recipes -name __pycache__ -prune -exec rm -rf {} +
+	find hpo_plugin hydra_plugins benchmarks contrib tests recipes -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \

@@ -119,6 +119,6 @@ def test_benchmarks_and_scripts_use_public_names_only():
     private = re.compile(
         r"from hpo_plugin[\w.]*\._\w+ import|from hpo_plugin[\w.]* import (?:.*\W)?_\w+|hpo_plugin[\w.]*\._[a-z]"
     )
-    for folder in ("benchmarks", "examples", "scripts", "torture"):
+    for folder in ("benchmarks", "examples", "scripts"):
         for path in (ROOT / folder).glob("*.py"):
             assert not private.search(path.read_text(encoding="utf-8")), path.name

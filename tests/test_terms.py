@@ -66,7 +66,7 @@ def documents() -> list[Path]:
 
 
 def sources() -> list[Path]:
-    folders = ("hpo_plugin", "hydra_plugins", "contrib", "benchmarks", "examples", "scripts", "torture")
+    folders = ("hpo_plugin", "hydra_plugins", "contrib", "benchmarks", "examples", "scripts")
     found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     return sorted(path for path in found if path.suffix in {".py", ".yaml", ".j2"} and path.is_file())
 
