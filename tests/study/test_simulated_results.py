@@ -209,11 +209,9 @@ def test_the_simulator_ends_where_verls_trainer_ends():
     assert [f"{x:+.3f}" for x in (found.value, found.low, found.high)] == ["-0.014", "-0.017", "-0.012"]
     apart = [pair[0][seed] - pair[1][seed] for seed in pair[1]]
     assert max(apart) - min(apart) < 0.002
-    # Of the difference of two shares of 512 answers.
-    assert (
-        f"{np.sqrt(sum(np.mean(list(x.values())) * (1 - np.mean(list(x.values()))) for x in pair) / 512):.3f}"
-        == "0.017"
-    )
+    # The variance of a share of 512 answers is share * (1 - share) / 512.
+    shares = np.array([np.mean(list(by_seed.values())) for by_seed in pair])
+    assert f"{np.sqrt((shares * (1 - shares) / 512).sum()):.3f}" == "0.017"
     differences, of_higher = [], 0
     for (setting, arm), by_seed in runs.items():
         there = runs.get((f"verl-{setting.removeprefix('lr-')}", arm)) or runs.get((f"verl-{setting}", arm), {})
