@@ -237,7 +237,7 @@ def group_relative_advantage(
             raise RewardError(rewards, bad.nonzero().flatten().tolist())
         raise ValueError(
             f"groups must be int64 in [0, N), N = {len(groups)} rewards: got {groups.dtype}, outside are "
-            f"{groups[outside].unique().tolist()[:8]}. Number the groups from 0."
+            f"{sorted(set(groups[outside].tolist()))[:8]}. Number the groups from 0."
         )
 
     zeros = torch.zeros_like(r)

@@ -45,7 +45,7 @@ ALLOWED = {
 ARMS = r"\barms?\b"
 STUDIES = ("hpo_plugin/study/", "hpo_plugin/cli/study.py", "hpo_plugin/cli/app.py", "scripts/gradients.py")
 STUDIES += ("docs/study.md", "docs/simulator.md", "docs/results/", "docs/contributing.md", "CHANGELOG.md")
-STUDIES += ("torture/long_run.py", "torture/scale.py")
+STUDIES += ("torture/long_run.py", "torture/scale.py", "torture/settings.py", "docs/robustness.md")
 
 
 def commands(command: typer.core.TyperCommand, *names: str) -> list[str]:

@@ -38,6 +38,8 @@ MODULES: tuple[str, ...] = (
     "torture.algorithm_inputs",
     "torture.verl_inputs",
     "torture.trl_inputs",
+    "torture.text",
+    "torture.rollout_text",
     "torture.settings",
     "torture.faults",
     "torture.trl_faults",

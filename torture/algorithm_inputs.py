@@ -200,7 +200,7 @@ def advantages_of(
         if not rows:
             continue
         values = [Fraction(rewards[row]) for row in rows]
-        mean, tolerance = sum(values) / len(values), EQUAL * max(map(abs, values))
+        mean, tolerance = sum(values, Fraction()) / len(values), EQUAL * max(abs(value) for value in values)
         centered = [value - mean if abs(value - mean) > tolerance else Fraction(0) for value in values]
         spread = 1.0
         if by_std:

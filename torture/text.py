@@ -1,7 +1,7 @@
 r"""Hostile text to the rewards of Countdown and TeleLogs, and to the parser of TeleLogs prompts.
 
-Texts are written by small grammars, drawn from pieces, mutated from a corpus, and searched for by time. Each decision is
-compared with an oracle, which is written from docs/countdown.md and docs/telelogs.md and shares no code with the
+Texts are written by small grammars, drawn from pieces, mutated from a corpus, and searched for by time. Each decision
+is compared with an oracle, which is written from docs/countdown.md and docs/telelogs.md and shares no code with the
 package: it rewrites an answer as Python and reads it with ``ast``, or matches braces from the front.
 """
 
@@ -54,7 +54,7 @@ _ARITHMETIC = re.compile(r"[0-9+\-*/(). ]*")
 
 
 def countdown_oracle(response: str, target: int, numbers: Sequence[int], layout: str) -> bool:
-    """Whether a response is right according to docs/countdown.md: the answer is rewritten as Python, and ``ast`` reads it.
+    """Whether a response is right according to docs/countdown.md: ``ast`` reads the answer, rewritten as Python.
 
     Args:
         response: The text.
@@ -242,7 +242,9 @@ def telelogs_oracle(response: str, label: str, cause: str | None) -> bool:
 # --- texts ---------------------------------------------------------------------------------------------------------
 
 #: Characters that look like others, show nothing, or change their number when their case changes.
-ODD_CHARACTERS = "\u200b\u2060\ufeff\u202e\u0301\x00\x01\x0b\x1c\x85\xa0\u2028\u3000٣３³Ⅲ𝟹СİſK−–—×÷ｃ｛｝\ud800\udcff\U0001f600"
+ODD_CHARACTERS = (
+    "\u200b\u2060\ufeff\u202e\u0301\x00\x01\x0b\x1c\x85\xa0\u2028\u3000٣３³Ⅲ𝟹СİſK−–—×÷ｃ｛｝\ud800\udcff\U0001f600"
+)
 
 
 def mutated(rng: random.Random, text: str, pieces: Sequence[str], others: Sequence[str]) -> str:
@@ -322,7 +324,9 @@ class Recipe:
         )
 
 
-def slowest(rng: random.Random, milliseconds: Callable[[str], float], pieces: Sequence[str], size: int) -> Iterator[str]:
+def slowest(
+    rng: random.Random, milliseconds: Callable[[str], float], pieces: Sequence[str], size: int
+) -> Iterator[str]:
     """Search for texts that take long: change the slowest recipes that were found so far.
 
     Args:
@@ -338,8 +342,8 @@ def slowest(rng: random.Random, milliseconds: Callable[[str], float], pieces: Se
     known: list[tuple[float, int, Recipe]] = []
     for number in range(size):
         if len(known) < 8 or rng.random() < 0.2:
-            words = ["".join(rng.choices(pieces, k=rng.randint(1, 4))) or "x" for _ in range(3)]
-            recipe = Recipe(*words, rng.choice((0.0, 0.5, 1.0)), rng.choice(lengths))
+            first, second, end = ("".join(rng.choices(pieces, k=rng.randint(1, 4))) or "x" for _ in range(3))
+            recipe = Recipe(first, second, end, rng.choice((0.0, 0.5, 1.0)), rng.choice(lengths))
         else:
             recipe = rng.choice(known)[2].changed(rng, pieces, lengths)
         text = recipe.text()
@@ -361,9 +365,9 @@ def cpu_ms(call: Callable[[], object], repeats: int = 1) -> float:
 class Timer:
     """Keeps the largest time of the calls; a time that would be the largest is measured again before it counts."""
 
-    def __init__(self, result: Result, limit: float = LIMIT_MS) -> None:
+    def __init__(self, result: Result) -> None:
         """Measure for a result."""
-        self.result, self.limit, self.worst = result, limit, 0.0
+        self.result, self.worst = result, 0.0
 
     def __call__(self, call: Callable[[], Any], text: str) -> Any:
         """Call, and return what the call returns."""
@@ -373,19 +377,19 @@ class Timer:
         if milliseconds > self.worst:
             for repeats in (5, 20, 100):
                 milliseconds = min(milliseconds, cpu_ms(call, repeats))
-                if milliseconds <= max(self.worst, self.limit / 2):
+                if milliseconds <= max(self.worst, LIMIT_MS / 2):
                     break
             if milliseconds > self.worst:
                 self.worst = milliseconds
                 self.result.measure("slowest text (CPU ms)", round(milliseconds, 3))
-                if milliseconds > self.limit:
+                if milliseconds > LIMIT_MS:
                     self.result.failures.append(f"{milliseconds:.1f} ms for {shown(text)}")
         return answer
 
 
 def shown(text: str) -> str:
     """A text in a failure: all of it if it is short, else its ends."""
-    return ascii(text) if len(text) <= 600 else f"{len(text)} characters {ascii(text[:200])} … {ascii(text[-200:])}"
+    return ascii(text) if len(text) <= 600 else f"{len(text)} characters {text[:200]!a} … {text[-200:]!a}"
 
 
 # --- Countdown -----------------------------------------------------------------------------------------------------
@@ -416,16 +420,16 @@ def sums(seed: int = 0, size: int = 500) -> tuple[Sum, ...]:
     while len(made) < size:
         largest = rng.choice((9, 12, 99, 99, 999_999_999))
         numbers = [rng.randint(0, largest) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 6, 16)))]
+        parts: list[tuple[Fraction, tuple[str, ...], tuple[str, ...]]]
         parts = [(Fraction(number), (str(number),), (str(number),)) for number in numbers]
         while len(parts) > 1:
             (a, x, latex_x), (b, y, latex_y) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
             operator = rng.choice("+-*/" if b else "+-*")
             value = {"+": a + b, "-": a - b, "*": a * b}[operator] if operator != "/" else a / b
-            tokens = ("(", *x, operator, *y, ")")
-            latex = ("(", *latex_x, operator, *latex_y, ")")
-            if operator == "/":
-                latex = (r"\frac{", *latex_x, "}{", *latex_y, "}")
-            parts.append((value, tokens, latex))
+            latex = (r"\frac{", *latex_x, "}{", *latex_y, "}")
+            if operator != "/":
+                latex = ("(", *latex_x, operator, *latex_y, ")")
+            parts.append((value, ("(", *x, operator, *y, ")"), latex))
         value, tokens, latex = parts[0]
         if value.denominator == 1 and abs(value) < 10**9:
             made.append(Sum(int(value), tuple(numbers), tokens, latex))
@@ -433,16 +437,20 @@ def sums(seed: int = 0, size: int = 500) -> tuple[Sum, ...]:
 
 
 COUNTDOWN_PIECES = [*"0123579+-*/()=. x$~{}[]!^%|,", "12", "22", "**", "//", "()", "5.", ".5", "007", "\n", "\t", "1e5"]
-COUNTDOWN_PIECES += ["×", "·", "÷", "−", r"\times", r"\cdot ", r"\div", r"\frac{", "}{", r"\frac", r"\boxed{", r"\boxed"]
-COUNTDOWN_PIECES += [r"\left(", r"\right)", r"\,", r"\quad", r"\(", r"\)", "=22", "22=", "<answer>", "</answer>", "<answer"]
-COUNTDOWN_PIECES += ["answer>", "Assistant:", "<|im_start|>assistant", "3*5+7", "\U0001f600", "٣", "\u200b", "9" * 30]
+COUNTDOWN_PIECES += ["×", "·", "÷", "−", r"\times", r"\cdot ", r"\div", r"\frac{", "}{", r"\frac", r"\boxed{"]
+COUNTDOWN_PIECES += [r"\left(", r"\right)", r"\,", r"\quad", r"\(", r"\)", "=22", "22=", "<answer>", "</answer>"]
+COUNTDOWN_PIECES += [r"\boxed", "<answer", "answer>", "Assistant:", "<|im_start|>assistant", "3*5+7", "\U0001f600"]
+COUNTDOWN_PIECES += ["٣", "\u200b", "9" * 30]
 _BLANKS = ("", "", "", "", " ", "\n", "\u00a0", r"\,", r"\; ", r"\quad ", "~", "$")
 _MULTIPLY = ("*", "*", "*", "×", "·", "x", r"\times ", r"\cdot ")
 _DIVIDE = ("/", "/", "/", "÷", r"\div ")
 _MINUS = ("-", "-", "-", "−", "–")
+_ANSWERS: tuple[str, ...]
 _ANSWERS = ("{}", "{}", "{}", "{}.", "({})", "+{}", "--{}", r"\boxed{{{}}}", "${}$", "{} = {target}", "{target}={}")
 _ANSWERS += (r"\boxed{{{} = {target}}}", r"{} = \boxed{{{target}}}", r"\boxed{{{}}} = {target}", r"$\boxed{{{}}}$.")
-_BEFORE = ("", "", "Let me see: ", "<answer>1+1</answer> No: ", "<answer>", "<answer>1+1 ", "</answer>", "{ ( ", "<answer></answer>")
+_BEFORE: tuple[str, ...]
+_BEFORE = ("", "", "Let me see: ", "<answer>1+1</answer> No: ", "<answer>", "<answer>1+1 ", "</answer>", "{ ( ")
+_BEFORE += ("<answer></answer>",)
 _AFTER = ("", "", " Done.", "\n", " <answer>1+1", "</answer>", " }", "\U0001f600")
 
 
@@ -560,11 +568,15 @@ def countdown(seed: int, size: int) -> Result:
     for layout in ("public", "terse"):
         source = "countdown" if layout == "public" else "countdown_terse"
         truth = {"target": TRUTH[0], "numbers": list(TRUTH[1])}
-        measure = partial(_milliseconds, lambda text, source=source, truth=truth: countdown_score(source, text, truth))
+        measure = partial(_milliseconds, partial(_countdown_score, source, truth))
         for text in slowest(rng, measure, COUNTDOWN_PIECES, size // 2000):
             for whole in (text, f"<answer>{text}</answer>"):
                 examine_countdown(CountdownInput(whole, *TRUTH, layout), result, score)
     return result
+
+
+def _countdown_score(source: str, truth: Mapping[str, Any], text: str) -> float:
+    return countdown_score(source, text, truth)
 
 
 def _milliseconds(call: Callable[[str], object], text: str) -> float:
@@ -573,7 +585,8 @@ def _milliseconds(call: Callable[[str], object], text: str) -> float:
 
 # --- the mode tinyzero ---------------------------------------------------------------------------------------------
 
-_PYTHON_PIECES = [*"0123579+-*/(). ", "12", "22", "**", "//", "()", "5.", ".5", "007", "2.0", "**2", "**.5", "\t", "\x0c"]
+_PYTHON_PIECES = [*"0123579+-*/(). ", "12", "22", "**", "//", "()", "5.", ".5", "007", "2.0", "**2", "**.5", "\t"]
+_PYTHON_PIECES += ["\x0c"]
 
 
 def tinyzero_inputs(rng: random.Random, size: int) -> Iterator[CountdownInput]:
@@ -667,13 +680,19 @@ def tinyzero(seed: int, size: int) -> Result:
 
 # --- the TeleLogs reward -------------------------------------------------------------------------------------------
 
-TELELOGS_PIECES = ["{", "}", "{", "}", "{}", r"\boxed{", r"\boxed", r"\boxed {", r"\text{", r"\textbf{", r"\mathrm{", r"\text"]
-TELELOGS_PIECES += ["C3", "c3", "3", "C4", "M3", "12", "0", "C", "_", "C_", "(", ")", ".", ":", ",", "-", "–", " ", "\n"]
-TELELOGS_PIECES += ["\\", r"\,", r"\;", r"\quad ", "~", "$", "$$", " or ", "not ", "?", "%", r"\phantom{", "\u200b", "٣", "C３"]
-TELELOGS_PIECES += [*_SENTENCES.values(), "A neighboring cell", "\U0001f600", "\x00", "İ", "x" * 40, "\\boxed" + " " * 30]
+TELELOGS_PIECES = ["{", "}", "{", "}", "{}", r"\boxed{", r"\boxed", r"\boxed {", r"\text{", r"\textbf{", r"\mathrm{"]
+TELELOGS_PIECES += [r"\text"]
+TELELOGS_PIECES += ["C3", "c3", "3", "C4", "M3", "12", "0", "C", "_", "C_", "(", ")", ".", ":", ",", "-", "–", " "]
+TELELOGS_PIECES += ["\n"]
+TELELOGS_PIECES += ["\\", r"\,", r"\;", r"\quad ", "~", "$", "$$", " or ", "not ", "?", "%", r"\phantom{", "\u200b"]
+TELELOGS_PIECES += ["٣", "C３"]
+TELELOGS_PIECES += [*_SENTENCES.values(), "A neighboring cell", "\U0001f600", "\x00", "İ", "x" * 40]
+TELELOGS_PIECES += ["\\boxed" + " " * 30]
 _LABELS = ("C3", "C3", "C8", "M4", "X12", "7", "12", "C30")
 _LETTERS = ("{0}{1}", "{0}{1}", "{0} {1}", "{0}_{1}", "{0}_{{{1}}}", r"\mathrm{{{0}}}_{{{1}}}", r"{0}\,{1}")
-_DRESSES = ("{}", "{}", "{{{}}}", r"\text{{{}}}", r"\textbf{{{}}}", r"\mathbf {{{}}}", "${}$", " {} ", "{}.", "({})", r"\;{}")
+_DRESSES: tuple[str, ...]
+_DRESSES = ("{}", "{}", "{{{}}}", r"\text{{{}}}", r"\textbf{{{}}}", r"\mathbf {{{}}}", "${}$", " {} ", "{}.", "({})")
+_DRESSES += (r"\;{}",)
 _EXPLAINED = ("{}: {}", "{} {}", "{}. {}", "{} - {}", "{} – {}", "{} ({})", r"\textbf{{{}}}: \text{{{}}}")
 _BOX_BEFORE = ("", "", r"\boxed{C4} no: ", r"\boxed{", "{ ", "} ", r"\boxed{C1 or ", "C4 ", "\U0001f600")
 _BOX_AFTER = ("", "", ".", " }", "{", r" \boxed{C4", " Not C4.", "\n")
@@ -776,10 +795,14 @@ def telelogs(seed: int, size: int) -> Result:
 
 # --- TeleLogs prompts ----------------------------------------------------------------------------------------------
 
-PROMPT_PIECES = ["|", "||", "-", "--", "\n", "\n\n", "\r", " ", "\t", "0", "-0", "00", "1.", ".5", "1e5", "1E-7", "NaN", "inf"]
-PROMPT_PIECES += ["9" * 15, "9" * 16, "0." + "0" * 20, "0." + "0" * 21, "-0.0", "1_0", "٣", "３", "\u00a0", "\u200b", "\x00"]
-PROMPT_PIECES += ["?", "drive", "cells", "C3", "M4=C5", "C3=C3", "C9", "PCI", "RB", "n1", "n6", "v|v", "255", "{count}", "{{}}"]
-PROMPT_PIECES += [r"\boxed{}", r"\boxed{{}}", "：", ":", "C1: ", "Given:", "Timestamp", "Longitude", "\ud800", "\U0001f600"]
+PROMPT_PIECES = ["|", "||", "-", "--", "\n", "\n\n", "\r", " ", "\t", "0", "-0", "00", "1.", ".5", "1e5", "1E-7", "NaN"]
+PROMPT_PIECES += ["inf"]
+PROMPT_PIECES += ["9" * 15, "9" * 16, "0." + "0" * 20, "0." + "0" * 21, "-0.0", "1_0", "٣", "３", "\u00a0", "\u200b"]
+PROMPT_PIECES += ["\x00"]
+PROMPT_PIECES += ["?", "drive", "cells", "C3", "M4=C5", "C3=C3", "C9", "PCI", "RB", "n1", "n6", "v|v", "255", "{count}"]
+PROMPT_PIECES += ["{{}}"]
+PROMPT_PIECES += [r"\boxed{}", r"\boxed{{}}", "：", ":", "C1: ", "Given:", "Timestamp", "Longitude", "\ud800"]
+PROMPT_PIECES += ["\U0001f600"]
 
 
 @cache
@@ -855,7 +878,9 @@ def prompt(seed: int, size: int) -> Result:
     for _ in range(max(2, size // 1000)):
         lines = rng.choice(known).split("\n")
         place = rng.randrange(len(lines))
-        word = rng.choice((f"\n{lines[place]}", f"|{lines[place]}", rng.choice(PROMPT_PIECES), f" {rng.choice(_LABELS)}"))
+        word = rng.choice(
+            (f"\n{lines[place]}", f"|{lines[place]}", rng.choice(PROMPT_PIECES), f" {rng.choice(_LABELS)}")
+        )
         texts = []
         for length in (LONG // 4, LONG):
             repeated = lines[place] + (word * (length // len(word) + 1))[:length]

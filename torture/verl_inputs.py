@@ -260,9 +260,9 @@ def large(rows: int, tokens: int, folder: Path) -> Result:
         n, a = int(lengths[row]), weighted[row]
         ratio = np.exp((log_prob[row, :n].detach().double() - old[row, :n].double()).numpy())
         bounded = np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
-        expected = np.where(bounded == ratio * a, -ratio * a, 0.0) / number
+        slope = np.where(bounded == ratio * a, -ratio * a, 0.0) / number
         edge = (np.abs(ratio - 0.8) < 1e-5) | (np.abs(ratio - 1.2) < 1e-5)
-        if not np.allclose(gradient[row, :n].numpy()[~edge], expected[~edge], rtol=1e-5, atol=0):
+        if not np.allclose(gradient[row, :n].numpy()[~edge], slope[~edge], rtol=1e-5, atol=0):
             result.failures.append(f"{rows} x {tokens}, row {row}: wrong gradient")
             break
     name = f"{rows:,} x {tokens:,}"

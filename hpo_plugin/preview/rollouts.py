@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hpo_plugin.algorithm import REWARD_LIMIT
 from hpo_plugin.console import Progress
 
 if TYPE_CHECKING:
@@ -43,9 +44,6 @@ BATCH = 1 << 18
 MEMORY = "2GB"
 #: Bad rows that are listed, and characters that are shown of each.
 LISTED, SHOWN = 20, 80
-#: A reward beyond this is infinite in fp32, in which advantages are computed.
-LARGEST = float(np.finfo(np.float32).max)
-
 #: A name for the column with a row's file; none of the user's columns has it.
 _FILE = "__hpo_file"
 #: ``{uid}_{rollout}_{output}``: the key under which verl's V1 trainer dumps a row.
@@ -174,7 +172,8 @@ def _step(rows: dict[str, npt.NDArray[Any]]) -> StepRows:
 
 
 def _unreadable(error: Exception) -> PreviewError:
-    return PreviewError(f"the rollouts cannot be read: {str(error).splitlines()[0]}")
+    # DuckDB's message can contain a whole value of the file.
+    return PreviewError(f"the rollouts cannot be read: {str(error).splitlines()[0][:500]}")
 
 
 @contextmanager
@@ -283,9 +282,11 @@ def _source(files: Sequence[Path], *, count_rejects: bool = False) -> str:
     names = ", ".join(_text(str(file)) for file in files)
     if files[0].suffix == ".parquet":
         return f"read_parquet([{names}], union_by_name = true, filename = '{_FILE}')"
+    # U+10FFFF is no character, so texts do not contain it. The strict mode rejects files with several kinds of line
+    # breaks.
     return (
-        f"read_csv([{names}], columns = {{'line': 'VARCHAR'}}, delim = '\x01', quote = '', escape = '', "
-        f"header = false, auto_detect = false, filename = '{_FILE}', max_line_size = 500000000, "
+        f"read_csv([{names}], columns = {{'line': 'VARCHAR'}}, delim = '\U0010ffff', quote = '', escape = '', "
+        f"strict_mode = false, header = false, auto_detect = false, filename = '{_FILE}', max_line_size = 500000000, "
         f"{'store_rejects' if count_rejects else 'ignore_errors'} = true)"
     )
 
@@ -421,7 +422,8 @@ def _create_table(files: Sequence[Path], columns: Columns, *, tokens: bool) -> s
             WHEN NOT is_object THEN 'not a JSON object'
             WHEN step IS NULL OR step <> exact_step THEN 'the step is missing or not an integer'
             WHEN key IS NULL THEN {_text(f"{columns.group} is missing")}
-            WHEN NOT any_reward OR abs(reward) > {LARGEST} THEN 'the reward is missing, or not finite in fp32'
+            WHEN NOT any_reward OR abs(reward) > {REWARD_LIMIT}
+                THEN 'the reward is missing, or larger than {REWARD_LIMIT:g} in magnitude'
             WHEN length IS NULL OR NOT isfinite(length) OR length < 0 THEN 'the response or its length is missing'
             END AS reason, CASE WHEN reason IS NOT NULL THEN excerpt END AS excerpt
         FROM (

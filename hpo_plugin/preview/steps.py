@@ -73,7 +73,7 @@ def preview_step(rows: StepRows, alpha_mins: tuple[float, ...]) -> StepPreview:
     """Compute a step's figures with the functions that training uses.
 
     Args:
-        rows: The step's rows; rewards are finite in fp32.
+        rows: The step's rows; rewards are at most ``REWARD_LIMIT`` in magnitude.
         alpha_mins: Values of α_min.
     """
     groups = torch.from_numpy(rows.groups)

@@ -209,8 +209,8 @@ def check_layout(config: DictConfig) -> Layout | None:
 
 def _check_keys(recipe: DictConfig) -> None:
     """Reject keys that no recipe reads, but that resemble one that a recipe reads."""
-    for key in recipe:
-        if key not in _KEYS and (close := difflib.get_close_matches(str(key), _KEYS, 1)):
+    for key in map(str, recipe):
+        if key not in _KEYS and (close := difflib.get_close_matches(key, _KEYS, 1)):
             raise ConfigError(
                 f"{KEY_RECIPE}.{key}={recipe[key]} has no effect. Set {KEY_RECIPE}.{close[0]}, or remove it."
             )

@@ -426,7 +426,7 @@ def _children(config: DictConfig, *nodes: str) -> Iterator[str]:
     for node in nodes:
         parent = OmegaConf.select(config, node) if node else config
         if isinstance(parent, DictConfig):
-            yield from (f"{node}.{name}".lstrip(".") for name in parent)
+            yield from (f"{node}.{name}".lstrip(".") for name in map(str, parent))
 
 
 def _similar(key: str, names: Iterable[str]) -> str | None:

@@ -175,7 +175,7 @@ def test_rows_that_cannot_be_used_are_counted_and_listed(tmp_path):
     assert (read.rows, steps[0].responses) == (8, 8)
     assert read.bad == {
         "not a JSON object": 2,
-        "the reward is missing, or not finite in fp32": 3,
+        "the reward is missing, or larger than 1e+12 in magnitude": 3,
         "prompt is missing": 1,
     }
     assert len(read.listed) == 6
@@ -326,7 +326,7 @@ def test_a_missing_reward_counts_as_0_in_a_sum_unless_all_are_missing(tmp_path):
     rows = [{"prompt": "p", "response": "x", "math": a, "code": b} for a, b in values]
     (step,), read = computed(write(tmp_path / "1.jsonl", rows), rewards=["math", "code"])
     assert (step.responses, step.share_positive, step.share_negative) == (4, 1 / 2, 1 / 2)
-    assert read.bad == {"the reward is missing, or not finite in fp32": 1}
+    assert read.bad == {"the reward is missing, or larger than 1e+12 in magnitude": 1}
     with pytest.raises(PreviewError, match="'much' is not a number; write NAME=WEIGHT"):
         computed(tmp_path / "1.jsonl", rewards=["math=much"])
 
@@ -356,7 +356,7 @@ def test_broken_steps_rewards_and_bytes_are_left_out_and_the_rest_is_used(tmp_pa
     assert step.responses == 8
     assert read.bad == {
         "the step is missing or not an integer": 3,
-        "the reward is missing, or not finite in fp32": 1,
+        "the reward is missing, or larger than 1e+12 in magnitude": 1,
         "the response or its length is missing": 1,
         "not UTF-8, or longer than 500 MB": 1,
     }

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-#: An integer power that may have more bits is not computed. The results of all operations of an answer may have as many.
+#: An integer power that may have more bits is not computed. The integer results of an answer have no more bits in all.
 MAX_POWER_BITS = 65_536
 
 _ALLOWED = re.compile(r"[\d+\-*/().\s]+")
