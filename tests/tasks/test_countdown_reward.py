@@ -380,6 +380,16 @@ def test_a_format_bonus_is_off_by_default_and_goes_to_well_formed_answers_only()
     assert compute_score("countdown", f"<answer>{RIGHT}</answer>", TRUTH, format_score=0.1) == 1.0
 
 
+@pytest.mark.parametrize(("name", "meant"), [("formatscore", "format_score"), ("modes", "mode"), ("lay_out", "layout")])
+def test_a_misspelled_setting_is_an_error_and_other_keywords_are_verls(name: str, meant: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"reward_kwargs\.{name}='x' has no effect; set .*reward_kwargs\.{meant} instead"
+    ):
+        compute_score("countdown", "", TRUTH, **{name: "x"})
+    others = {"reward_router_address": None, "reward_model_tokenizer": None}
+    assert compute_score("countdown", f"<answer>{RIGHT}</answer>", TRUTH, **others) == 1.0
+
+
 @pytest.mark.parametrize("format_score", [-0.1, 1.0, 2.0, float("nan")])
 def test_a_format_bonus_outside_its_range_is_refused(format_score: float) -> None:
     with pytest.raises(ValueError, match="format_score"):

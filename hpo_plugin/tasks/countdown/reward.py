@@ -23,10 +23,12 @@ This module imports the standard library only: verl loads it in each of its rewa
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from operator import index
 from typing import Any
 
@@ -126,7 +128,7 @@ def compute_score(
             their own. Set by ``reward.custom_reward_function.reward_kwargs.layout``.
         mode: ``exact``, or ``tinyzero`` for the decision of the public scorer, which needs the public layout. Set by
             ``reward.custom_reward_function.reward_kwargs.mode``.
-        **kwargs: Other keywords of verl's reward managers; ignored.
+        **kwargs: Other keywords of verl's reward managers; ignored, unless they resemble a setting.
 
     Returns:
         1.0, 0.0, or ``format_score``.
@@ -134,8 +136,14 @@ def compute_score(
     Raises:
         ValueError: If ``ground_truth`` is malformed, if ``data_source`` implies no layout and none is given, if
             ``format_score`` is outside [0, 1), or if ``mode`` is unknown or does not apply to the layout.
-        TypeError: If ``solution_str`` is not a string.
+        TypeError: If ``solution_str`` is not a string, or a keyword is a misspelled setting.
     """
+    for name in kwargs:
+        if meant := _misspelled(name):
+            raise TypeError(
+                f"reward.custom_reward_function.reward_kwargs.{name}={kwargs[name]!r} has no effect; set "
+                f"reward.custom_reward_function.reward_kwargs.{meant} instead"
+            )
     if not 0.0 <= format_score < 1.0:
         raise ValueError(
             f"reward.custom_reward_function.reward_kwargs.format_score={format_score!r} must be in [0, 1), so "
@@ -147,6 +155,12 @@ def compute_score(
     if verdict is CountdownVerdict.NO_ANSWER or (verdict is CountdownVerdict.MALFORMED and mode == "exact"):
         return 0.0
     return float(format_score)
+
+
+@cache
+def _misspelled(name: str) -> str | None:
+    """The setting that a keyword resembles."""
+    return next(iter(difflib.get_close_matches(name, ("format_score", "layout", "mode"), 1)), None)
 
 
 def judge(solution_str: str, ground_truth: Any, *, layout: str = "public", mode: str = "exact") -> CountdownVerdict:
