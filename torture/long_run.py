@@ -256,6 +256,8 @@ def train(folder: Path, *, hours: float, interval: float = INTERVAL) -> Result:
         hours: how long to train, from the first step.
         interval: seconds between samples.
     """
+    # A shell makes its background jobs ignore SIGINT, and their children inherit this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command, progress, result = Command(quickstart(folder), folder), Progress(folder), Result()
     samples: list[Sample] = []
     begin, first = time.monotonic(), math.nan

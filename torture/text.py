@@ -259,8 +259,8 @@ def mutated(rng: random.Random, text: str, pieces: Sequence[str], others: Sequen
             text = text[:last] + text[first:last] * rng.choice((1, 2, 9)) + text[last:]
         elif kind == 2:
             other = rng.choice(others)
-            cut = rng.randrange(len(other) + 1)
-            text = text[:first] + other[cut : cut + rng.choice((5, 20, 500))] + text[last:]
+            start = rng.randrange(len(other) + 1)
+            text = text[:first] + other[start : start + rng.choice((5, 20, 500))] + text[last:]
         elif kind == 3:
             text = text[:first] + rng.choice(ODD_CHARACTERS) + text[last:]
         elif kind == 4:

@@ -30,8 +30,8 @@ def test_memory_is_the_peak_of_a_call_and_not_what_stays():
 
 def test_the_estimator_has_the_values_of_the_reference_in_little_memory(tmp_path):
     pytest.importorskip("verl")
-    # Timings of a busy machine are not judged.
-    found = scale.estimate(256, 4096, tmp_path, seconds=0.0, timed=False)
+    # Timings of a busy machine are not judged. The batch is so large that its memory is not that of earlier tests.
+    found = scale.estimate(2048, 8192, tmp_path, seconds=0.0, timed=False)
     assert found.failures == []
     assert found.worst["`grpo` (MiB)"] > 1.5 * found.worst["peak beyond the batch, `ahpo` (MiB)"]
 
