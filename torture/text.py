@@ -883,7 +883,8 @@ def prompt(seed: int, size: int) -> Result:
         )
         texts = []
         for length in (LONG // 4, LONG):
-            repeated = lines[place] + (word * (length // len(word) + 1))[:length]
+            # Whole words, so that both lengths take the same way through the parser.
+            repeated = lines[place] + word * (length // len(word))
             texts.append("\n".join([*lines[:place], repeated, *lines[place + 1 :]]))
         for text in texts:
             examine_prompt(text, result)

@@ -65,6 +65,16 @@ def test_a_slow_text_is_found():
     assert "'slow'" in result.failures[0]
 
 
+def test_the_error_of_the_parser_is_short_whatever_the_prompt_is():
+    heading = text.prompts()[-1].split("\n")
+    result = Result()
+    for place in range(len(heading)):
+        line = heading[place] + " C3" * 1000
+        text.examine_prompt("\n".join([*heading[:place], line, *heading[place + 1 :]]), result)
+    assert result.failures == []
+    assert result.inputs == len(heading)
+
+
 def test_the_search_finds_the_word_that_is_slow():
     """A function whose time depends on one character: the search turns to texts that are full of it."""
     found = list(text.slowest(random.Random(0), lambda given: float(given.count("(")), [*"abc("], 300))

@@ -52,6 +52,8 @@ class PromptError(ValueError):
 
     def __init__(self, line: int, reason: str, found: str | None = None) -> None:
         """Say what is wrong where, and what stands there."""
+        # A reason can contain a part of the prompt.
+        reason = reason if len(reason) <= 300 else reason[:297] + "..."
         shown = "" if found is None else f": {found if len(found) <= 120 else found[:117] + '...'!r}"
         super().__init__(f"line {line}: {reason}{shown}")
         self.line = line
