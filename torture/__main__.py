@@ -39,6 +39,7 @@ MODULES: tuple[str, ...] = (
     "torture.verl_inputs",
     "torture.trl_inputs",
     "torture.text",
+    "torture.coverage_guided",
     "torture.rollout_text",
     "torture.settings",
     "torture.faults",

@@ -33,7 +33,7 @@ from hpo_plugin.files import atomic_write
 from hpo_plugin.quickstart.form import ENVIRONMENT
 from hpo_plugin.quickstart.sft import ONE_RANK
 from hpo_plugin.runs.training import LOG_ENVIRONMENT
-from torture.probe import Probe, Result
+from torture.probe import Probe, Result, seeded
 
 ROOT = Path(__file__).resolve().parents[1]
 #: References, data and start models, which all cases share.
@@ -978,13 +978,12 @@ def node_lost_twice(work: Path) -> Result:
 
 def kill_probe(subject: Subject, role: str, seeds: int, title: str) -> Probe:
     """The probe that kills processes of one role."""
-    cases = {f"seed-{seed}": functools.partial(kill_case, subject, role, seed) for seed in range(seeds)}
     return Probe(
         f"{subject.name}-{role}",
         "faults",
         title,
         "the run continues, or stops with the cause and is resumed",
-        cases,
+        seeded(seeds, lambda work, seed: kill_case(subject, role, seed, work)),
         limit=3 * LIMIT,
     )
 
@@ -1008,14 +1007,14 @@ PROBES: tuple[Probe, ...] = (
     *(
         kill_probe(COUNTDOWN, role, seeds, f"SIGKILL of {title}, quickstart")
         for role, seeds, title in (
-            ("launcher", 5, "`hpo-plugin`"),
-            ("trainer", 5, "verl's trainer"),
-            ("task-runner", 3, "verl's `TaskRunner`"),
-            ("actor", 5, "the actor worker"),
-            ("rollout", 5, "the rollout server"),
-            ("agent-loop", 4, "the agent loop worker"),
-            ("reward", 4, "the reward worker"),
-            ("raylet", 4, "Ray's raylet"),
+            ("launcher", 4, "`hpo-plugin`"),
+            ("trainer", 4, "verl's trainer"),
+            ("task-runner", 2, "verl's `TaskRunner`"),
+            ("actor", 4, "the actor worker"),
+            ("rollout", 4, "the rollout server"),
+            ("agent-loop", 3, "the agent loop worker"),
+            ("reward", 3, "the reward worker"),
+            ("raylet", 3, "Ray's raylet"),
             ("gcs", 2, "Ray's GCS server"),
         )
     ),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Probe", "Result", "merged"]
+__all__ = ["Probe", "Result", "merged", "seeded"]
 
 
 @dataclass
@@ -68,3 +68,17 @@ class Probe:
     expected: str
     cases: Mapping[str, Callable[[Path], Result]]
     limit: float = 3600.0
+
+
+def seeded(number: int, work: Callable[[Path, int], Result]) -> Mapping[str, Callable[[Path], Result]]:
+    """The cases of a probe that differ in their seed only.
+
+    Args:
+        number: Number of cases. The seeds are 0, 1 and so on.
+        work: Runs a case; its arguments are the directory of the case and the seed.
+    """
+
+    def case(seed: int) -> Callable[[Path], Result]:
+        return lambda folder: work(folder, seed)
+
+    return {f"seed-{seed}": case(seed) for seed in range(number)}

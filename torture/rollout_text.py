@@ -11,7 +11,7 @@ import math
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from hpo_plugin.preview.rollouts import PreviewError, open_rollouts
 from hpo_plugin.preview.steps import preview_step
-from torture.probe import Probe, Result
+from torture.probe import Probe, Result, seeded
 from torture.text import mutated, shown
 
 #: Why a row is skipped (docs/preview.md).
@@ -248,28 +248,19 @@ def parquet(folder: Path, seed: int, files: int, size: int = 200) -> Result:
     return result
 
 
-def _cases(
-    work: Callable[[Path, int, int], Result], files: int, cases: int = 4
-) -> Mapping[str, Callable[[Path], Result]]:
-    def case(seed: int) -> Callable[[Path], Result]:
-        return lambda folder: work(folder, seed, files // cases)
-
-    return {f"seed-{seed}": case(seed) for seed in range(cases)}
-
-
 PROBES: tuple[Probe, ...] = (
     Probe(
         "preview-lines",
         "text",
         "`preview`, JSON lines",
         "each row is used with its values, or counted as skipped with the reason; no exception",
-        _cases(json_lines, 200),
+        seeded(4, lambda folder, seed: json_lines(folder, seed, 50)),
     ),
     Probe(
         "preview-parquet",
         "text",
         "`preview`, parquet files with odd types and damaged bytes",
         "each row is used or counted as skipped, or `PreviewError` for the file",
-        _cases(parquet, 2000),
+        seeded(4, lambda folder, seed: parquet(folder, seed, 500)),
     ),
 )

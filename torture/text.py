@@ -23,7 +23,7 @@ from typing import Any
 from hpo_plugin.tasks.countdown.reward import compute_score as countdown_score
 from hpo_plugin.tasks.telelogs.prompts import PromptError, parse_prompt, render_prompt
 from hpo_plugin.tasks.telelogs.reward import compute_score as telelogs_score
-from torture.probe import Probe, Result
+from torture.probe import Probe, Result, seeded
 
 #: Characters of a long text.
 LONG = 262_144
@@ -585,8 +585,8 @@ def _milliseconds(call: Callable[[str], object], text: str) -> float:
 
 # --- the mode tinyzero ---------------------------------------------------------------------------------------------
 
-_PYTHON_PIECES = [*"0123579+-*/(). ", "12", "22", "**", "//", "()", "5.", ".5", "007", "2.0", "**2", "**.5", "\t"]
-_PYTHON_PIECES += ["\x0c"]
+PYTHON_PIECES = [*"0123579+-*/(). ", "12", "22", "**", "//", "()", "5.", ".5", "007", "2.0", "**2", "**.5", "\t"]
+PYTHON_PIECES += ["\x0c"]
 
 
 def tinyzero_inputs(rng: random.Random, size: int) -> Iterator[CountdownInput]:
@@ -603,11 +603,11 @@ def tinyzero_inputs(rng: random.Random, size: int) -> Iterator[CountdownInput]:
             if len(recent) < 50:
                 recent.append(answer)
         elif kind < 0.7:
-            answer = mutated(rng, rng.choice(seeds), _PYTHON_PIECES, seeds)
+            answer = mutated(rng, rng.choice(seeds), PYTHON_PIECES, seeds)
         elif kind < 0.85:
-            answer = mutated(rng, rng.choice(recent), _PYTHON_PIECES, recent)
+            answer = mutated(rng, rng.choice(recent), PYTHON_PIECES, recent)
         else:
-            answer = drawn(rng, _PYTHON_PIECES)
+            answer = drawn(rng, PYTHON_PIECES)
         if rng.random() < 0.5:
             target, numbers = made_for(answer, rng) or (target, numbers)
         text = f"{rng.choice(_BEFORE)}<answer>{answer}</answer>{rng.choice(_AFTER)}"
@@ -654,6 +654,12 @@ def examine_tinyzero(given: CountdownInput, result: Result, score: Callable[[Cal
         result.count("accepted")
 
 
+def solved(text: str) -> tuple[int, tuple[int, ...]]:
+    """A problem with the numbers of a text, so that the value of the text is computed."""
+    runs = [int(run) for run in re.findall("[0-9]+", text[:600]) if len(run) <= 9]
+    return (22, tuple(runs[:16])) if runs else TRUTH
+
+
 def tinyzero(seed: int, size: int) -> Result:
     """The Countdown reward in the mode tinyzero."""
     result = Result()
@@ -662,17 +668,12 @@ def tinyzero(seed: int, size: int) -> Result:
     for given in tinyzero_inputs(rng, size):
         examine_tinyzero(given, result, score)
 
-    def solved(text: str) -> tuple[int, tuple[int, ...]]:
-        """The problem with the numbers of a text, so that its value is computed."""
-        runs = [int(run) for run in re.findall("[0-9]+", text[:600]) if len(run) <= 9]
-        return (22, tuple(runs[:16])) if runs else TRUTH
-
     def call(text: str) -> float:
         target, numbers = solved(text)
         truth = {"target": target, "numbers": list(numbers)}
         return countdown_score("countdown", f"<answer>{text}</answer>", truth, mode="tinyzero")
 
-    pieces = [*_PYTHON_PIECES, "9**16000", "9**8000", "(9**", "**999999999", "(1", "(*", "<answer>", "</answer>"]
+    pieces = [*PYTHON_PIECES, "9**16000", "9**8000", "(9**", "**999999999", "(1", "(*", "<answer>", "</answer>"]
     for text in slowest(rng, partial(_milliseconds, call), pieces, size // 1000):
         examine_tinyzero(CountdownInput(f"<answer>{text}</answer>", *solved(text), "public"), result, score)
     return result
@@ -909,40 +910,33 @@ def _parse_quietly(text: str) -> None:
 # --- probes --------------------------------------------------------------------------------------------------------
 
 
-def _cases(work: Callable[[int, int], Result], inputs: int, cases: int = 10) -> Mapping[str, Callable[[Path], Result]]:
-    def case(seed: int) -> Callable[[Path], Result]:
-        return lambda _: work(seed, inputs // cases)
-
-    return {f"seed-{seed}": case(seed) for seed in range(cases)}
-
-
 PROBES: tuple[Probe, ...] = (
     Probe(
         "countdown-text",
         "text",
         "Countdown reward, texts up to 256 kB",
         "reward 1 only if the oracle agrees, 1 for right answers in all documented forms; no exception; at most 5 ms",
-        _cases(countdown, 3_500_000),
+        seeded(10, lambda _, seed: countdown(seed, 350_000)),
     ),
     Probe(
         "tinyzero-text",
         "text",
         "Countdown reward with `mode=tinyzero`, texts up to 256 kB",
         "the decision of the public scorer, computed with `eval`; no exception; at most 5 ms",
-        _cases(tinyzero, 2_500_000),
+        seeded(10, lambda _, seed: tinyzero(seed, 250_000)),
     ),
     Probe(
         "telelogs-text",
         "text",
         "TeleLogs reward, texts up to 256 kB",
         "reward 1 only if the oracle agrees, 1 for right boxes in all documented forms; no exception; at most 5 ms",
-        _cases(telelogs, 3_500_000),
+        seeded(10, lambda _, seed: telelogs(seed, 350_000)),
     ),
     Probe(
         "prompt-text",
         "text",
         "`parse_prompt` of TeleLogs, texts up to 256 kB",
         "the same text when rendered, or `PromptError` with the line; linear time",
-        _cases(prompt, 500_000),
+        seeded(10, lambda _, seed: prompt(seed, 50_000)),
     ),
 )

@@ -161,7 +161,7 @@ TRL = Subject(
     incomplete=lambda work: [] if loadable(work) == STEPS else ["the last checkpoint is not whole"],
     prepare=prepare,
 )
-PROBES = (kill_probe(TRL, "launcher", 10, "SIGKILL of a training with `HPOTrainer` in TRL"),)
+PROBES = (kill_probe(TRL, "launcher", 14, "SIGKILL of a training with `HPOTrainer` in TRL"),)
 
 
 if __name__ == "__main__":
