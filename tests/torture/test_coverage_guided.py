@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("atheris", reason="atheris has wheels for Linux on x86_64 with Python 3.11 and later only")
 
-from torture.coverage_guided import PROBES, dictionary, search, targets  # noqa: E402
-from torture.probe import Result  # noqa: E402
+from torture.coverage_guided import PROBES, dictionary, search, targets
+from torture.probe import Result
 
 
 @pytest.mark.parametrize("name", [probe.name.removeprefix("coverage-") for probe in PROBES])
