@@ -492,7 +492,8 @@ def kill_case(subject: Subject, role: str, seed: int, work: Path) -> Result:
     with started(subject, work) as command:
         if wait_for_marks(subject, work, command, number):
             deadline = time.monotonic() + delay
-            while command.running() and time.monotonic() < deadline:
+            # A run that is faster than the reference is killed at the next mark.
+            while command.running() and time.monotonic() < deadline and marks(subject, work) <= number:
                 command.members()
                 time.sleep(0.02)
         name = kill_one(command, pattern, rng)

@@ -57,6 +57,9 @@ def train(work: Path) -> None:
     step = last_whole(work)
     with (work / "resumes.jsonl").open("a") as file:
         file.write(json.dumps(step) + "\n")
+    if step == STEPS:
+        # From the checkpoint of the last step, Trainer would train one more.
+        return
 
     def reward(completions: list[Any], **columns: Any) -> list[float]:
         return [float(sum(map(ord, completion[0]["content"])) % 4 == 0) for completion in completions]

@@ -347,6 +347,10 @@ def _columns(
         others = [name for name in there if name not in _NO_REWARDS]
         if known is None and "completion" in there and len(others) == 1:
             known = others[0]
+        if known is None and set(there) == {"step", "data"}:
+            raise PreviewError(
+                f"{files[0]} contains metrics, not rollouts. Train with trainer.rollout_data_dir=DIR, and pass DIR"
+            )
         if known is None:
             raise PreviewError(
                 f"no reward column found in {files[0]}; its columns are {', '.join(there)}. Pass --reward NAME, "
