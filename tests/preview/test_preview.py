@@ -163,9 +163,7 @@ def test_steps_larger_and_smaller_than_what_is_fetched_at_once(tmp_path, monkeyp
 
 def test_the_metrics_of_a_run_are_not_rollouts(tmp_path):
     path = write(tmp_path / "metrics.jsonl", [{"step": 1, "data": {"actor/lr": 1e-6}}])
-    with pytest.raises(
-        PreviewError, match=r"contains metrics, not rollouts.*trainer\.rollout_data_dir=DIR"
-    ):
+    with pytest.raises(PreviewError, match=r"contains metrics, not rollouts.*trainer\.rollout_data_dir=DIR"):
         computed(path)
 
 
