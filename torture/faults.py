@@ -45,7 +45,7 @@ COMMANDS = 3
 #: Seconds in which the processes of an ended command have to end.
 GONE = 30.0
 #: ``--stall`` of the quickstart, in seconds.
-STALL = 180.0
+STALL = 300.0
 SEED = 1
 STEPS = 8
 SAVE_EVERY = 2

@@ -178,6 +178,8 @@ _WRAPPED = re.compile(r"^(?:ray\.exceptions\.)?RayTaskError|^ray\.exceptions\.\w
 _ACTOR = re.compile(r"\(([A-Za-z_]\w*) pid=(\d+)")
 #: The report of a raylet, which Ray prints in the driver.
 _DIED = re.compile(r"A worker died or was killed .*?Worker PID: (\d+) Worker exit type: (\w+)")
+#: The last line of a process that Ray ends without an exception, because Ray's control service (GCS) has died.
+_NO_GCS = re.compile(r"Failed to connect to GCS within .*? GCS may have been killed")
 #: verl's agent loop logs an exception with this text and continues. The exception that stops the run comes later and
 #: does not name it.
 _AGENT_LOOP = "Error in _run_prompt"
@@ -196,7 +198,7 @@ def failure_cause(lines: Sequence[str]) -> str | None:
 
     Returns:
         The line of an exception: the first one of the agent loop if there is one, else the last one that is not
-        only passed on by Ray; None if there is no exception.
+        only passed on by Ray. Without an exception, Ray's message that its control service has died, or None.
     """
     for position, line in enumerate(lines):
         if _AGENT_LOOP in line:
@@ -204,9 +206,10 @@ def failure_cause(lines: Sequence[str]) -> str | None:
             return f"in the agent loop: {cause or line[line.index(_AGENT_LOOP) :]}"
     found = [line for line in lines if _EXCEPTION.match(line)]
     own = [line for line in found if not _WRAPPED.match(line)]
-    if own:
-        return own[-1]
-    return found[-1] if found else None
+    if own or found:
+        return (own or found)[-1]
+    lost = [match[0] for match in map(_NO_GCS.search, lines) if match]
+    return lost[-1] if lost else None
 
 
 def died_workers(text: str) -> list[str]:

@@ -122,6 +122,16 @@ def test_the_cause_is_the_exception_and_not_rays_wrapper_of_it():
     assert failure_cause(plain_lines(WORKER)) == "hpo_plugin.verl.selection.ConfigError: this batch has no `uid`"
 
 
+def test_without_an_exception_the_cause_is_rays_message_that_its_control_service_has_died():
+    text = (
+        "Training Progress:   0%|          | 0/8\n[2026-11-28 14:29:13,070 E 16884 17097] rpc_client.h:204: Failed to "
+        "connect to GCS within 60 seconds. GCS may have been killed. It's either GCS is terminated by `ray stop`\n"
+    )
+    lost = "Failed to connect to GCS within 60 seconds. GCS may have been killed"
+    assert failure_cause(plain_lines(text)) == lost
+    assert failure_cause(plain_lines(f"{text}ValueError: no\n")) == "ValueError: no"
+
+
 def test_output_without_an_exception_has_no_cause():
     assert failure_cause(plain_lines("step 1\rstep 2\nKilled")) is None
 
