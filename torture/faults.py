@@ -61,7 +61,7 @@ COMPARED = (
 #: Smallest α of A-HPO.
 ALPHA_MIN = 0.1
 #: One of these is in the output of a command that stopped.
-CAUSE = re.compile(r"^Cause: \S|killed by SIGKILL|was stopped: ", re.MULTILINE)
+CAUSE = re.compile(r"^Cause: \S|killed by SIGKILL|was stopped: |these nodes have died: ", re.MULTILINE)
 
 Rows = dict[int, dict[str, Any]]
 #: A fault, as a context manager of the work directory of a run.

@@ -161,6 +161,8 @@ class Cluster:
             f"{counts or 'none'}"
         )
         if not _holds(have, nodes, per_node, cpus=0):
+            if dead := self.dead_nodes():
+                found += f"; these nodes have died: {listed(dead.values())}"
             remedy = "correct trainer.nnodes and trainer.n_gpus_per_node, or add nodes to the cluster"
             return [Finding("accelerators", found, False, remedy)]
         if not _holds(have, nodes, per_node, cpus=CPUS_PER_RANK):

@@ -71,6 +71,15 @@ def test_too_few_logical_cpus_on_a_node_are_an_error_since_verl_would_wait_for_t
     assert finding.ok
 
 
+def test_dead_nodes_are_named_when_accelerators_are_missing(ray_of):
+    (finding,) = ray_of([node("1", 8), node("2", 8, alive=False)]).check_devices(config(2, 8))
+    assert not finding.ok
+    assert finding.found.endswith("the nodes of the cluster have 8; these nodes have died: 10.0.0.2")
+    (finding,) = ray_of([node("1", 8)]).check_devices(config(2, 8))
+    assert not finding.ok
+    assert "died" not in finding.found
+
+
 def test_dead_nodes_and_living_nodes_are_told_apart(ray_of):
     cluster = ray_of([node("1", 8), node("2", 8, alive=False)])
     assert cluster.living_nodes() == {"1"}
