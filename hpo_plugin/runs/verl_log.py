@@ -174,7 +174,8 @@ def evaluations(rows: Rows) -> list[tuple[int, float]]:
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _RAY_PREFIX = re.compile(r"^\((?:[\w.:]+ )?pid=\d+(?:, ip=[\d.]+)?\) ?")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w]*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure|Timeout)\b.*")
-_WRAPPED = re.compile(r"^(?:ray\.exceptions\.)?RayTaskError|^ray\.exceptions\.\w+: .*actor died")
+_TASK_ERROR = re.compile(r"^(?:ray\.exceptions\.)?RayTaskError")
+_WRAPPED = re.compile(rf"{_TASK_ERROR.pattern}|^ray\.exceptions\.\w+: .*actor died")
 _ACTOR = re.compile(r"\(([A-Za-z_]\w*) pid=(\d+)")
 #: The report of a raylet, which Ray prints in the driver.
 _DIED = re.compile(r"A worker died or was killed .*?Worker PID: (\d+) Worker exit type: (\w+)")
@@ -202,8 +203,9 @@ def failure_cause(lines: Sequence[str]) -> str | None:
     """
     for position, line in enumerate(lines):
         if _AGENT_LOOP in line:
-            cause = next((text for text in lines[position + 1 : position + 200] if _EXCEPTION.match(text)), None)
-            return f"in the agent loop: {cause or line[line.index(_AGENT_LOOP) :]}"
+            found = [text for text in lines[position + 1 : position + 200] if _EXCEPTION.match(text)]
+            own = [text for text in found if not _TASK_ERROR.match(text)]
+            return f"in the agent loop: {[*own, *found, line[line.index(_AGENT_LOOP) :]][0]}"
     found = [line for line in lines if _EXCEPTION.match(line)]
     own = [line for line in found if not _WRAPPED.match(line)]
     if own or found:

@@ -118,6 +118,25 @@ def test_an_exception_of_the_agent_loop_is_the_cause_although_another_one_ends_t
     assert failure_cause(plain_lines(AGENT_LOOP)) == "in the agent loop: KeyError: 'target'"
 
 
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (
+            "ray.exceptions.RayTaskError(RuntimeError): ray::RewardLoopWorker.compute_score() (pid=3)\n"
+            '  File "reward.py", line 3\nRuntimeError: this reward fails',
+            "RuntimeError: this reward fails",
+        ),
+        (
+            "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n",
+            "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.",
+        ),
+    ],
+)
+def test_the_cause_in_the_agent_loop_can_come_from_another_actor(lines, cause):
+    text = f"ERROR:verl: Error in _run_prompt\n{lines}\nTraceback:\nRuntimeError: no materializable trajectories\n"
+    assert failure_cause(plain_lines(text)) == f"in the agent loop: {cause}"
+
+
 def test_the_cause_is_the_exception_and_not_rays_wrapper_of_it():
     assert failure_cause(plain_lines(WORKER)) == "hpo_plugin.verl.selection.ConfigError: this batch has no `uid`"
 
