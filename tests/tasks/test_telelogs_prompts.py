@@ -680,9 +680,10 @@ TERSE_REFUSALS: list[tuple[str, int, str]] = [
     (edited(1, "C3", "M3", TERSE_LINES), 1, "expected labels such as C3, or M4=C3"),
     (edited(1, "C3", "7=C2", TERSE_LINES), 1, "the label 7 appears twice"),
     (edited(1, "C3", "C8", TERSE_LINES), 1, "the same root cause appears twice"),
-    # What is not a line of options is taken for the other wording.
-    (edited(1, "C3 ", "C3  ", TERSE_LINES), 1, "expected"),
-    (edited(1, "7=C8", "7=C9", TERSE_LINES), 1, "expected"),
+    (edited(1, "C3 ", "C3  ", TERSE_LINES), 1, "expected labels such as C3, or M4=C3"),
+    (edited(1, "7=C8", "7=C9", TERSE_LINES), 1, "expected labels such as C3, or M4=C3"),
+    # A line that does not start with a label is taken for the other wording.
+    (edited(1, "C3 ", "c3 ", TERSE_LINES), 1, "expected"),
     (edited(2, "drive", "Drive", TERSE_LINES), 2, "expected 'drive'"),
     (edited(3, "RSRP", "rsrp", TERSE_LINES), 3, "unknown column 'rsrp'"),
     (edited(4, "-80.10", "-80.", TERSE_LINES), 4, "rsrp: expected a number"),

@@ -371,9 +371,8 @@ def parse_prompt(text: str) -> Case:
     lines = _Lines(text)
     lines.skip_empty()
     first = lines.peek() or ""
-    name = (
-        "full" if not re.fullmatch(rf"{LABEL_PATTERN}(?:=C[1-8])?(?: {LABEL_PATTERN}(?:=C[1-8])?)*", first) else "terse"
-    )
+    # A terse prompt starts with labels; only its first word is read, since the line can be long.
+    name = "terse" if re.match(rf"{LABEL_PATTERN}(?:=C[1-8])?(?: |$)", first) else "full"
     wording = WORDINGS[name]
     stated: int | None = None
     box: str | None = None
