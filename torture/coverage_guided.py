@@ -34,6 +34,7 @@ Examine = Callable[[str, Result], None]
 
 def targets() -> dict[str, tuple[list[str], list[str], Examine]]:
     """The texts to start from, the pieces to insert, and the function that examines a text, by target."""
+    # Not at the top of this file: it imports the code that :func:`fuzz` instruments.
     text: Any = importlib.import_module("torture.text")
 
     def untimed(call: Callable[[], Any], _: str) -> Any:
