@@ -133,7 +133,7 @@ class Cluster:
                 there = ray.get(answer, timeout=0)
             except ray.exceptions.GetTimeoutError:
                 found = f"{host}: no answer within {timeout:g} s"
-                findings = [Finding(label, found, False, "check the node, or increase --timeout")]
+                findings = [Finding(label, found, False, "check the node, or increase --timeout (quickstart: --stall)")]
             except ray.exceptions.RayError as error:
                 found, differs = f"{host}: {' '.join(str(error).split())[-400:]}", _OF_ONE_NODE
                 findings = [Finding(label, found, False, "see the Ray logs of the node")]

@@ -49,7 +49,8 @@ def quickstart(
         bool, typer.Option("--new", help="Start a new run, even if an unfinished run could be resumed.")
     ] = False,
     stall: Annotated[
-        float, typer.Option(min=1, help="Time without progress after which the run counts as failed, in seconds.")
+        float,
+        typer.Option(min=1, help="Time without progress after which the check or the run has failed, in seconds."),
     ] = 600.0,
 ) -> None:
     """Train a small model on a task, with verl's own trainer on CPU cores.

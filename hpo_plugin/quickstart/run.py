@@ -79,7 +79,7 @@ def run_quickstart(request: RunRequest, output: Path, *, new: bool, stall: float
                 note(console, "", f"stopped {left} processes that an earlier command left running")
             inputs = quickstart_inputs(task, request, output, logs=run.directory, console=console)
             training = training_of(task, request, inputs)
-            _check(run, training, console)
+            _check(run, training, console, timeout=stall)
             _train(run, training, request, stall=stall, console=console)
             _finish(run, task.title, training, request, seconds=time.monotonic() - begin, console=console)
     except (RunBusyError, OSError, ValueError) as error:
@@ -119,11 +119,11 @@ def quickstart_inputs(task: Task, request: RunRequest, output: Path, *, logs: Pa
     )
 
 
-def _check(run: Run, training: Training, console: Console) -> None:
+def _check(run: Run, training: Training, console: Console, *, timeout: float) -> None:
     from hpo_plugin.check.checks import quiet, run_checks
 
     with quiet(run.directory / "check.log", console, "checking the installation and the config"):
-        report = run_checks(training.config_name, training.overrides)
+        report = run_checks(training.config_name, training.overrides, timeout=timeout)
     if not report.ok:
         report.show(console)
         raise TrainingError("The checks failed. See the remedy below each failed check.")

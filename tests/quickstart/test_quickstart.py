@@ -281,14 +281,15 @@ def test_the_checks_leave_the_handlers_of_signals_alone(run, monkeypatch):
     class Report:
         ok, summary = True, "fine"
 
-    def run_checks(config_name, overrides):
+    def run_checks(config_name, overrides, *, timeout):
+        assert timeout == 500
         signal.signal(signal.SIGTERM, lambda *_: None)
         return Report()
 
     monkeypatch.setattr(checks, "run_checks", run_checks)
     before = signal.getsignal(signal.SIGTERM)
     console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
-    run_module._check(run, TRAINING, console)
+    run_module._check(run, TRAINING, console, timeout=500)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
