@@ -80,11 +80,9 @@ def role_of(command: Sequence[str]) -> str:
     text = " ".join(command)
     if worker := re.match(r"ray::\w+", text):
         return worker[0]
-    for module, role in (("verl.trainer.main_ppo", "trainer"), ("torture.small_quickstart", "hpo-plugin")):
+    for module, role in (("verl.trainer.main_ppo", "trainer"), ("hpo_plugin.cli", "hpo-plugin")):
         if f"-m {module}" in text:
             return role
-    if "-m hpo_plugin.cli" in text:
-        return "hpo-plugin"
     if "multiprocessing" in text:
         return "simulator" if "spawn_main" in text else "multiprocessing"
     program = Path(command[0]).name if command else "unknown"
@@ -244,8 +242,8 @@ def written(trend: Trend) -> str:
 
 def quickstart(folder: Path) -> list[str]:
     """The command of a run that does not end by itself."""
-    arguments = [sys.executable, "-m", "torture.small_quickstart", "quickstart", "--steps=1000000", "--n-test=64"]
-    return [*arguments, f"--output={folder / 'runs'}", "trainer.max_actor_ckpt_to_keep=2"]
+    arguments = [sys.executable, "-m", "hpo_plugin.cli", "quickstart", "--steps=1000000", "--n-test=64"]
+    return [*arguments, f"--output={folder / 'runs'}", "trainer.max_actor_ckpt_to_keep=2", "trainer.test_freq=20"]
 
 
 def train(folder: Path, *, hours: float, interval: float = INTERVAL) -> Result:

@@ -113,7 +113,6 @@ def test_processes_that_ended_early_have_no_trend_and_a_worker_has_its_last_role
         (["ray::WorkerDict.actor_rollout_update_actor"], "ray::WorkerDict"),
         (["ray::IDLE", "", ""], "ray::IDLE"),
         (["/env/bin/python", "-m", "hpo_plugin.cli", "study", "run"], "hpo-plugin"),
-        (["/env/bin/python", "-m", "torture.small_quickstart", "quickstart"], "hpo-plugin"),
         (["/env/bin/python", "-m", "verl.trainer.main_ppo", "--config-name=countdown_cpu"], "trainer"),
         (["/env/bin/python", "-u", "/env/ray/dashboard/agent.py", "--port=1"], "agent.py"),
         (["/env/bin/python", "-c", "from multiprocessing.spawn import spawn_main; spawn_main()"], "simulator"),
