@@ -70,12 +70,11 @@ class Cluster:
             _init_ray(arguments)
         except Exception as error:
             # verl would fail with the same exception: ConnectionError, ValueError or RuntimeError.
-            failure = Finding(
-                "ray",
-                f"cannot be reached or started: {_reason(error)}",
-                False,
-                "start Ray (`ray start --head`), or correct RAY_ADDRESS and ray_kwargs.ray_init of the config",
-            )
+            reason = _reason(error)
+            remedy = "start Ray (`ray start --head`), or correct RAY_ADDRESS and ray_kwargs.ray_init of the config"
+            if SLOW_START in reason:
+                remedy = "other processes keep this machine busy; stop them, or try again later"
+            failure = Finding("ray", f"cannot be reached or started: {reason}", False, remedy)
         try:
             yield cls(failure)
         finally:
