@@ -52,7 +52,7 @@ def test_every_benchmark_has_run_and_main_and_says_what_it_measures(name):
     assert len(functions["run"].args.args) == len(functions["run"].args.defaults)
 
 
-def test_the_command_runs_every_benchmark_and_none_that_is_not_there():
+def test_the_command_runs_every_benchmark_and_no_other():
     assert set(MODULES) == {*bench.BENCHMARKS, *bench.TRAINING}
 
 
@@ -166,7 +166,7 @@ def test_a_whole_step_is_compared_by_medians_without_the_first_steps():
         return {n: step(99.0 if n in warm else seconds) for n in range(1, whole_step.STEPS + 1)}
 
     def ratio(ahpo: float) -> dict:
-        table = whole_step.compare([(arm, rows(ahpo if arm == "ahpo" else 2.0)) for arm in whole_step.ORDER])
+        table = whole_step.compare([(name, rows(ahpo if name == "ahpo" else 2.0)) for name in whole_step.ORDER])
         return {row["name"]: row for row in table}["A-HPO / GRPO, step"]
 
     assert ratio(2.0)["measured"] == 1.0
@@ -177,7 +177,7 @@ def test_a_whole_step_is_compared_by_medians_without_the_first_steps():
 def test_runs_of_different_tokens_are_not_compared():
     from benchmarks import whole_step
 
-    runs = [(arm, {n: step(1.0) for n in range(1, whole_step.STEPS + 1)}) for arm in ("ahpo", "grpo")]
+    runs = [(name, {n: step(1.0) for n in range(1, whole_step.STEPS + 1)}) for name in ("ahpo", "grpo")]
     whole_step.check_equal(runs)
     runs[1][1][5]["perf/total_num_tokens"] = 101.0
     with pytest.raises(ValueError, match=r"step 5: perf/total_num_tokens is 100.0 in run 1 \(ahpo\) and 101.0"):

@@ -39,12 +39,15 @@ SHARED = {"TASK", "SCHEMA", "PUBLIC_DATASET", "MAX_SEARCHED_CHARACTERS"}
 ALLOWED = {
     "hpo_plugin/tasks/telelogs/radio.py": {"hysteresis", "hands over"},
     "hpo_plugin/verl/selection.py": {"weigh"},
+    "tests/verl/test_saved_configs.py": {"weigh"},
+    "tests/verl/test_selection.py": {"weigh"},
     "CHANGELOG.md": {"weigh"},
 }
 #: Where an arm is what a study compares; elsewhere it is an algorithm or a preset.
 ARMS = r"\barms?\b"
 STUDIES = ("hpo_plugin/study/", "hpo_plugin/cli/study.py", "hpo_plugin/cli/app.py", "scripts/gradients.py")
 STUDIES += ("docs/study.md", "docs/simulator.md", "docs/results/", "docs/contributing.md", "CHANGELOG.md")
+STUDIES += ("tests/study/", "tests/simulator/", "tests/security/", "tests/torture/", "tests/upstream/test_recipe.py")
 STUDIES += ("torture/long_run.py", "torture/scale.py", "torture/settings.py", "docs/robustness.md")
 
 
@@ -90,6 +93,15 @@ def test_code_and_configs_use_the_terms_of_the_field():
         for path in sources()
         for fault in violations(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
     ]
+    assert found == []
+
+
+def test_tests_use_the_terms_of_the_field():
+    found = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path != Path(__file__):
+            text = path.read_text(encoding="utf-8").replace("_", " ")
+            found += violations(path.relative_to(ROOT).as_posix(), text)
     assert found == []
 
 

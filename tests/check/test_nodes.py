@@ -80,7 +80,7 @@ def test_dead_nodes_are_named_when_accelerators_are_missing(ray_of):
     assert "died" not in finding.found
 
 
-def test_dead_nodes_and_living_nodes_are_told_apart(ray_of):
+def test_dead_nodes_and_living_nodes_are_distinguished(ray_of):
     cluster = ray_of([node("1", 8), node("2", 8, alive=False)])
     assert cluster.living_nodes() == {"1"}
     assert cluster.dead_nodes() == {"2": "10.0.0.2"}

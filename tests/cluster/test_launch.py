@@ -24,7 +24,7 @@ from hpo_plugin.runs.directory import Run
 from hpo_plugin.runs.launch import Launch, cluster_overrides, plan, refuse_another_run, run_launch
 from hpo_plugin.runs.training import TrainingError, bookkeeping_overrides
 
-#: Goes on from the checkpoint it is given; the plan says how far each attempt gets, and how it ends.
+#: Resumes from the given checkpoint; the plan states how far each attempt gets, and how it ends.
 TRAINER = """
 import json, os, signal, sys, time, zipfile
 from pathlib import Path
@@ -150,7 +150,7 @@ def resumed(run):
     return [attempt.resumed_from for attempt in run.attempts()]
 
 
-def test_a_killed_trainer_goes_on_from_its_checkpoint_and_each_step_is_logged_once(launch, checks):
+def test_a_killed_trainer_resumes_from_its_checkpoint_and_each_step_is_logged_once(launch, checks):
     run = launch((3, "killed"), (STEPS, "done"))
     assert resumed(run) == [None, 2]
     assert steps(run) == list(range(STEPS + 1))
@@ -312,7 +312,7 @@ def test_a_check_that_fails_on_a_node_that_stays_alive_is_shown_and_not_made_aga
     assert launch.run.attempts() == []
 
 
-def test_a_second_call_goes_on_and_a_third_has_nothing_to_do(launch, checks):
+def test_a_second_call_resumes_and_a_third_has_nothing_to_do(launch, checks):
     with pytest.raises(TrainingError):
         launch((3, "a"), retries=0)
     launch((3, "a"), (STEPS, "done"))
@@ -323,7 +323,7 @@ def test_a_second_call_goes_on_and_a_third_has_nothing_to_do(launch, checks):
     assert len(checks) == done
 
 
-def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(launch):
+def test_a_longer_run_continues_from_the_end_of_a_shorter_one(launch):
     launch((STEPS, "done"))
     run = launch((STEPS, "done"), (8, "done"), overrides=["trainer.total_training_steps=8"])
     assert resumed(run) == [None, STEPS]
@@ -435,8 +435,8 @@ def test_every_config_gets_checkpoints_and_the_file_logger_and_keeps_its_own_log
     config = composed("hpo_trainer", *(word for word in words if not word.startswith("hydra.")))
     assert list(config.trainer.logger) == ["console", "wandb", "file"]
     assert (config.trainer.save_freq, config.trainer.max_actor_ckpt_to_keep) == (10, 2)
-    handed_on = config.ray_kwargs.ray_init.runtime_env.env_vars
-    assert handed_on["VERL_FILE_LOGGER_PATH"] == str(tmp_path.resolve() / "attempt-1" / "metrics.jsonl")
+    forwarded = config.ray_kwargs.ray_init.runtime_env.env_vars
+    assert forwarded["VERL_FILE_LOGGER_PATH"] == str(tmp_path.resolve() / "attempt-1" / "metrics.jsonl")
     # verl derives the number of steps from epochs and data.
     assert (training.steps, training.first_step) == (None, 0)
 

@@ -227,7 +227,7 @@ def test_shellcheck_has_nothing_to_say():
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_training_that_is_preempted_goes_on_in_the_requeued_job_and_nothing_is_left_of_either(job, inputs, tmp_path):
+def test_a_preempted_training_resumes_in_the_requeued_job_and_no_process_is_left_of_either(job, inputs, tmp_path):
     pytest.importorskip("verl")
     steps, run = 4, Run(tmp_path / "run")
     # The script adds the nodes and the accelerators.

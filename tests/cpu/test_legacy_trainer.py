@@ -30,8 +30,8 @@ def test_the_legacy_trainer_takes_steps_from_one_key_on_the_stock_config(inputs,
         assert 0.1 <= step["actor/hpo/alpha"] < 1
         assert 0 < step["actor/grad_norm"] < math.inf
         loss = step["actor/hpo/pg_loss_negative"] / -step["actor/hpo/pg_loss_positive"]
-        mass = step["actor/hpo/abs_advantage_share_negative"] / step["actor/hpo/abs_advantage_share_positive"]
-        assert loss == pytest.approx(mass, rel=1e-3)
+        share = step["actor/hpo/abs_advantage_share_negative"] / step["actor/hpo/abs_advantage_share_positive"]
+        assert loss == pytest.approx(share, rel=1e-3)
     said = (tmp_path / "output.log").read_text(encoding="utf-8", errors="replace")
     assert "[hpo_plugin] algorithm.adv_estimator: gae -> ahpo" in said
 

@@ -57,8 +57,8 @@ def test_every_task_has_a_config_of_its_name_with_the_algorithm_selected(task):
 def test_runs_of_different_tasks_are_different_runs(tmp_path):
     countdown = RunRequest("ahpo", seed=2, steps=2, rollout="hf", n_test=40)
     first, _ = choose_run(tmp_path, REQUEST)
-    second, goes_on = choose_run(tmp_path, countdown)
-    assert not goes_on
+    second, resumes = choose_run(tmp_path, countdown)
+    assert not resumes
     assert (first.directory.name, second.directory.name) == (
         "telelogs_cpu-ahpo-seed2-001",
         "countdown_cpu-ahpo-seed2-001",

@@ -64,7 +64,7 @@ def test_success_before_and_after_must_both_have_been_measured(step):
         summarize(made, n_test=512)
 
 
-def test_only_paths_seed_steps_arm_rollout_and_the_evaluation_interval_differ_from_the_public_config():
+def test_only_paths_seed_steps_algorithm_rollout_and_the_evaluation_interval_differ_from_the_public_config():
     keys = [override.partition("=")[0] for override in TRAINING.overrides]
     assert keys == [
         "algorithm.policy_loss",
@@ -110,7 +110,7 @@ def test_the_printed_command_names_an_interpreter_that_the_users_shell_finds(tmp
     assert trainer_command("countdown_cpu", [])[0] == "python"
 
 
-def test_the_overrides_compose_with_the_public_config_and_select_the_arm():
+def test_the_overrides_compose_with_the_public_config_and_select_the_algorithm():
     from hpo_plugin.check.compose import compose
     from hpo_plugin.verl.selection import read_selection
 
@@ -125,7 +125,7 @@ def run(tmp_path):
     return choose_run(tmp_path / "runs", REQUEST)[0]
 
 
-def test_going_on_names_the_checkpoint_and_evaluates_nothing_twice(run):
+def test_a_resume_names_the_checkpoint_and_evaluates_nothing_twice(run):
     training = Training("countdown_cpu", (), steps=60)
     first = bookkeeping_overrides(run, run.new_attempt(None), training)
     assert "trainer.resume_mode=disable" in first
@@ -341,7 +341,7 @@ def test_the_final_table_shows_success_time_alpha_and_where_everything_is(run):
 
 @pytest.mark.e2e
 @pytest.mark.timeout(1800)
-def test_a_real_run_killed_in_the_middle_goes_on_and_a_third_call_is_another_run(tmp_path):
+def test_a_killed_quickstart_resumes_and_a_third_call_starts_another_run(tmp_path):
     command = [
         *[sys.executable, "-m", "hpo_plugin.cli", "quickstart", "--steps=6", "--n-test=64", "--seed=1"],
         *[f"--output={tmp_path}", "trainer.save_freq=2", "data.train_batch_size=8"],
@@ -369,5 +369,5 @@ def test_a_real_run_killed_in_the_middle_goes_on_and_a_third_call_is_another_run
     assert "6/6" in second.stdout
     recorded = {key: value for key, value in run.request().items() if key != "hpo_plugin"}
     request = RunRequest(**recorded | {"overrides": tuple(recorded["overrides"])})
-    third, goes_on = choose_run(tmp_path, request)
-    assert (third.directory.name, goes_on) == ("countdown_cpu-ahpo-seed1-002", False)
+    third, resumes = choose_run(tmp_path, request)
+    assert (third.directory.name, resumes) == ("countdown_cpu-ahpo-seed1-002", False)

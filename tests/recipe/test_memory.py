@@ -56,7 +56,7 @@ def test_keys_and_values_of_a_token():
     assert [sizes(model, "fsdp2").architecture.kv_bytes for model in PUBLISHED] == [28_672, 114_688, 57_344]
 
 
-def test_fsdp2_cuts_16_bytes_a_parameter_over_all_gpus():
+def test_fsdp2_shards_16_bytes_per_parameter_over_all_gpus():
     """7,615,616,512 on 8: 951,952,064 each; parameters 4, gradients 4, moments 8."""
     seven = sizes("qwen2.5-7b", "fsdp2")
     share = 951_952_064
@@ -67,7 +67,7 @@ def test_fsdp2_cuts_16_bytes_a_parameter_over_all_gpus():
     assert seven.weight_sync == 4 * 7 * share
 
 
-def test_megatron_cuts_a_stage_over_tensor_ranks_and_its_optimizer_over_all():
+def test_megatron_shards_a_stage_over_tensor_ranks_and_its_optimizer_over_all_ranks():
     """14 of 28 layers of 233,057,792, an embedding of 152,064 x 3,584, a norm; 2 stages x 2 tensor ranks x 2 copies."""
     seven = sizes("qwen2.5-7b", "megatron")
     stage = 14 * 233_057_792 + 152_064 * 3_584 + 3_584
@@ -76,7 +76,7 @@ def test_megatron_cuts_a_stage_over_tensor_ranks_and_its_optimizer_over_all():
     assert seven.kept == 6 * stage
     assert seven.checkpoint == 14 * 7_615_616_512
     assert seven.weight_sync == 2 * 7_615_616_512 * 3 // 4
-    # A tied model that is not cut has its embedding once.
+    # A tied model that is not split has its embedding once.
     assert sizes("llama-3.2-3b", "megatron").architecture.stage_parameters(1) == 3_212_749_824
 
 
@@ -108,7 +108,7 @@ def test_gathered_parameters_are_fsdp2s():
 
 
 def test_peaks_are_sums_of_their_parts():
-    """The update is the larger half for FSDP2; for Megatron's 1.5B, whose logits are not cut, the log-probs are."""
+    """The update is the larger half for FSDP2; for Megatron's 1.5B, whose logits are not split, the log-probs are."""
     small = sizes("qwen2.5-1.5b", "fsdp2")
     states = small.weights + small.gradients + small.optimizer
     assert small.update_peak == states + small.gathered + small.activations + small.update_logits + OVERHEAD

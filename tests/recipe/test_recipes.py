@@ -28,7 +28,7 @@ RECIPE_FILES = [
     CONFIGS / "hpo" / "countdown.yaml",
     *sorted(path for group in GROUPS for path in (CONFIGS / "hpo" / group).glob("*.yaml")),
 ]
-ARMS = ("grpo", "gspo", "sapo", "hpo", "ahpo")
+PRESETS = ("grpo", "gspo", "sapo", "hpo", "ahpo")
 TASKS = ("countdown3", "countdown4", "telelogs")
 MODELS = ("qwen2.5-1.5b", "llama-3.2-3b", "qwen2.5-7b")
 #: Engines whose memory docs/hardware.md has.
@@ -69,10 +69,10 @@ def recipes() -> dict[tuple[str, str, str], DictConfig]:
     }
 
 
-def with_arm(config: DictConfig, arm: str) -> DictConfig:
+def with_preset(config: DictConfig, preset: str) -> DictConfig:
     """The same recipe with another algorithm: the key is one, and the rest follows by interpolation."""
     changed = config.copy()
-    changed.algorithm.policy_loss = arm
+    changed.algorithm.policy_loss = preset
     return changed
 
 
@@ -107,11 +107,11 @@ def test_the_groups_hold_what_is_tested_here():
     }
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_recipe_passes_verls_dataclasses_and_validation(recipes, arm):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_recipe_passes_verls_dataclasses_and_validation(recipes, preset):
     """90 compositions, on one node."""
     for (task, model, engine), recipe in recipes.items():
-        config = with_arm(recipe, arm)
+        config = with_preset(recipe, preset)
         for checked in (*check_algorithm(config), *check_recipe(config), check_by_verl(config)):
             assert checked.ok, (task, model, engine, checked)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
@@ -120,7 +120,7 @@ def test_every_recipe_passes_verls_dataclasses_and_validation(recipes, arm):
         # docs/hardware.md counts no reference model.
         assert not need_reference_policy(config)
         assert omega_conf_to_dataclass(config.actor_rollout_ref.rollout).seed == config.data.seed == 1
-        # A step has two mini-batches at least, each cut evenly, and a micro-batch holds the longest row.
+        # A step has two mini-batches at least, each split evenly, and a micro-batch holds the longest row.
         batch, mini_batch = config.data.train_batch_size, actor.ppo_mini_batch_size
         assert batch % mini_batch == 0
         assert batch >= 2 * mini_batch
@@ -204,28 +204,30 @@ def test_verls_validation_in_the_driver_refuses_what_cannot_be_divided(recipes, 
     assert said.remedy == refused.remedy
 
 
-def test_arms_differ_in_their_row_of_hpo_yaml_and_in_nothing_else(recipes):
+def test_presets_differ_in_their_row_of_hpo_yaml_and_in_nothing_else(recipes):
     """What is interpolated from the table of presets may differ, and names; all other leaves are equal."""
-    presets = {
+    keys = {
         key for key, value in raw_leaves(CONFIGS / "hpo.yaml").items() if "oc.select:policy_loss_presets" in str(value)
     }
-    assert "actor_rollout_ref.actor.clip_ratio_low" in presets
+    assert "actor_rollout_ref.actor.clip_ratio_low" in keys
     # Copies: the loss's of the estimator's name, and the critic's of the aggregation, where there is a critic.
     copies = {"actor_rollout_ref.actor.policy_loss.adv_estimator", "critic.loss_agg_mode"}
     for recipe in recipes.values():
-        reference = resolved(with_arm(recipe, "ahpo"))
-        for arm in ARMS[:-1]:
-            other = resolved(with_arm(recipe, arm))
+        reference = resolved(with_preset(recipe, "ahpo"))
+        for preset in PRESETS[:-1]:
+            other = resolved(with_preset(recipe, preset))
             assert other.keys() == reference.keys()
             differing = {key for key in other if other[key] != reference[key]}
             assert differing >= BOOKKEEPING
-            assert differing - BOOKKEEPING <= presets | copies
+            assert differing - BOOKKEEPING <= keys | copies
 
 
 def test_the_key_of_the_algorithm_changes_a_composed_config_as_an_override_does(recipes):
-    """So that the tests above need not compose each arm anew."""
+    """So that the tests above need not compose each preset anew."""
     override = composed("hpo_recipe", "algorithm.policy_loss=gspo", "hpo/cluster=4x8")
-    assert resolved(override) == resolved(with_arm(on_cluster(recipes["telelogs", MODELS[0], "fsdp2"], "4x8"), "gspo"))
+    assert resolved(override) == resolved(
+        with_preset(on_cluster(recipes["telelogs", MODELS[0], "fsdp2"], "4x8"), "gspo")
+    )
 
 
 def test_engines_share_task_model_and_optimizer(recipes):
@@ -303,7 +305,7 @@ def test_see_points_to_a_value_of_the_same_file_that_has_a_source():
 
 @pytest.mark.parametrize("task", ["countdown", "telelogs"])
 def test_the_readmes_command_is_a_recipe_that_the_check_accepts(task, monkeypatch, tmp_path):
-    """But for the data, which is not there."""
+    """Except for the data, which do not exist here."""
     monkeypatch.chdir(tmp_path)
     stated, *overrides = arguments(RECIPES / task / "README.md")
     config = composed(stated.removeprefix("--config-name="), *overrides)
@@ -326,7 +328,7 @@ def test_the_cells_of_the_papers_studies_are_recipes(recipes, name):
         assert cell.config_name == "hpo_recipe"
         values = dict(override.split("=", 1) for override in cell.overrides)
         assert values.pop("hpo/cluster") in CLUSTERS
-        assert values.pop("algorithm.policy_loss") in ARMS
+        assert values.pop("algorithm.policy_loss") in PRESETS
         recipe = recipes[tuple(values.pop(f"hpo/{group}") for group in ("task", "model", "engine"))]
         assert values.pop("trainer.test_freq") == str(recipe.trainer.test_freq)
         # The step at which the paper reports, or the RCA paper's number of steps.

@@ -1,4 +1,4 @@
-"""Which directory a call uses, and where an interrupted run goes on."""
+"""Which directory a call uses, and from which step an interrupted run resumes."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ def test_a_second_call_after_a_finished_run_is_another_run(tmp_path):
     assert (again.directory.name, resumed) == ("countdown_cpu-ahpo-seed0-002", False)
 
 
-def test_an_unfinished_run_goes_on_only_with_the_same_request(tmp_path):
+def test_an_unfinished_run_resumes_only_with_the_same_request(tmp_path):
     run, _ = choose_run(tmp_path, AHPO)
     assert choose_run(tmp_path, AHPO)[0].directory == run.directory
     for other in (
@@ -78,11 +78,11 @@ def test_a_killed_process_lets_go_of_its_run(tmp_path):
     assert not run.busy()
 
 
-def test_it_goes_on_from_the_newest_checkpoint_whose_steps_are_all_logged(tmp_path):
+def test_a_run_resumes_from_the_newest_checkpoint_whose_steps_are_all_logged(tmp_path):
     run, _ = choose_run(tmp_path, AHPO)
     log(run.new_attempt(None), *range(20))
     checkpoint(run, 10)
-    # verl saves step 20 before it logs it; killed in between, going on from 20 would lose the metrics of step 20.
+    # verl saves step 20 before it logs it; killed in between, a resume from 20 would lose the metrics of step 20.
     checkpoint(run, 20)
     assert run.resume_step() == 10
     log(run.attempts()[0], *range(21))

@@ -191,7 +191,7 @@ def test_a_process_that_got_the_same_number_later_is_not_ended(tmp_path):
         other.wait()
 
 
-def test_a_record_cut_short_by_a_crash_is_removed(tmp_path):
+def test_a_record_that_a_crash_truncated_is_removed(tmp_path):
     record = tmp_path / "processes.json"
     record.write_text('{"session": 1')
     assert end_leftovers(record) == 0

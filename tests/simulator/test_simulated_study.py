@@ -86,7 +86,7 @@ def test_what_the_simulator_does_not_implement_stops_the_study_before_anything_i
     assert not list((folder / "other").rglob("model"))
 
 
-def test_cells_of_the_simulator_are_not_handed_to_a_cluster(folder):
+def test_cells_of_the_simulator_are_not_submitted_to_a_cluster(folder):
     study = load_study(declare(folder))
     with pytest.raises(StudyError, match="easy/grpo/seed0 has trainer=simulator"):
         submit_command(Workspace(study, folder / "runs"), study.cells()[0])

@@ -1,4 +1,4 @@
-"""Studies on a stand-in for verl's trainer: what runs, what goes on, what is listed; and a real one (e2e)."""
+"""Studies on a stand-in for verl's trainer: what runs, what is resumed, what is listed; and a real one (e2e)."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from hpo_plugin.study.data import HELD_OUT, REWARD, read_data
 from hpo_plugin.study.run import StudyRun
 from hpo_plugin.study.spec import StudyError, load_study
 
-#: Logs, evaluates, saves and goes on like verl's trainer; overrides tell it to fail, or to take its time.
+#: Logs, evaluates, saves and resumes like verl's trainer; overrides make it fail or take longer.
 STAND_IN = """
 import json, os, pathlib, sys, time, zipfile
 
@@ -175,7 +175,7 @@ def test_a_failed_cell_stops_no_other_is_listed_with_its_cause_and_tried_again(d
     assert [attempt.resumed_from for attempt in found.run(found.study.cells()[0]).attempts()] == [None, 2]
 
 
-def test_a_killed_study_goes_on_where_it_was(declared, study_file, workspace):
+def test_a_killed_study_resumes(declared, study_file, workspace):
     declared |= {"steps": 12}
     declared["arms"]["ahpo"]["overrides"].append("+stand_in.seconds=0.3")
     path = study_file(declared)
@@ -221,7 +221,7 @@ def test_cells_in_parallel_are_at_work_at_once_in_sessions_of_their_own(declared
     assert states(found) == [State.FINISHED] * 4
 
 
-def test_a_signal_ends_all_cells_and_leaves_them_to_go_on(declared, study_file, workspace):
+def test_a_signal_ends_all_cells_and_they_can_be_resumed(declared, study_file, workspace):
     for arm in declared["arms"].values():
         arm["overrides"].append("+stand_in.seconds=30")
     found = workspace(declared)
@@ -507,7 +507,7 @@ def test_a_field_of_the_start_model_that_verls_sft_trainer_would_ignore_is_refus
         inputs_module.make_study_inputs(found, found.study.cells(), Console(quiet=True))
 
 
-def test_a_report_of_data_that_are_not_there_names_the_file(declared, study_file):
+def test_a_report_of_missing_data_names_the_file(declared, study_file):
     done = call("report", study_file(declared), "--data", "elsewhere.parquet")
     assert done.exit_code == 1
     assert "elsewhere.parquet does not exist" in done.output

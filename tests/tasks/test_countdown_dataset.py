@@ -195,7 +195,7 @@ def write_source(directory: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv"])
-def test_a_source_is_cut_by_position_and_every_row_is_accounted_for(tmp_path: Path, suffix: str) -> None:
+def test_a_source_is_split_by_position_and_every_row_is_accounted_for(tmp_path: Path, suffix: str) -> None:
     source = write_source(tmp_path, suffix)
     made = prepare_countdown(tmp_path / "out", source=str(source), **SOURCE_SPLIT)
     # Of rows 0-7 the damaged row 2 is missing, of rows 8-11 the damaged row 9; order is kept.

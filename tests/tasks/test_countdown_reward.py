@@ -396,7 +396,7 @@ def test_a_format_bonus_outside_its_range_is_refused(format_score: float) -> Non
         compute_score("countdown", "", TRUTH, format_score=format_score)
 
 
-# --- what verl hands over ---
+# --- what verl passes ---
 
 
 @pytest.mark.parametrize(

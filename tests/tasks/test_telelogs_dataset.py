@@ -548,7 +548,7 @@ def test_settings_without_effect_are_refused(tmp_path: Path, source: str, argume
 
 
 @pytest.mark.parametrize("source", ["missing.parquet", "no such thing", "a/b", "."])
-def test_a_source_that_is_not_there_is_refused(tmp_path: Path, source: str) -> None:
+def test_a_missing_source_is_refused(tmp_path: Path, source: str) -> None:
     with pytest.raises(SourceUnavailableError, match=r"^source=.* is neither synthetic, hub, nor an existing file"):
         prepare_telelogs(tmp_path / "out", source=source)
     there = write_rows(tmp_path / "a.jsonl", [{}])

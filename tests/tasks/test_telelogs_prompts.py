@@ -727,7 +727,7 @@ def test_the_message_shows_what_stands_there_in_short() -> None:
 
 
 @pytest.mark.parametrize("lines", [LINES, swapped().split("\n"), TERSE_LINES], ids=["full", "swapped", "terse"])
-def test_a_prompt_that_is_cut_off_is_refused_or_complete(lines: list[str]) -> None:
+def test_a_prompt_without_its_last_lines_is_refused_or_complete(lines: list[str]) -> None:
     complete = []
     for count in range(len(lines)):
         for end in ("", "\n"):
@@ -745,7 +745,7 @@ def test_a_prompt_that_is_cut_off_is_refused_or_complete(lines: list[str]) -> No
 
 
 @pytest.mark.parametrize("text", [TERSE, "\n".join([*LINES[:4], LINES[4], *LINES[12:]])], ids=["terse", "full"])
-def test_a_prompt_that_is_cut_off_anywhere_is_refused_or_complete(text: str) -> None:
+def test_a_prompt_that_is_truncated_anywhere_is_refused_or_complete(text: str) -> None:
     for end in range(0, len(text), 1 if len(text) < 1000 else 7):
         refused_or_kept(text[:end])
 

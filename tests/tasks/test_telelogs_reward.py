@@ -273,7 +273,7 @@ def test_a_text_without_a_closed_box_has_no_answer(text: str) -> None:
         (RIGHT + WRONG, 0.0),
         (RIGHT + RIGHT, 1.0),
         (f"First {WRONG}, then {WRONG}; no: {RIGHT}. Done.", 1.0),
-        (f"Compare {WRONG} with \\boxed{{3}} and go on.", 1.0),
+        (f"Compare {WRONG} with \\boxed{{3}} and continue.", 1.0),
         # The last box counts also if it holds no answer: an earlier one does not stand in for it.
         (RIGHT + r"\boxed{}", 0.0),
         (RIGHT + r" as asked, in \boxed{{}}", 0.0),
@@ -499,7 +499,7 @@ def test_summarize_refuses_what_it_cannot_count(predictions: Any, labels: Any, r
     assert len(str(caught.value)) < 500
 
 
-# --- what verl hands over, and what it makes of it ---
+# --- what verl passes, and what it does with the result ---
 
 
 @pytest.mark.parametrize("label", ["C3", np.str_("C3"), np.array(["C3"])[0], np.array(["C3"], dtype=object)[0]])

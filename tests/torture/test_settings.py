@@ -164,7 +164,7 @@ def test_an_error_without_key_value_or_remedy_is_seen():
     assert len(settings.complaints(row, "algorithm.hpo.alpha=2 is wrong.")) == 1
 
 
-def test_rows_are_distinct_and_cover_every_entrance():
+def test_rows_are_distinct_and_cover_every_command():
     names = [(row.name, tuple(row.environment.items())) for row in ROWS]
     assert len(names) == len(set(names)) >= 60
     assert {"ppo_trainer", "hpo_trainer", "hpo_recipe", "HPOConfig", "hpo_plugin.openrlhf"} <= {r.command for r in ROWS}

@@ -25,7 +25,7 @@ VOCABULARY = 24
 
 @dataclass(frozen=True)
 class Case:
-    """One way to cut and configure the same batch."""
+    """One way to divide and configure the same batch."""
 
     name: str
     adv_estimator: str = "ahpo"
@@ -193,7 +193,7 @@ def rank_share(case: Case, batch: Batch, advantages: torch.Tensor, rank: int, wo
     def nested(values: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(values, layout=torch.jagged)
 
-    def cut(value: torch.Tensor) -> torch.Tensor:
+    def unpadded(value: torch.Tensor) -> torch.Tensor:
         return nested([value[i, : batch.lengths[i]] for i in rows])
 
     sequences = [torch.cat([batch.prompts[i], batch.responses[i, : batch.lengths[i]]]) for i in rows]
@@ -201,14 +201,14 @@ def rank_share(case: Case, batch: Batch, advantages: torch.Tensor, rank: int, wo
         "input_ids": nested(sequences),
         "position_ids": nested([torch.arange(len(s)) for s in sequences]),
         "prompts": nested([batch.prompts[i] for i in rows]),
-        "responses": cut(batch.responses),
-        "response_mask": cut(batch.response_mask),
-        "loss_mask": cut(batch.loss_mask),
-        "old_log_probs": cut(batch.old_log_probs),
-        "advantages": cut(advantages),
+        "responses": unpadded(batch.responses),
+        "response_mask": unpadded(batch.response_mask),
+        "loss_mask": unpadded(batch.loss_mask),
+        "old_log_probs": unpadded(batch.old_log_probs),
+        "advantages": unpadded(advantages),
     }
     if case.correction:
-        fields["rollout_is_weights"] = cut(batch.rollout_is_weights)
+        fields["rollout_is_weights"] = unpadded(batch.rollout_is_weights)
     data = TensorDict(fields, batch_size=len(rows))
     size = len(batch.uid) // case.mini_batches
     tu.assign_non_tensor_stack(data, "uid", [str(batch.uid[i]) for i in rows])

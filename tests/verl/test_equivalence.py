@@ -50,7 +50,7 @@ KEYS = {
 BASES = ("rloo", "rloo_vectorized", "opo", "gpg", "reinforce_plus_plus_baseline")
 """Estimators under ``loss_mode=ahpo``: theirs, then α."""
 
-CUTS: dict[str, dict[str, Any]] = {
+DIVISIONS: dict[str, dict[str, Any]] = {
     "whole": {"micro_batch_size": 12},
     "micro-batches of 1": {"micro_batch_size": 1},
     "micro-batches of 4": {"micro_batch_size": 4},
@@ -68,22 +68,22 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 HARD = ("dynamic", "multi-turn, permuted, padding", "mini-batches and epochs", "rollout correction")
-"""Cuts that every way to select an algorithm goes through; ``both`` goes through all."""
+"""Divisions that every way to select an algorithm goes through; ``both`` goes through all."""
 
 
 def _cases() -> list[Case]:
     cases = []
     for way, (adv_estimator, loss_mode) in KEYS.items():
-        for cut, settings in CUTS.items():
+        for division, settings in DIVISIONS.items():
             # The fixed α has no batch statistic to get wrong, and all share the way through the engine.
-            if way != "both" and cut not in HARD:
+            if way != "both" and division not in HARD:
                 continue
-            if "fixed" in way and cut != "mini-batches and epochs":
+            if "fixed" in way and division != "mini-batches and epochs":
                 continue
             hpo = {"alpha": 0.3} if "fixed" in way else {}
-            cases.append(Case(f"{way} / {cut}", adv_estimator, loss_mode, hpo=hpo, **settings))
+            cases.append(Case(f"{way} / {division}", adv_estimator, loss_mode, hpo=hpo, **settings))
     for base in BASES:
-        settings = CUTS["multi-turn, permuted, padding"] | {"micro_batch_size": 4}
+        settings = DIVISIONS["multi-turn, permuted, padding"] | {"micro_batch_size": 4}
         cases.append(Case(f"base {base}", base, "ahpo", **settings))
     cases += [
         Case("noise", "grpo", "ahpo", rewards="noisy", max_tokens=40),
@@ -291,11 +291,11 @@ def test_gradient_is_that_of_the_whole_batch(results: dict[str, Any], model: Any
 
 
 def test_every_way_to_select_the_algorithm_gives_the_same_gradients(results: dict[str, Any]) -> None:
-    """Directly against each other, over all hard cuts of the batch."""
-    for cut in HARD:
-        loss = results[f"loss / {cut}"]["gradients"]
+    """Directly against each other, over all hard divisions of the batch."""
+    for division in HARD:
+        loss = results[f"loss / {division}"]["gradients"]
         for other in ("estimator", "both"):
-            assert relative_error(results[f"{other} / {cut}"]["gradients"], loss) < 2e-5, (cut, other)
+            assert relative_error(results[f"{other} / {division}"]["gradients"], loss) < 2e-5, (division, other)
 
 
 def test_the_batch_really_was_divided(results: dict[str, Any]) -> None:
@@ -345,8 +345,8 @@ def test_the_loss_in_the_log_does_not_depend_on_the_division(results: dict[str, 
     """Verl adds ``actor/pg_loss`` up over micro-batches, and averages what the policy loss returns beside it."""
     whole = results["both / whole"]["metrics"]
     assert float(np.mean(whole["actor/pg_clipfrac"])) > 0.01  # the batch does exercise the clip
-    for cut in ("micro-batches of 1", "micro-batches of 4", "dynamic", "permuted", "padding"):
-        metrics = results[f"both / {cut}"]["metrics"]
+    for division in ("micro-batches of 1", "micro-batches of 4", "dynamic", "permuted", "padding"):
+        metrics = results[f"both / {division}"]["metrics"]
         assert float(np.mean(metrics["actor/pg_loss"])) == pytest.approx(
             float(np.mean(whole["actor/pg_loss"])), rel=1e-4
         )

@@ -175,7 +175,7 @@ def test_four_updates_of_a_global_step_are_logged_as_four():
 
 
 def test_a_preset_without_alpha_logs_the_same_metrics_with_alpha_one_for_comparison():
-    """Verl's grpo on the same batch: 1 positive to 3 negatives, and half of the mass on each side of 3.5 to 1.5."""
+    """Verl's grpo on the same batch: 1 positive to 3 negatives; absolute advantages sum to 1.5 and 3.5."""
     said = logged(in_v1(batch(), config("grpo", policy_loss="grpo")))
     assert said == pytest.approx(
         VALUES
