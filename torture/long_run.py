@@ -33,13 +33,13 @@ from torture.scale import run_command
 MIB = 2**20
 #: Seconds between two samples.
 INTERVAL = 15.0
-#: Share of the samples at the beginning that does not count.
+#: Share of the steps at the beginning that does not count.
 WARM_UP = 0.25
 #: Blocks of a series; a slope is fitted to their medians, because neighboring samples are not independent.
 BLOCKS = 8
 CONFIDENCE = 0.95
-#: Largest upper end of the interval of a slope: private memory of a process, and its file handles and threads.
-MEMORY_BOUND, HANDLES_BOUND, THREADS_BOUND = 5.0, 2.0, 2.0
+#: Largest upper end of the interval of a slope per 100 steps: private memory of a process (MiB), file handles, threads.
+MEMORY_BOUND, HANDLES_BOUND, THREADS_BOUND = 5.0, 1.0, 1.0
 #: Largest size of all logs of a run for each step, in bytes.
 LOG_BOUND = 32_768.0
 
@@ -129,15 +129,17 @@ def slope(x: Sequence[float], y: Sequence[float]) -> Slope:
     """The slope of a series after the warm-up.
 
     Args:
-        x: times or steps, ascending.
+        x: steps, ascending.
         y: values.
 
     Returns:
         The slope of a line through the medians of :data:`BLOCKS` blocks, with the interval of Student's t. The interval
         is infinite if there are too few values, or if ``x`` does not change.
     """
-    begin = int(len(x) * WARM_UP)
-    kept_x, kept_y = np.asarray(x[begin:], float), np.asarray(y[begin:], float)
+    all_x = np.asarray(x, float)
+    # Not a share of the samples: in a study, the first cells can take most of the time.
+    begin = int(np.searchsorted(all_x, all_x[0] + WARM_UP * (all_x[-1] - all_x[0])))
+    kept_x, kept_y = all_x[begin:], np.asarray(y[begin:], float)
     if len(kept_x) < 2 * BLOCKS or np.ptp(kept_x) == 0:
         return Slope(math.nan, -math.inf, math.inf)
     middle_x, middle_y = (
@@ -159,8 +161,8 @@ class Trend:
     Attributes:
         role: See :class:`Sample`.
         private: Private memory in MiB per 100 steps.
-        handles: File handles per hour.
-        threads: Threads per hour.
+        handles: File handles per 100 steps.
+        threads: Threads per 100 steps.
         peak: Largest resident memory, in MiB.
         samples: Number of samples.
     """
@@ -183,15 +185,14 @@ def trends(samples: Sequence[Sample], *, share: float = 0.5) -> list[Trend]:
     for entries in by_process.values():
         if len(entries) < share * times:
             continue
-        hours = [entry.seconds / 3600 for entry in entries]
         steps = [entry.step / 100 for entry in entries]
         found.append(
             Trend(
                 # Ray names a worker when it gets its first task.
                 role=entries[-1].role,
                 private=slope(steps, [entry.private for entry in entries]),
-                handles=slope(hours, [entry.handles for entry in entries]),
-                threads=slope(hours, [entry.threads for entry in entries]),
+                handles=slope(steps, [entry.handles for entry in entries]),
+                threads=slope(steps, [entry.threads for entry in entries]),
                 peak=max(entry.resident for entry in entries),
                 samples=len(entries),
             )
@@ -210,8 +211,8 @@ def judge(found: Sequence[Trend], result: Result, *, steps: str = "steps") -> No
     for trend in found:
         for what, value, bound, unit in (
             ("private memory", trend.private, MEMORY_BOUND, f"MiB per 100 {steps}"),
-            ("file handles", trend.handles, HANDLES_BOUND, "per hour"),
-            ("threads", trend.threads, THREADS_BOUND, "per hour"),
+            ("file handles", trend.handles, HANDLES_BOUND, f"per 100 {steps}"),
+            ("threads", trend.threads, THREADS_BOUND, f"per 100 {steps}"),
         ):
             if not value.high <= bound:
                 result.failures.append(
@@ -230,8 +231,8 @@ def written(trend: Trend) -> str:
         f"{name} {value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
         for name, value in (
             ("MiB/100 steps", trend.private),
-            ("handles/h", trend.handles),
-            ("threads/h", trend.threads),
+            ("handles/100 steps", trend.handles),
+            ("threads/100 steps", trend.threads),
         )
     ]
     return f"{trend.role}: {'; '.join(shown)}; peak {trend.peak:.0f} MiB; {trend.samples} samples"
@@ -449,7 +450,7 @@ PROBES = (
         "long-run",
         "long-runs",
         "two hours of `hpo-plugin quickstart` on CPU cores; each of its processes is sampled every 15 seconds",
-        "per process, with 95 % confidence: at most 5 MiB per 100 steps, 2 file handles and 2 threads per hour; "
+        "per process, with 95 % confidence: at most 5 MiB, one file handle and one thread per 100 steps; "
         "at most 32 kB of logs per step; no process is left",
         {"one": partial(train, hours=2.0)},
         limit=4 * 3600.0,
