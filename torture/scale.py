@@ -337,8 +337,9 @@ for step in range(begin, int(values["trainer.total_training_steps"]) + 1):
     if step:
         actor = checkpoints / f"global_step_{step}" / "actor"
         actor.mkdir(parents=True, exist_ok=True)
-        for file in (actor / "model_world_size_1_rank_0.pt", actor.parent / "data.pt"):
-            zipfile.ZipFile(file, "w").close()
+        for kind in ("model", "optim", "extra_state"):
+            zipfile.ZipFile(actor / f"{kind}_world_size_1_rank_0.pt", "w").close()
+        zipfile.ZipFile(actor.parent / "data.pt", "w").close()
         (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
     with metrics.open("a") as file:
         file.write(json.dumps({"step": step, "data": {"critic/rewards/mean": 0.5}}) + chr(10))

@@ -6,12 +6,13 @@ import fcntl
 import json
 import re
 import zipfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 import hpo_plugin
 from hpo_plugin.files import atomic_write
@@ -143,7 +144,8 @@ class Run:
             The step; None to start from the beginning.
         """
         last = min(self._latest_checkpoint(), self.logged_steps())
-        usable = [step for step, path in self._checkpoints() if step <= last and damage(path) is None]
+        contents = self._saved_contents()
+        usable = [step for step, path in self._checkpoints() if step <= last and damage(path, contents) is None]
         return max(usable, default=None)
 
     def logged_steps(self) -> int:
@@ -156,7 +158,8 @@ class Run:
     def damaged_checkpoints(self) -> dict[int, str]:
         """The checkpoints whose save verl has recorded but that cannot be loaded, and what is wrong with each."""
         latest = self._latest_checkpoint()
-        found = {step: damage(path) for step, path in self._checkpoints() if step <= latest}
+        contents = self._saved_contents()
+        found = {step: damage(path, contents) for step, path in self._checkpoints() if step <= latest}
         return {step: what for step, what in found.items() if what is not None}
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
@@ -166,6 +169,16 @@ class Run:
             for path in self.checkpoints.glob("global_step_*")
             if re.fullmatch(r"global_step_\d+", path.name)
         )
+
+    def _saved_contents(self) -> list[str]:
+        """What verl saves: ``save_contents`` in the config of the last attempt, or verl's default without its copy."""
+        for attempt in reversed(self.attempts()):
+            copy = attempt.directory / "hydra" / ".hydra" / "config.yaml"
+            if copy.exists():
+                selected = OmegaConf.select(OmegaConf.load(copy), "actor_rollout_ref.actor.checkpoint.save_contents")
+                if selected is not None:
+                    return list(selected)
+        return list(CHECKPOINT_FILES)
 
     @property
     def _tracker(self) -> Path:
@@ -292,7 +305,11 @@ def choose_run(output: Path, request: RunRequest, *, new: bool = False) -> tuple
     return Run(directory), False
 
 
-def damage(checkpoint: Path) -> str | None:
+#: What the FSDP engine saves -> first part of the names of its files (``FSDPCheckpointManager.save_checkpoint``).
+CHECKPOINT_FILES = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
+
+
+def damage(checkpoint: Path, contents: Sequence[str] = tuple(CHECKPOINT_FILES)) -> str | None:
     """What is missing from a checkpoint; None if it is whole.
 
     The FSDP engine writes ``*.pt`` for each rank. The Megatron engine writes shards in ``model/``, ``optimizer/`` and
@@ -301,27 +318,27 @@ def damage(checkpoint: Path) -> str | None:
 
     Args:
         checkpoint: ``global_step_<N>``.
+        contents: ``actor_rollout_ref.actor.checkpoint.save_contents``.
     """
-    actor, data = checkpoint / "actor", checkpoint / "data.pt"
-    if (actor / "ckpt_contents.json").exists():
-        files = [data]
-    else:
-        files = [*sorted(actor.glob("*.pt")), data]
-        if len(files) == 1:
+    actor, files = checkpoint / "actor", [checkpoint / "data.pt"]
+    if not (actor / "ckpt_contents.json").exists():
+        found = sorted(actor.glob("*.pt"))
+        if not found:
             return "actor/ has no file *.pt"
+        sizes = {int(size) for path in found for size in re.findall(r"_world_size_(\d+)_rank_\d+\.pt$", path.name)}
+        kinds = [kind for name, kind in CHECKPOINT_FILES.items() if name in contents]
+        files += found
+        files += [
+            actor / f"{kind}_world_size_{size}_rank_{rank}.pt"
+            for size in sorted(sizes)
+            for kind in kinds
+            for rank in range(size)
+        ]
     for file in files:
         if not file.exists():
             return f"{file.relative_to(checkpoint)} is missing"
         if not zipfile.is_zipfile(file):
             return f"{file.relative_to(checkpoint)} is truncated"
-    ranks = defaultdict(set)
-    for file in files:
-        if found := re.fullmatch(r"(.+_world_size_(\d+)_rank_)(\d+)\.pt", file.name):
-            ranks[found[1], int(found[2])].add(int(found[3]))
-    for (stem, world_size), there in ranks.items():
-        for rank in range(world_size):
-            if rank not in there:
-                return f"actor/{stem}{rank}.pt is missing"
     return None
 
 

@@ -40,7 +40,8 @@ for step in range(begin, last + 1):
         actor = checkpoints / f"global_step_{step}" / "actor"
         actor.mkdir(parents=True, exist_ok=True)
         # torch.save writes zip archives.
-        zipfile.ZipFile(actor / "model_world_size_1_rank_0.pt", "w").close()
+        for kind in ("model", "optim", "extra_state"):
+            zipfile.ZipFile(actor / f"{kind}_world_size_1_rank_0.pt", "w").close()
         zipfile.ZipFile(actor.parent / "data.pt", "w").close()
         (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
     with metrics.open("a") as file:

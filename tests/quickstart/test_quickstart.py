@@ -21,7 +21,7 @@ from hpo_plugin.cli.app import app
 from hpo_plugin.quickstart import run as run_module
 from hpo_plugin.quickstart.form import Inputs
 from hpo_plugin.quickstart.run import equivalent_command, summarize, training_of
-from hpo_plugin.runs.directory import Run, RunRequest, choose_run
+from hpo_plugin.runs.directory import CHECKPOINT_FILES, Run, RunRequest, choose_run
 from hpo_plugin.runs.training import Training, TrainingError, bookkeeping_overrides, trainer_command
 from hpo_plugin.runs.verl_log import MetricsFile
 from hpo_plugin.tasks.task import load_task
@@ -234,7 +234,7 @@ def interrupted(run, *, steps, checkpoints):
     for step in checkpoints:
         folder = run.checkpoints / f"global_step_{step}"
         (folder / "actor").mkdir(parents=True)
-        for name in ("actor/model_world_size_1_rank_0.pt", "data.pt"):
+        for name in ("data.pt", *(f"actor/{kind}_world_size_1_rank_0.pt" for kind in CHECKPOINT_FILES.values())):
             zipfile.ZipFile(folder / name, "w").close()
         (run.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
 

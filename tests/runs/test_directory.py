@@ -21,7 +21,8 @@ def log(attempt, *steps):
 def checkpoint(run, step, *, latest=True, complete=True):
     directory = run.checkpoints / f"global_step_{step}"
     (directory / "actor").mkdir(parents=True)
-    torch.save({"weight": torch.zeros(9)}, directory / "actor" / "model_world_size_1_rank_0.pt")
+    for kind in ("model", "optim", "extra_state"):
+        torch.save({"weight": torch.zeros(9)}, directory / "actor" / f"{kind}_world_size_1_rank_0.pt")
     if complete:
         torch.save({}, directory / "data.pt")
     if latest:
@@ -148,12 +149,44 @@ def test_a_checkpoint_without_the_file_of_a_rank_is_not_used(tmp_path):
     checkpoint(run, 10)
     checkpoint(run, 20)
     actor = run.checkpoints / "global_step_20" / "actor"
-    for rank in range(2):
-        torch.save({}, actor / f"optim_world_size_2_rank_{rank}.pt")
+    for kind in ("model", "optim", "extra_state"):
+        (actor / f"{kind}_world_size_1_rank_0.pt").unlink()
+        for rank in range(2):
+            torch.save({}, actor / f"{kind}_world_size_2_rank_{rank}.pt")
     assert run.resume_step() == 20
     (actor / "optim_world_size_2_rank_1.pt").unlink()
     assert run.resume_step() == 10
     assert run.damaged_checkpoints() == {20: "actor/optim_world_size_2_rank_1.pt is missing"}
+
+
+@pytest.mark.parametrize("kind", ["model", "optim", "extra_state"])
+def test_a_checkpoint_with_the_files_of_other_contents_only_is_not_used(tmp_path, kind):
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), *range(25))
+    checkpoint(run, 10)
+    checkpoint(run, 20)
+    (run.checkpoints / "global_step_20" / "actor" / f"{kind}_world_size_1_rank_0.pt").unlink()
+    assert run.resume_step() == 10
+    assert run.damaged_checkpoints() == {20: f"actor/{kind}_world_size_1_rank_0.pt is missing"}
+
+
+@pytest.mark.parametrize("contents", [["model", "extra"], ["hf_model", "model", "extra"], "${..saved}"])
+def test_contents_that_verl_does_not_save_are_not_missing(tmp_path, contents):
+    """``save_contents`` is read from the copy of the config that Hydra writes, interpolations included."""
+    run, _ = choose_run(tmp_path, AHPO)
+    attempt = run.new_attempt(None)
+    log(attempt, *range(25))
+    checkpoint(run, 10)
+    actor = run.checkpoints / "global_step_10" / "actor"
+    (actor / "optim_world_size_1_rank_0.pt").unlink()
+    assert run.resume_step() is None
+    copy = attempt.directory / "hydra" / ".hydra" / "config.yaml"
+    copy.parent.mkdir(parents=True)
+    actor_config = {"saved": ["model", "extra"], "checkpoint": {"save_contents": contents}}
+    copy.write_text(json.dumps({"actor_rollout_ref": {"actor": actor_config}}))
+    assert run.resume_step() == 10
+    (actor / "extra_state_world_size_1_rank_0.pt").unlink()
+    assert run.damaged_checkpoints() == {10: "actor/extra_state_world_size_1_rank_0.pt is missing"}
 
 
 def test_without_a_checkpoint_it_starts_again_and_nothing_is_logged_twice(tmp_path):
