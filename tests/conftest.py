@@ -1,6 +1,7 @@
 """What several folders of tests use."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# Before any import of torch, and for all processes that tests start. The tensors are small: threads of OpenMP only wait
+# for each other, and on busy cores this takes several times the time of the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 
