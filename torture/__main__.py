@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,8 +69,16 @@ def child(modules: str, name: str, case: str, answer: Path) -> None:
     atomic_write(answer, json.dumps(dataclasses.asdict(result)).encode())
 
 
-def run_case(modules: Sequence[str], probe: Probe, case: str) -> Result:
-    """Run a case in a process of its own; a case that ends without a result is a failure."""
+def run_case(modules: Sequence[str], probe: Probe, case: str, kept: Path) -> Result:
+    """Run a case in a process of its own; a case that ends without a result is a failure.
+
+    Args:
+        modules: modules with probes.
+        probe: the probe.
+        case: the case.
+        kept: gets the folder of a case with a failure: its output and what it has written.
+    """
+    shutil.rmtree(kept, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as folder:
         answer, log, work = (Path(folder) / name for name in ("answer.json", "output.log", "work"))
         work.mkdir()
@@ -88,10 +97,14 @@ def run_case(modules: Sequence[str], probe: Probe, case: str) -> Result:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if answer.exists():
-            return Result(**json.loads(answer.read_bytes()))
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
-        how = f"did not end within {probe.limit:g} s" if status is None else f"ended with exit status {status}"
-        return Result(failures=[f"the case {how} and without a result\n{tail}"])
+            result = Result(**json.loads(answer.read_bytes()))
+        else:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
+            how = f"did not end within {probe.limit:g} s" if status is None else f"ended with exit status {status}"
+            result = Result(failures=[f"the case {how} and without a result\n{tail}"])
+        if result.failures:
+            shutil.move(folder, kept)
+        return result
 
 
 def run(names: Sequence[str], workspace: Path, modules: Sequence[str] = MODULES) -> bool:
@@ -103,13 +116,13 @@ def run(names: Sequence[str], workspace: Path, modules: Sequence[str] = MODULES)
         folder = workspace / name
         folder.mkdir(parents=True, exist_ok=True)
         for case in probe.cases:
-            path = folder / f"{case}.json"
+            path, kept = folder / f"{case}.json", folder / f"{case}.failed"
             if path.exists():
                 result = Result(**json.loads(path.read_bytes())["result"])
                 print(f"{name}/{case}: has a result", flush=True)
             else:
                 begin = time.monotonic()
-                result = run_case(modules, probe, case)
+                result = run_case(modules, probe, case, kept)
                 record = {
                     "result": dataclasses.asdict(result),
                     "seconds": round(time.monotonic() - begin, 1),
@@ -119,7 +132,9 @@ def run(names: Sequence[str], workspace: Path, modules: Sequence[str] = MODULES)
                 }
                 print(f"{name}/{case}: {result.inputs:,} inputs, {len(result.failures)} failures", flush=True)
                 # A case with a failure is run again by the next command.
-                if not result.failures:
+                if result.failures:
+                    print(f"  output and files: {kept}", flush=True)
+                else:
                     atomic_write(path, json.dumps(record, indent=1).encode())
             for failure in result.failures[:5]:
                 print(f"  {failure}", flush=True)

@@ -44,6 +44,14 @@ def failures(samples):
     return result.failures
 
 
+def test_only_verls_load_balancer_has_a_larger_bound_of_memory():
+    """Ray does not release the references of actor handles that it returns."""
+    balancer = "ray::GlobalRequestLoadBalancer"
+    assert failures(series(lambda x, rng: 500 + 12 * x + rng.standard_normal()))
+    assert failures(series(lambda x, rng: 500 + 12 * x + rng.standard_normal(), role=balancer)) == []
+    assert failures(series(lambda x, rng: 500 + 25 * x + rng.standard_normal(), role=balancer))
+
+
 FLAT = {
     "constant": lambda x, rng: 500,
     "noisy": lambda x, rng: 500 + 10 * rng.standard_normal(),

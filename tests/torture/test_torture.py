@@ -19,6 +19,7 @@ def good(folder: Path) -> Result:
     return Result(inputs=3, counts={{"accepted": 2}}, worst={{"slowest input (ms)": float(os.environ["SLOWEST"])}})
 
 def wrong(folder: Path) -> Result:
+    (folder / "evidence").touch()
     return Result(inputs=2, failures=["input 7: accepted"])
 
 def raising(folder: Path) -> Result:
@@ -87,6 +88,14 @@ def test_a_failure_is_shown_and_is_run_again(modules, tmp_path, capsys, name, sa
     assert torture.record(tmp_path / "workspace", modules) == {}
     assert not torture.run([name], tmp_path / "workspace", modules)
     assert said in capsys.readouterr().out
+
+
+def test_the_folder_of_a_failed_case_is_kept(modules, tmp_path):
+    for _ in range(2):
+        assert not torture.run(["wrong", "killed"], tmp_path / "workspace", modules)
+    assert (tmp_path / "workspace/wrong/one.failed/work/evidence").exists()
+    assert "last words" in (tmp_path / "workspace/killed/one.failed/output.log").read_text()
+    assert not (tmp_path / "workspace/wrong/two.failed").exists()
 
 
 def test_the_command_knows_its_probes_and_rejects_others(capsys):
