@@ -33,6 +33,8 @@ from torture.scale import run_command
 MIB = 2**20
 #: Seconds between two samples.
 INTERVAL = 15.0
+#: The same for a study, whose simulated cells take a few seconds each.
+STUDY_INTERVAL = 3.0
 #: Share of the steps at the beginning that does not count.
 WARM_UP = 0.25
 #: Blocks of a series; a slope is fitted to their medians, because neighboring samples are not independent.
@@ -370,7 +372,7 @@ def declaration(simulated: int, real: int) -> dict[str, Any]:
     }
 
 
-def study(folder: Path, *, simulated: int = 200, real: int = 10, interval: float = INTERVAL) -> Result:
+def study(folder: Path, *, simulated: int = 200, real: int = 10, interval: float = STUDY_INTERVAL) -> Result:
     """Run a study of many cells with two jobs, sample its processes, then show, collect and report it."""
     cells, result = simulated + real, Result(inputs=simulated + real)
     path = folder / "study.yaml"
