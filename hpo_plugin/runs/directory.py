@@ -320,21 +320,18 @@ def damage(checkpoint: Path, contents: Sequence[str] = tuple(CHECKPOINT_FILES)) 
         checkpoint: ``global_step_<N>``.
         contents: ``actor_rollout_ref.actor.checkpoint.save_contents``.
     """
-    actor, files = checkpoint / "actor", [checkpoint / "data.pt"]
+    actor, files = checkpoint / "actor", {checkpoint / "data.pt"}
     if not (actor / "ckpt_contents.json").exists():
-        found = sorted(actor.glob("*.pt"))
+        found = list(actor.glob("*.pt"))
         if not found:
             return "actor/ has no file *.pt"
         sizes = {int(size) for path in found for size in re.findall(r"_world_size_(\d+)_rank_\d+\.pt$", path.name)}
         kinds = [kind for name, kind in CHECKPOINT_FILES.items() if name in contents]
-        files += found
-        files += [
-            actor / f"{kind}_world_size_{size}_rank_{rank}.pt"
-            for size in sorted(sizes)
-            for kind in kinds
-            for rank in range(size)
-        ]
-    for file in files:
+        files |= {
+            *found,
+            *(actor / f"{kind}_world_size_{size}_rank_{r}.pt" for size in sizes for kind in kinds for r in range(size)),
+        }
+    for file in sorted(files):
         if not file.exists():
             return f"{file.relative_to(checkpoint)} is missing"
         if not zipfile.is_zipfile(file):
