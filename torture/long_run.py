@@ -42,8 +42,8 @@ BLOCKS = 8
 CONFIDENCE = 0.95
 #: Largest upper end of the interval of a slope per 100 steps: private memory of a process (MiB), file handles, threads.
 MEMORY_BOUND, HANDLES_BOUND, THREADS_BOUND = 5.0, 1.0, 1.0
-#: Larger bounds of memory. With Ray 2.60, an actor that returns actor handles grows. verl's load balancer returns one for
-#: each response.
+#: Larger bounds of memory. With Ray 2.60, an actor that returns actor handles grows.
+#: verl's load balancer returns one for each response.
 MEMORY_BOUNDS = {"ray::GlobalRequestLoadBalancer": 20.0}
 #: Largest size of all logs of a run for each step, in bytes.
 LOG_BOUND = 32_768.0
