@@ -53,11 +53,14 @@ def targets() -> dict[str, tuple[list[str], list[str], Examine]]:
         for whole in (given, rf"\boxed{{{given}}}"):
             text.examine_telelogs(text.TeleLogsInput(whole, "C3", "C3"), result, untimed)
 
+    def prompt(given: str, result: Result) -> None:
+        text.examine_prompt(given, result, untimed)
+
     return {
         "countdown": ([text.RIGHT, *text.corpus("countdown")], text.COUNTDOWN_PIECES, countdown),
         "tinyzero": ([text.RIGHT, *text.corpus("tinyzero")], text.PYTHON_PIECES, tinyzero),
         "telelogs": ([r"\boxed{C3}", *text.corpus("telelogs")], text.TELELOGS_PIECES, telelogs),
-        "prompt": ([*text.prompts(), *text.corpus("prompt")], text.PROMPT_PIECES, text.examine_prompt),
+        "prompt": ([*text.prompts(), *text.corpus("prompt")], text.PROMPT_PIECES, prompt),
     }
 
 

@@ -42,8 +42,8 @@ BLOCKS = 8
 CONFIDENCE = 0.95
 #: Largest upper end of the interval of a slope per 100 steps: private memory of a process (MiB), file handles, threads.
 MEMORY_BOUND, HANDLES_BOUND, THREADS_BOUND = 5.0, 1.0, 1.0
-#: Larger bounds of memory. With Ray 2.60, an actor that returns actor handles grows.
-#: verl's load balancer returns one for each response.
+#: Larger bounds of memory. An actor of Ray that returns actor handles grows (:func:`actor_handles`), and verl's load
+#: balancer returns one for each response.
 MEMORY_BOUNDS = {"ray::GlobalRequestLoadBalancer": 20.0}
 #: Largest size of all logs of a run for each step, in bytes.
 LOG_BOUND = 32_768.0
@@ -426,6 +426,58 @@ def study(folder: Path, *, simulated: int = 200, real: int = 10, interval: float
     return result
 
 
+# --- actor handles -------------------------------------------------------------------------------------------------
+
+
+class Answering:
+    """An actor whose methods return an actor handle, as verl's load balancer does, or a text."""
+
+    def __init__(self, server: Any) -> None:
+        """Keep the handle."""
+        self._server = server
+
+    def handle(self) -> Any:
+        """Return the handle."""
+        return self._server
+
+    def text(self) -> str:
+        """Return a text."""
+        return "server"
+
+    def memory(self) -> int:
+        """Return the private memory of this process, in bytes."""
+        return int(psutil.Process().memory_full_info().uss)
+
+
+def actor_handles(folder: Path, *, calls: int = 96_000, batch: int = 100) -> Result:
+    """Measure the memory of a Ray actor that returns actor handles, and of one that returns texts.
+
+    Growth with texts is a failure. No growth with handles is one as well: :data:`MEMORY_BOUNDS` is then out of date.
+    """
+    import ray
+
+    result, points = Result(inputs=2 * calls), 4 * BLOCKS
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        actor_class = ray.remote(num_cpus=0)(Answering)
+        server = actor_class.remote(None)
+        for kind in ("handle", "text"):
+            actor, done, memory = actor_class.remote(server), list[float](), list[float]()
+            for point in range(points):
+                for _ in range(calls // points // batch):
+                    ray.get([getattr(actor, kind).remote() for _ in range(batch)])
+                done.append((point + 1) * (calls // points // batch) * batch)
+                memory.append(ray.get(actor.memory.remote()))
+            found = slope(done, memory)
+            result.measure(f"bytes for each {kind}", round(found.value, 1))
+            grows = found.low > 0 and found.value > 200
+            if grows is not (kind == "handle"):
+                result.failures.append(f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}] bytes for each {kind}")
+    finally:
+        ray.shutdown()
+    return result
+
+
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -462,11 +514,18 @@ PROBES = (
         limit=4 * 3600.0,
     ),
     Probe(
+        "actor-handles",
+        "long-runs",
+        "a Ray actor that returns actor handles, and one that returns texts",
+        "the first grows, which is why verl's load balancer has another bound; the second does not",
+        {"one": actor_handles},
+    ),
+    Probe(
         "study-210-cells",
         "long-runs",
         "`hpo-plugin study run --jobs 2` with 200 cells of the simulator and 10 of verl's trainer, then `status`, "
         "`collect` and `report`",
-        "all cells are finished, collected and reported; the bounds of the row above for 100 cells; no process is left",
+        "all cells are finished, collected and reported; the bounds of the first row for 100 cells; no process is left",
         {"one": study},
         limit=4 * 3600.0,
     ),

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from hpo_plugin.preview.rollouts import PreviewError, open_rollouts
 from hpo_plugin.preview.steps import preview_step
 from torture.probe import Probe, Result, seeded
-from torture.text import mutated, shown
+from torture.text import LIMIT_MS, LONG, cpu_ms, mutated, shown
 
 #: Why a row is skipped (docs/preview.md).
 NO_OBJECT = "not a JSON object"
@@ -151,10 +151,36 @@ def examine_lines(made: list[Line], folder: Path, rng: random.Random, result: Re
             result.failures.append(f"{found} rows are skipped because {reason!r}, not {number}")
 
 
+def time_of_long_lines(folder: Path, rng: random.Random, result: Result, size: int = 20) -> None:
+    """The CPU time for a line of 256 kB: that of a file with some, without that of the same file with short lines."""
+
+    def preview(made: list[str], repeats: int) -> float:
+        path = folder / "long.jsonl"
+        path.write_bytes("\n".join(made).encode("utf-8", "surrogatepass"))
+        return cpu_ms(lambda: read([path]), repeats)
+
+    short = [made.text for made in lines(rng, size, mutations=0.5)]
+    word = rng.choice([*PIECES, *_TEXTS[1:], "[", '{"a":']).replace("\n", " ").replace("\r", " ")
+    place = rng.randrange(60)
+    count = LONG // len(word.encode("utf-8", "surrogatepass"))
+    long = [text[:place] + word * count + text[place:] for text in short]
+    for repeats in (2, 20):
+        # The first line decides which columns there are.
+        milliseconds = (preview([short[0], *long], repeats) - preview([short[0], *short], repeats)) / size
+        if milliseconds <= LIMIT_MS:
+            break
+    result.inputs += 2 * (size + 1)
+    result.measure("slowest line of 256 kB (CPU ms)", round(milliseconds, 3))
+    if milliseconds > LIMIT_MS:
+        result.failures.append(f"{milliseconds:.1f} ms for each line of 256 kB with {word!a}")
+
+
 def json_lines(folder: Path, seed: int, files: int, size: int = 5000) -> Result:
     """Files of JSON lines: half of them with known outcomes only, half of them with mutations."""
     result = Result()
     rng = random.Random(seed)
+    for _ in range(files):
+        time_of_long_lines(folder, rng, result)
     for number in range(files):
         made = list(lines(rng, size, mutations=0.0 if number % 2 else 0.5))
         examine_lines(made, folder, rng, result)
@@ -253,7 +279,8 @@ PROBES: tuple[Probe, ...] = (
         "preview-lines",
         "text",
         "`preview`, JSON lines",
-        "each row is used with its values, or counted as skipped with the reason; no exception",
+        "each row is used with its values, or counted as skipped with the reason; no exception; at most 5 ms for a "
+        "line of 256 kB",
         seeded(4, lambda folder, seed: json_lines(folder, seed, 50)),
     ),
     Probe(

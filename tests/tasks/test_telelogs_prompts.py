@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hpo_plugin.tasks.telelogs.prompts import WORDINGS, PromptError, parse_prompt, render_prompt, table_lines
+from hpo_plugin.tasks.telelogs.prompts import MAX_ROWS, WORDINGS, PromptError, parse_prompt, render_prompt, table_lines
 from hpo_plugin.tasks.telelogs.rules import diagnose
 from hpo_plugin.tasks.telelogs.synthetic import SyntheticRow, generate, relabeled
 from hpo_plugin.tasks.telelogs.tables import (
@@ -870,11 +870,21 @@ def test_a_row_with_fewer_neighbors_than_columns_has_missing_cells() -> None:
         "\n".join(LINES[:23]) + "\n" + "Timestamp|" * 100_000,
         "\n".join(LINES[:24]) + "\n" + "-|" * 500_000,
         "\n".join(LINES[:24]) + "\n" + "9" * 1_000_000,
+        "\n".join([*LINES[:23], "Timestamp"]) + "\n-" * 500_000,
     ],
-    ids=["labels", "options", "bars", "line breaks", "columns", "cells", "digits"],
+    ids=["labels", "options", "bars", "line breaks", "columns", "cells", "digits", "rows"],
 )
 def test_a_megabyte_of_nonsense_is_refused_at_once(text: str) -> None:
     begin = time.perf_counter()
     refused(text)
-    # Linear work takes some 50 ms; the limit allows for other processes.
+    # It takes at most some 10 ms; the limit allows for other processes.
     assert time.perf_counter() - begin < 2.0
+
+
+def test_a_table_has_at_most_a_hundred_rows() -> None:
+    longest = "\n".join([*LINES[:24], *[LINES[24]] * MAX_ROWS, *LINES[27:]])
+    case = parse_prompt(longest)
+    assert len(case.drive_test) == MAX_ROWS
+    assert render_prompt(case) == longest
+    with pytest.raises(PromptError, match="line 125: more than 100 rows in a table"):
+        parse_prompt(longest.replace(LINES[24], f"{LINES[24]}\n{LINES[24]}", 1))

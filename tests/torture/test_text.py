@@ -17,7 +17,6 @@ PROBES = {"countdown": text.countdown, "tinyzero": text.tinyzero, "telelogs": te
 @pytest.mark.parametrize("name", PROBES)
 def test_no_text_has_a_wrong_outcome(name, monkeypatch):
     # Times are measured by the full run alone: the machine of a test may be busy.
-    monkeypatch.setattr(text, "LIMIT_RATIO", 1000.0)
     monkeypatch.setattr(text, "LIMIT_MS", 1000.0)
     result = PROBES[name](12345, 2000 if name != "prompt" else 500)
     assert result.failures == []
@@ -49,7 +48,7 @@ def test_an_exception_of_a_reward_and_of_the_parser_is_found(monkeypatch):
     monkeypatch.setattr(text, "parse_prompt", raising)
     result = Result()
     text.examine_countdown(text.CountdownInput("1+1", 2, (1, 1), "terse"), result, text.Timer(result))
-    text.examine_prompt("a", result)
+    text.examine_prompt("a", result, text.Timer(result))
     assert [failure.split(":")[0] for failure in result.failures] == ["RecursionError", "RecursionError"]
 
 
@@ -70,7 +69,7 @@ def test_the_error_of_the_parser_is_short_whatever_the_prompt_is():
     result = Result()
     for place in range(len(heading)):
         line = heading[place] + " C3" * 1000
-        text.examine_prompt("\n".join([*heading[:place], line, *heading[place + 1 :]]), result)
+        text.examine_prompt("\n".join([*heading[:place], line, *heading[place + 1 :]]), result, text.Timer(result))
     assert result.failures == []
     assert result.inputs == len(heading)
 
@@ -110,7 +109,13 @@ def test_the_oracle_of_telelogs(response, right):
     assert text.telelogs_oracle(response, "C3", "C3") is right
 
 
-def test_rollouts_are_used_or_counted_as_skipped(tmp_path):
+@pytest.fixture
+def any_time(monkeypatch):
+    """Times are measured by the full run alone."""
+    monkeypatch.setattr(rollout_text, "LIMIT_MS", 1000.0)
+
+
+def test_rollouts_are_used_or_counted_as_skipped(tmp_path, any_time):
     lines = rollout_text.json_lines(tmp_path, 0, files=4, size=1000)
     assert lines.failures == []
     assert min(lines.counts.values()) > 500
@@ -119,7 +124,7 @@ def test_rollouts_are_used_or_counted_as_skipped(tmp_path):
     assert set(parquet.counts) == {"used", "skipped", "files with an error that names the reason"}
 
 
-def test_a_row_that_is_dropped_or_misread_is_found(tmp_path, monkeypatch):
+def test_a_row_that_is_dropped_or_misread_is_found(tmp_path, monkeypatch, any_time):
     create_table = rollouts._create_table
 
     def dropping(*arguments, **options):
@@ -129,6 +134,13 @@ def test_a_row_that_is_dropped_or_misread_is_found(tmp_path, monkeypatch):
     assert rollout_text.json_lines(tmp_path, 0, files=1, size=500).failures
     monkeypatch.setattr(rollouts, "_create_table", lambda *a, **o: create_table(*a, **o).replace("length(", "strlen("))
     assert any("by mistake" in found for found in rollout_text.json_lines(tmp_path, 1, files=2, size=500).failures)
+
+
+def test_a_slow_line_of_rollouts_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout_text, "LIMIT_MS", 1e-3)
+    result = Result()
+    rollout_text.time_of_long_lines(tmp_path, random.Random(0), result, size=2)
+    assert "each line of 256 kB" in result.failures[0]
 
 
 @pytest.mark.parametrize("line_break", [b"\n", b"\r\n"])

@@ -36,9 +36,12 @@ from hpo_plugin.tasks.telelogs.tables import (
 MISSING: Final = "-"
 #: A label: ``C3``, ``3``, ``M4``.
 LABEL_PATTERN: Final = "[A-Z]?[1-9][0-9]?"
+#: Most rows of a table: the limit bounds the time for a text that is not a prompt. The data set has up to 13.
+MAX_ROWS: Final = 100
 
 # Bounded, so that no number is too long for the arithmetic of the rules.
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,20})?", re.ASCII)
+_EMPTY_LINES = re.compile("\n*")
 _CAUSE_BY_TEXT = {cause.text: cause for cause in Cause}
 
 
@@ -320,40 +323,44 @@ class _Lines:
     """The lines of a prompt, read once from top to bottom; counts the empty ones between blocks."""
 
     def __init__(self, text: str) -> None:
-        self._lines = text.split("\n")
-        self._next = 0
+        self._text = text
+        self._begin = 0
+        self._taken = 0
         self.gaps: list[int] = []
 
     @property
     def number(self) -> int:
         """Of the next line, from 1."""
-        return self._next + 1
+        return self._taken + 1
 
     def skip_empty(self) -> None:
-        begin = self._next
-        while self._next < len(self._lines) and not self._lines[self._next]:
-            self._next += 1
-        self.gaps.append(self._next - begin)
+        matched = _EMPTY_LINES.match(self._text, self._begin)
+        # After the last line break there is one more empty line.
+        end = matched.end() + (matched.end() == len(self._text)) if matched else 0
+        self.gaps.append(max(0, end - self._begin))
+        self._taken += self.gaps[-1]
+        self._begin += self.gaps[-1]
 
     def peek(self) -> str | None:
         """The next line; None at an empty one and at the end."""
-        line = self._lines[self._next] if self._next < len(self._lines) else ""
-        return line or None
+        end = self._text.find("\n", self._begin)
+        return self._text[self._begin : end if end >= 0 else None] or None
 
     def take(self, expected: str) -> str:
         line = self.peek()
         if line is None:
-            ended = not any(self._lines[self._next :])
+            ended = not self._text[self._begin :].strip("\n")
             raise PromptError(
-                min(self.number, len(self._lines)),
+                min(self.number, self._text.count("\n") + 1),
                 f"expected {expected}, but {'the text ends' if ended else 'found an empty line'}",
             )
-        self._next += 1
+        self._taken += 1
+        self._begin += len(line) + 1
         return line
 
     def fail(self, reason: str, found: str) -> PromptError:
         """An error about the line taken last."""
-        return PromptError(self._next, reason, found)
+        return PromptError(self._taken, reason, found)
 
 
 def parse_prompt(text: str) -> Case:
@@ -366,7 +373,7 @@ def parse_prompt(text: str) -> Case:
         The case. ``render_prompt`` of it is ``text`` again.
 
     Raises:
-        PromptError: If anything is not understood; it names the line.
+        PromptError: If anything is not understood, or a table has more than :data:`MAX_ROWS` rows; it names the line.
     """
     lines = _Lines(text)
     lines.skip_empty()
@@ -406,10 +413,10 @@ def parse_prompt(text: str) -> Case:
         lines.skip_empty()
         if is_cells:
             cell_columns, rows = _take_table(lines, wording, wording.cell_names)
-            cells = tuple(_cell(cell_columns, row) for row in rows)
+            cells = tuple([_cell(cell_columns, row) for row in rows])
         else:
             drive_test_columns, rows = _take_table(lines, wording, wording.drive_test_names)
-            drive_test = tuple(_drive_test_row(drive_test_columns, row) for row in rows)
+            drive_test = _drive_test(drive_test_columns, rows)
     for block in wording.closing:
         lines.skip_empty()
         for template in block:
@@ -463,7 +470,8 @@ def _take_options(lines: _Lines, wording: Wording) -> tuple[Option, ...]:
             _add_option(options, Option(label, _CAUSE_BY_TEXT[text]), lines, line)
     else:
         line = lines.take("the labels of the options")
-        for word in line.split(" "):
+        # No more labels than causes are distinct, so what follows the next word does not matter.
+        for word in line.split(" ", len(Cause) + 1):
             label, _, cause = word.partition("=")
             # "C3=C3" is written "C3".
             if (cause or label) not in Cause.__members__ or label == cause:
@@ -489,7 +497,8 @@ def _take_table(lines: _Lines, wording: Wording, names: dict[str, str]) -> tuple
     header = lines.take("the column names of a table")
     by_name = {name: column for column, name in names.items()}
     columns: list[str] = []
-    for name in header.split("|"):
+    # A name that follows all columns is unknown or appears twice.
+    for name in header.split("|", len(by_name) + 1):
         if name not in by_name:
             raise lines.fail(f"unknown column {name!r}", header)
         if by_name[name] in columns:
@@ -499,10 +508,11 @@ def _take_table(lines: _Lines, wording: Wording, names: dict[str, str]) -> tuple
     rows: list[_Row] = []
     while (line := lines.peek()) is not None and line not in ends:
         lines.take("a row")
-        cells = line.split("|")
-        if len(cells) != len(columns):
-            raise lines.fail(f"{len(cells)} cells in a table of {len(columns)} columns", line)
-        rows.append((lines.number - 1, cells))
+        if len(rows) == MAX_ROWS:
+            raise lines.fail(f"more than {MAX_ROWS} rows in a table", line)
+        if (count := line.count("|") + 1) != len(columns):
+            raise lines.fail(f"{count} cells in a table of {len(columns)} columns", line)
+        rows.append((lines.number - 1, line.split("|")))
     if not rows:
         raise lines.fail("a table without rows", header)
     return tuple(columns), rows
@@ -525,15 +535,17 @@ def _read_cells(columns: Sequence[str], row: _Row) -> dict[str, Value | str]:
     return values
 
 
-def _drive_test_row(columns: tuple[str, ...], row: _Row) -> DriveTestRow:
-    values = _read_cells(columns, row)
-    count = max((place[1] + 1 for column in columns if (place := _neighbor_column(column))), default=0)
-    neighbors = tuple(
-        Neighbor(values.get(f"neighbor_{k}_pci"), values.get(f"neighbor_{k}_brsrp"))  # type: ignore[arg-type]
-        for k in range(1, count + 1)
-    )
-    plain = {column: values.get(column) for column in DRIVE_TEST_COLUMNS if not _neighbor_column(column)}
-    return DriveTestRow(neighbors=neighbors, **plain)  # type: ignore[arg-type]
+def _drive_test(columns: tuple[str, ...], rows: Sequence[_Row]) -> tuple[DriveTestRow, ...]:
+    places = [place for column in columns if (place := _neighbor_column(column))]
+    count = max((place + 1 for _, place in places), default=0)
+    names = [(f"neighbor_{k}_pci", f"neighbor_{k}_brsrp") for k in range(1, count + 1)]
+    plain = [column for column in DRIVE_TEST_COLUMNS if not _neighbor_column(column)]
+    drive_test = []
+    for row in rows:
+        values = _read_cells(columns, row)
+        neighbors = tuple([Neighbor(values.get(pci), values.get(brsrp)) for pci, brsrp in names])  # type: ignore[arg-type]
+        drive_test.append(DriveTestRow(neighbors=neighbors, **{name: values.get(name) for name in plain}))  # type: ignore[arg-type]
+    return tuple(drive_test)
 
 
 def _cell(columns: tuple[str, ...], row: _Row) -> RadioCell:
