@@ -142,10 +142,20 @@ def run(names: Sequence[str], workspace: Path, modules: Sequence[str] = MODULES)
     return fine
 
 
-def record(workspace: Path, modules: Sequence[str] = MODULES) -> dict[str, Any]:
-    """The results by probe, in the form of ``docs/torture.json``; without probes that lack the result of a case."""
-    found = {}
+def record(workspace: Path, known: dict[str, Any], modules: Sequence[str] = MODULES) -> dict[str, Any]:
+    """The results by probe, in the form of ``docs/torture.json``.
+
+    Args:
+        workspace: the workspace.
+        known: earlier results. They are kept for probes that lack the result of a case, unless a case has failed.
+        modules: modules with probes.
+    """
+    found = dict(known)
     for name, probe in probes(modules).items():
+        if any((workspace / name / f"{case}.failed").exists() for case in probe.cases):
+            print(f"{name}: a case has failed")
+            found.pop(name, None)
+            continue
         paths = [workspace / name / f"{case}.json" for case in probe.cases]
         if not all(path.exists() for path in paths):
             print(f"{name}: not all cases have a result")
@@ -216,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.record:
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        written = known | record(given.workspace)
+        written = record(given.workspace, known)
         RESULTS.write_text(json.dumps(written, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     if given.write:
         PAGE.write_text(page(PAGE.read_text(), json.loads(RESULTS.read_text())))

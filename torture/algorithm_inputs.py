@@ -541,7 +541,7 @@ PROBES: tuple[Probe, ...] = (
         "algorithm-openrlhf",
         "algorithm-inputs",
         "batches for the adapter to OpenRLHF, with OpenRLHF's formula of advantages",
-        EXPECTED,
+        "the oracle's advantages and α, or an error that names the rows",
         {"all": partial(many, check_openrlhf, BATCHES, 0, least=4)},
     ),
 )

@@ -990,7 +990,10 @@ def kill_probe(subject: Subject, role: str, seeds: int, title: str) -> Probe:
 
 
 STOPS = "the run stops with the cause, and is resumed from the last whole checkpoint"
-RESUMES = "the run is resumed from the last whole checkpoint, and the command says why not from a later one"
+RESUMES = (
+    "the run is resumed from the last whole checkpoint, and the command names a damaged or missing file of a later "
+    "one, but for the tracker file"
+)
 MODEL = "actor/model_world_size_1_rank_0.pt"
 
 
@@ -1072,7 +1075,7 @@ PROBES: tuple[Probe, ...] = (
     probe(
         "corrupt-data",
         "a training file with a corrupt row group",
-        STOPS,
+        "the run stops with the cause, and the next command with the whole file trains all steps",
         {
             "row-group": functools.partial(
                 during, OTHER_FILE, corrupt_row_group, r"Cause: .*(?:data\.parquet|[Pp]arquet|generating)", step=0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hpo_plugin.algorithm import RewardError
-from torture.algorithm_inputs import ADVANTAGE, EXPECTED, LARGEST, REWARDS, advantages_of, alpha_of, differs
+from torture.algorithm_inputs import ADVANTAGE, LARGEST, REWARDS, advantages_of, alpha_of, differs
 from torture.probe import Probe, Result
 
 #: Completions of a generation batch, and of a prompt.
@@ -167,7 +167,7 @@ PROBES: tuple[Probe, ...] = (
         "algorithm-trl",
         "algorithm-inputs",
         "rewards for `HPOTrainer`, from the reward function to the gradient",
-        EXPECTED,
+        "the oracle's advantages and α, and a gradient if one of them is not 0; or an error that names the rows",
         {
             scale: partial(many, 1000, k * 1000, scale_rewards=scale)
             for k, scale in enumerate(("group", "batch", "none"))
