@@ -342,13 +342,16 @@ def test_the_final_table_shows_success_time_alpha_and_where_everything_is(run):
 @pytest.mark.e2e
 @pytest.mark.timeout(1800)
 def test_a_killed_quickstart_resumes_and_a_third_call_starts_another_run(tmp_path):
+    secrets = {name: f"canary-{name.lower()}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
+    (tmp_path / "cwd").mkdir()
+    process = {"env": {**os.environ, **secrets}, "cwd": tmp_path / "cwd", "text": True}
     command = [
         *[sys.executable, "-m", "hpo_plugin.cli", "quickstart", "--steps=6", "--n-test=64", "--seed=1"],
         *[f"--output={tmp_path}", "trainer.save_freq=2", "data.train_batch_size=8"],
         "actor_rollout_ref.actor.ppo_mini_batch_size=4",
     ]
     directory = tmp_path / "countdown_cpu-ahpo-seed1-001"
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **process)
     metrics = directory / "attempt-1" / "metrics.jsonl"
     while first.poll() is None and not (metrics.exists() and '"step":3' in metrics.read_text()):
         time.sleep(0.2)
@@ -356,8 +359,14 @@ def test_a_killed_quickstart_resumes_and_a_third_call_starts_another_run(tmp_pat
     first.send_signal(signal.SIGKILL)
     first.wait()
 
-    second = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    second = subprocess.run(command, capture_output=True, timeout=900, **process)
     assert second.returncode == 0, second.stdout + second.stderr
+    # Nothing is written to the current directory, and no file or output contains the value of a token.
+    assert list((tmp_path / "cwd").iterdir()) == []
+    contents = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    contents[Path("output")] = (second.stdout + second.stderr).encode()
+    assert [path for path, content in contents.items() if b"canary-" in content] == []
+    assert any(path.name == "trainer.log" for path in contents)
     run = Run(directory)
     assert [attempt.resumed_from for attempt in run.attempts()] == [None, 2]
     done = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
