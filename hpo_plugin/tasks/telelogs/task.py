@@ -63,7 +63,7 @@ class TeleLogsOptions(DataOptions):
         "Classes of the synthetic training split: train (default: the published shares) or uniform."
     )
     reduction: str | None = option(
-        "Size of synthetic cases: full (default), or laptop (about 200 characters, 5 causes)."
+        "Size of synthetic cases: full (default), or laptop (about 150 characters, 5 causes)."
     )
     relabeled: bool = option("Also write the test split with random labels, options and table order.", False)
     sft: bool = option("Also write the oracle's chains of thought, for verl's SFT trainer.", False)
