@@ -121,6 +121,8 @@ def run(
     try:
         if print_commands and submit:
             raise StudyError("--print and --submit exclude each other. Remove one of them.")
+        if again and not submit:
+            raise StudyError("--again needs --submit. Add --submit, or remove --again.")
         with interruptible():
             workspace, cells = _load(study_file, output, only)
             collected = read_data(_data_file(study_file, data))

@@ -408,6 +408,19 @@ def test_cells_are_submitted_once_unless_asked_again(declared, study_file, works
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--print", "--submit"], "--print and --submit exclude each other"),
+        (["--again"], "--again needs --submit"),
+    ],
+)
+def test_options_that_do_not_belong_together_stop_the_command(declared, study_file, options, said):
+    done = run(study_file(declared), *options)
+    assert done.exit_code == 1
+    assert said in " ".join(done.output.split())
+
+
 def test_a_cell_trained_by_its_printed_command_is_collected(declared, study_file, workspace, tmp_path, monkeypatch):
     class OneNode:
         failure = None
