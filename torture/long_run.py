@@ -1,7 +1,7 @@
 """Long runs: memory, file handles and logs of every process of a training, and a study with many cells.
 
 python -m torture.long_run --hours 0.1 FOLDER    # train and sample; FOLDER gets the samples
-python -m torture.long_run --read FOLDER         # the slopes of samples
+python -m torture.long_run --read FOLDER         # judge the samples and logs of a folder
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ CONFIDENCE = 0.95
 #: Largest upper end of the interval of a slope per 100 steps: private memory of a process (MiB), file handles, threads.
 MEMORY_BOUND, HANDLES_BOUND, THREADS_BOUND = 5.0, 1.0, 1.0
 #: Larger bounds of memory. An actor of Ray that returns actor handles grows (:func:`actor_handles`), and verl's load
-#: balancer returns one for each response.
-MEMORY_BOUNDS = {"ray::GlobalRequestLoadBalancer": 20.0}
+#: balancer returns one for each response. Ray's GCS server stores the events of 100,000 tasks, and then the ids of up
+#: to 1,000,000 older ones (``GcsTaskManager``, limits ``task_events_max_*`` of Ray).
+MEMORY_BOUNDS = {"ray::GlobalRequestLoadBalancer": 20.0, "gcs_server": 10.0}
 #: Largest size of all logs of a run for each step, in bytes.
 LOG_BOUND = 32_768.0
 
@@ -264,7 +265,6 @@ def train(folder: Path, *, hours: float, interval: float = INTERVAL) -> Result:
     # A shell makes its background jobs ignore SIGINT, and their children inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     command, progress, result = Command(quickstart(folder), folder), Progress(folder), Result()
-    samples: list[Sample] = []
     begin, first = time.monotonic(), math.nan
     try:
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
@@ -277,14 +277,12 @@ def train(folder: Path, *, hours: float, interval: float = INTERVAL) -> Result:
                     first = time.monotonic()
                 if step:
                     new = sample(command.members(), time.monotonic() - first, step)
-                    samples += new
                     file.writelines(json.dumps(asdict(entry)) + "\n" for entry in new)
                     file.flush()
                 elif time.monotonic() - begin > 1800:
                     result.failures.append(f"no step within 30 minutes: {command.output()[-2000:]}")
                     break
                 time.sleep(interval)
-        steps, logs = progress.step(), log_bytes(folder)
         command.process.send_signal(signal.SIGINT)
         if command.wait(120.0) != 130:
             result.failures.append("the command did not end with exit status 130 within 120 s after an interrupt")
@@ -292,19 +290,31 @@ def train(folder: Path, *, hours: float, interval: float = INTERVAL) -> Result:
             result.failures.append(f"{len(left)} processes are left after the interrupt")
     finally:
         command.kill()
-    result.inputs = steps
-    found = trends(samples)
+    judge_training(folder, result)
+    return result
+
+
+def judge_training(folder: Path, result: Result) -> None:
+    """Judge the samples and logs that :func:`train` has written, and print the trend of each process.
+
+    Args:
+        folder: contains ``samples.jsonl`` and the run.
+        result: gets the failures and the measurements.
+    """
+    with (folder / "samples.jsonl").open(encoding="utf-8") as file:
+        samples = [Sample(**json.loads(line)) for line in file]
+    steps, logs, found = Progress(folder).step(), log_bytes(folder), trends(samples)
     for trend in found:
         print(written(trend), flush=True)
     judge(found, result)
     if not found:
         result.failures.append("no process was sampled")
-    result.measure("hours", (time.monotonic() - first) / 3600)
+    result.inputs = steps
+    result.measure("hours", samples[-1].seconds / 3600 if samples else 0.0)
     result.measure("sampled processes", len(found))
     result.measure("logs (kB per step)", logs / max(steps, 1) / 1000)
     if logs > LOG_BOUND * steps:
         result.failures.append(f"the logs have {logs / max(steps, 1):.0f} bytes per step, bound {LOG_BOUND:g}")
-    return result
 
 
 class Progress:
@@ -487,15 +497,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--interval", type=float, default=INTERVAL)
-    parser.add_argument("--read", action="store_true", help="only print the slopes of the samples in the folder")
+    parser.add_argument("--read", action="store_true", help="only judge the samples and logs in the folder")
     given = parser.parse_args(arguments)
     if given.read:
-        lines = (given.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         result = Result()
-        found = trends([Sample(**json.loads(line)) for line in lines])
-        for trend in found:
-            print(written(trend))
-        judge(found, result)
+        judge_training(given.folder, result)
     else:
         given.folder.mkdir(parents=True, exist_ok=True)
         result = train(given.folder.resolve(), hours=given.hours, interval=given.interval)
@@ -508,8 +514,8 @@ PROBES = (
         "long-run",
         "long-runs",
         "two hours of `hpo-plugin quickstart` on CPU cores; each of its processes is sampled every 15 seconds",
-        "per process, with 95 % confidence: at most 5 MiB (verl's load balancer: 20 MiB), one file handle and one "
-        "thread per 100 steps; at most 32 kB of logs per step; no process is left",
+        "per process, with 95 % confidence: at most 5 MiB (verl's load balancer 20 MiB, Ray's GCS server 10 MiB), "
+        "one file handle and one thread per 100 steps; at most 32 kB of logs per step; no process is left",
         {"one": partial(train, hours=2.0)},
         limit=4 * 3600.0,
     ),

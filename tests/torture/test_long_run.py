@@ -44,12 +44,12 @@ def failures(samples):
     return result.failures
 
 
-def test_only_verls_load_balancer_has_a_larger_bound_of_memory():
-    """Ray does not release the references of actor handles that it returns."""
-    balancer = "ray::GlobalRequestLoadBalancer"
-    assert failures(series(lambda x, rng: 500 + 12 * x + rng.standard_normal()))
-    assert failures(series(lambda x, rng: 500 + 12 * x + rng.standard_normal(), role=balancer)) == []
-    assert failures(series(lambda x, rng: 500 + 25 * x + rng.standard_normal(), role=balancer))
+@pytest.mark.parametrize(("role", "bound"), [("ray::GlobalRequestLoadBalancer", 20), ("gcs_server", 10)])
+def test_two_processes_have_a_larger_bound_of_memory(role, bound):
+    below, above = (lambda x, rng, share=share: 500 + share * bound * x + rng.standard_normal() for share in (0.7, 1.2))
+    assert failures(series(below))
+    assert failures(series(below, role=role)) == []
+    assert failures(series(above, role=role))
 
 
 FLAT = {
