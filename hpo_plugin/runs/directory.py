@@ -144,8 +144,8 @@ class Run:
             The step; None to start from the beginning.
         """
         last = min(self._latest_checkpoint(), self.logged_steps())
-        contents = self._saved_contents()
-        usable = [step for step, path in self._checkpoints() if step <= last and damage(path, contents) is None]
+        saved = self._saved()
+        usable = [step for step, path in self._checkpoints() if step <= last and damage(path, *saved) is None]
         return max(usable, default=None)
 
     def logged_steps(self) -> int:
@@ -158,8 +158,8 @@ class Run:
     def damaged_checkpoints(self) -> dict[int, str]:
         """The checkpoints whose save verl has recorded but that cannot be loaded, and what is wrong with each."""
         latest = self._latest_checkpoint()
-        contents = self._saved_contents()
-        found = {step: damage(path, contents) for step, path in self._checkpoints() if step <= latest}
+        saved = self._saved()
+        found = {step: damage(path, *saved) for step, path in self._checkpoints() if step <= latest}
         return {step: what for step, what in found.items() if what is not None}
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
@@ -170,15 +170,17 @@ class Run:
             if re.fullmatch(r"global_step_\d+", path.name)
         )
 
-    def _saved_contents(self) -> list[str]:
-        """What verl saves: ``save_contents`` in the config of the last attempt, or verl's default without its copy."""
+    def _saved(self) -> tuple[list[str], str]:
+        """What verl saves, and the engine, by the config of the last attempt; verl's defaults without its copy."""
         for attempt in reversed(self.attempts()):
             copy = attempt.directory / "hydra" / ".hydra" / "config.yaml"
             if copy.exists():
-                selected = OmegaConf.select(OmegaConf.load(copy), "actor_rollout_ref.actor.checkpoint.save_contents")
-                if selected is not None:
-                    return list(selected)
-        return list(CHECKPOINT_FILES)
+                config = OmegaConf.load(copy)
+                contents = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.save_contents")
+                engine = OmegaConf.select(config, "actor_rollout_ref.actor.strategy", default="fsdp")
+                if contents is not None:
+                    return list(contents), str(engine)
+        return list(CHECKPOINT_FILES), "fsdp"
 
     @property
     def _tracker(self) -> Path:
@@ -309,19 +311,29 @@ def choose_run(output: Path, request: RunRequest, *, new: bool = False) -> tuple
 CHECKPOINT_FILES = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 
 
-def damage(checkpoint: Path, contents: Sequence[str] = tuple(CHECKPOINT_FILES)) -> str | None:
+def damage(checkpoint: Path, contents: Sequence[str] = tuple(CHECKPOINT_FILES), engine: str = "fsdp") -> str | None:
     """What is missing from a checkpoint; None if it is whole.
 
-    The FSDP engine writes ``*.pt`` for each rank. The Megatron engine writes shards in ``model/``, ``optimizer/`` and
-    ``extra/``, and a manifest at the end (``MegatronCheckpointManager._finalize_save``). The function reads only the
-    end of each file: ``torch.save`` writes a zip archive, whose directory is at the end, so a truncated file has none.
+    The engines FSDP and VeOmni write ``*.pt`` for each rank. The Megatron engine writes shards in ``model/``,
+    ``optimizer/`` and ``extra/``, and a manifest at the end (``MegatronCheckpointManager._finalize_save``). TorchTitan
+    uses ``torch.distributed.checkpoint``, which writes ``.metadata`` after all shards. The function reads only the end
+    of each file ``*.pt``: ``torch.save`` writes a zip archive, whose directory is at the end, so a truncated file has
+    none.
 
     Args:
         checkpoint: ``global_step_<N>``.
         contents: ``actor_rollout_ref.actor.checkpoint.save_contents``.
+        engine: ``actor_rollout_ref.actor.strategy``.
     """
     actor, files = checkpoint / "actor", {checkpoint / "data.pt"}
-    if not (actor / "ckpt_contents.json").exists():
+    if engine == "torchtitan":
+        shards = {path.parent for path in checkpoint.rglob("*.distcp")}
+        if not shards:
+            return "there is no file *.distcp"
+        for folder in sorted(shards):
+            if not (folder / ".metadata").exists():
+                return f"{(folder / '.metadata').relative_to(checkpoint)} is missing"
+    elif not (actor / "ckpt_contents.json").exists():
         found = list(actor.glob("*.pt"))
         if not found:
             return "actor/ has no file *.pt"

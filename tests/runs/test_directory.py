@@ -3,11 +3,13 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from hpo_plugin.runs.directory import Run, RunBusyError, RunRequest, choose_run
 
@@ -239,6 +241,29 @@ def test_a_checkpoint_of_megatron_is_complete_when_its_manifest_is_written(tmp_p
     assert run.resume_step() == 10
     (run.checkpoints / "global_step_20" / "actor" / "ckpt_contents.json").touch()
     assert run.resume_step() == 20
+
+
+def test_a_checkpoint_of_torchtitan_is_complete_when_its_metadata_is_written(tmp_path):
+    run, _ = choose_run(tmp_path, AHPO)
+    attempt = run.new_attempt(None)
+    log(attempt, *range(25))
+    actor_config = {"strategy": "torchtitan", "checkpoint": {"save_contents": ["model", "optimizer", "extra"]}}
+    copy = attempt.directory / "hydra" / ".hydra" / "config.yaml"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(json.dumps({"actor_rollout_ref": {"actor": actor_config}}))
+    for step in (10, 20):
+        checkpoint(run, step)
+        shutil.rmtree(run.checkpoints / f"global_step_{step}" / "actor")
+    # TorchTitan replaces ``actor`` by ``step-<N>``.
+    saved = [run.checkpoints / f"global_step_{step}" / f"step-{step}" for step in (10, 20)]
+    torch.distributed.checkpoint.save({"weight": torch.zeros(9)}, checkpoint_id=saved[0])
+    assert run.resume_step() == 10
+    assert run.damaged_checkpoints() == {20: "there is no file *.distcp"}
+    torch.distributed.checkpoint.save({"weight": torch.zeros(9)}, checkpoint_id=saved[1])
+    assert run.resume_step() == 20
+    (saved[1] / ".metadata").unlink()
+    assert run.resume_step() == 10
+    assert run.damaged_checkpoints() == {20: "step-20/.metadata is missing"}
 
 
 def test_a_checkpoint_that_an_attempt_goes_back_behind_counts_only_when_it_is_written_again(tmp_path):
