@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import hpo_plugin
 from hpo_plugin.files import atomic_write
@@ -170,17 +171,25 @@ class Run:
             if re.fullmatch(r"global_step_\d+", path.name)
         )
 
+    def not_saved(self) -> list[str]:
+        """What a resumed run needs and verl does not save, by ``save_contents``: of model, optimizer and extra."""
+        contents, _ = self._saved()
+        return [name for name in CHECKPOINT_FILES if name not in contents]
+
     def _saved(self) -> tuple[list[str], str]:
         """What verl saves, and the engine, by the config of the last attempt; verl's defaults without its copy."""
+        config = self._config()
+        contents = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.save_contents")
+        engine = OmegaConf.select(config, "actor_rollout_ref.actor.strategy", default="fsdp")
+        return list(CHECKPOINT_FILES if contents is None else contents), str(engine)
+
+    def _config(self) -> DictConfig | ListConfig:
+        """Hydra's copy of the config of the last attempt that has one; empty without one."""
         for attempt in reversed(self.attempts()):
             copy = attempt.directory / "hydra" / ".hydra" / "config.yaml"
             if copy.exists():
-                config = OmegaConf.load(copy)
-                contents = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.save_contents")
-                engine = OmegaConf.select(config, "actor_rollout_ref.actor.strategy", default="fsdp")
-                if contents is not None:
-                    return list(contents), str(engine)
-        return list(CHECKPOINT_FILES), "fsdp"
+                return OmegaConf.load(copy)
+        return OmegaConf.create()
 
     @property
     def _tracker(self) -> Path:
@@ -198,9 +207,13 @@ class Run:
     def new_attempt(self, resumed_from: int | None) -> Attempt:
         """Create the directory of the next attempt, and invalidate checkpoints after the one that it resumes from.
 
+        With ``trainer.max_actor_ckpt_to_keep``, it also removes older checkpoints: verl removes only those that its own
+        process has saved.
+
         Args:
             resumed_from: See :class:`Attempt`.
         """
+        self._remove_old_checkpoints(resumed_from or 0)
         number = max((_number(attempt.directory) for attempt in self.attempts()), default=0) + 1
         directory = self.directory / f"attempt-{number}"
         directory.mkdir(exist_ok=True)
@@ -213,6 +226,19 @@ class Run:
             atomic_write(self._tracker, str(resumed_from or 0).encode())
         write_json(directory / "attempt.json", {"resumed_from": resumed_from})
         return Attempt(directory, resumed_from)
+
+    def _remove_old_checkpoints(self, newest: int) -> None:
+        keep = OmegaConf.select(self._config(), "trainer.max_actor_ckpt_to_keep")
+        if not isinstance(keep, int) or keep < 1:
+            return
+        saved = self._saved()
+        older = [(step, path) for step, path in self._checkpoints() if step < newest]
+        whole = [step for step, path in older if damage(path, *saved) is None]
+        # With the checkpoint to resume from, these are ``keep``.
+        kept = whole[-(keep - 1) :] if keep > 1 else []
+        for step, path in older:
+            if step not in kept:
+                shutil.rmtree(path)
 
     def fail(self, text: str) -> None:
         """Record why the last attempt failed. The next attempt removes the record."""
@@ -343,6 +369,7 @@ def damage(checkpoint: Path, contents: Sequence[str] = tuple(CHECKPOINT_FILES), 
             *found,
             *(actor / f"{kind}_world_size_{size}_rank_{r}.pt" for size in sizes for kind in kinds for r in range(size)),
         }
+    files.update((checkpoint / "critic").glob("*.pt"))
     for file in sorted(files):
         if not file.exists():
             return f"{file.relative_to(checkpoint)} is missing"

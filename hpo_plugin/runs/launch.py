@@ -25,7 +25,16 @@ from hpo_plugin.console import listed
 from hpo_plugin.errors import ConfigError
 from hpo_plugin.runs.directory import Attempt, Run, RunBusyError, write_json
 from hpo_plugin.runs.process import end_leftovers
-from hpo_plugin.runs.training import SAVE_EVERY, Training, TrainingError, outcome, train, trainer_command, write_metrics
+from hpo_plugin.runs.training import (
+    SAVE_EVERY,
+    TooFewStepsError,
+    Training,
+    TrainingError,
+    outcome,
+    train,
+    trainer_command,
+    write_metrics,
+)
 from hpo_plugin.runs.verl_log import MetricsFile, StepView, read_rows
 from hpo_plugin.verl.presets import preset_of
 
@@ -153,7 +162,7 @@ class _Launcher:
         except FileNotFoundError:
             write_json(request, self.launch.request())
             self.tell(f"starting the run {self.run.directory}")
-        if self.run.finished and (self.training.steps is None or self.training.done(self.run)):
+        if self.run.finished and self._nothing_left():
             self.tell("the run is already finished")
             return
         end_leftovers(self.run.processes)
@@ -171,6 +180,13 @@ class _Launcher:
                 again=self._again,
             )
         self._finish()
+
+    def _nothing_left(self) -> bool:
+        """Whether a finished run has all steps of this call, or all epochs if their number determines the steps."""
+        if self.training.steps is not None:
+            return self.training.done(self.run)
+        epochs = int(self.config.trainer.total_epochs)
+        return epochs <= int(self.run.result().get("epochs", epochs))
 
     # --- before each start of the trainer ---
 
@@ -290,6 +306,8 @@ class _Launcher:
     def _again(self, attempt: Attempt, error: TrainingError) -> bool:
         """Whether to restart the trainer; if so, the nodes are available and checked."""
         self.tell(f"the trainer failed: {error.cause}")
+        if isinstance(error, TooFewStepsError):
+            return False
         reached = self.run.resume_step()
         if reached != self._reached:
             self._reached, self._failures, self._cause = reached, 0, ""
@@ -326,6 +344,7 @@ class _Launcher:
             {
                 "request": self.launch.request(),
                 **outcome(self.run, steps),
+                "epochs": int(self.config.trainer.total_epochs),
                 "attempts_resumed_from": attempts,
                 "command": command,
             }
@@ -448,7 +467,7 @@ def plan(config: DictConfig, config_name: str, overrides: Sequence[str]) -> Trai
         overrides: Overrides of the config.
 
     Raises:
-        TrainingError: The config keeps too few checkpoints to resume from.
+        TrainingError: The config keeps too few checkpoints to resume from, or verl never completes them.
     """
     trainer = config.trainer
     for key in ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep"):
@@ -457,6 +476,18 @@ def plan(config: DictConfig, config_name: str, overrides: Sequence[str]) -> Trai
                 f"trainer.{key}=1 is not sufficient to resume without losing the metrics of a step, because verl saves "
                 f"a step before it logs it; set trainer.{key}=2 or more"
             )
+    if trainer.get("remove_previous_ckpt_in_save"):
+        raise TrainingError(
+            "trainer.remove_previous_ckpt_in_save=True keeps one checkpoint, which is not sufficient to resume without "
+            "losing the metrics of a step; remove it, and set trainer.max_actor_ckpt_to_keep=2 or more"
+        )
+    key = "actor_rollout_ref.actor.checkpoint.async_save"
+    if OmegaConf.select(config, key):
+        # Nothing in verl 0.9.1 calls Megatron's ``maybe_finalize_async_calls``, which writes manifest and tracker.
+        raise TrainingError(
+            f"{key}=True does not work with the launcher, because verl does not complete such checkpoints, so that the "
+            f"run could not resume; set {key}=False"
+        )
     own = []
     saves = int(trainer.save_freq) > 0
     if not saves and trainer.get("max_actor_ckpt_to_keep") is None:

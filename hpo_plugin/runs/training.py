@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import psutil
 
 from hpo_plugin.check.cluster import SLOW_START
+from hpo_plugin.console import listed
 from hpo_plugin.files import atomic_write
 from hpo_plugin.runs.directory import Attempt, Run
 from hpo_plugin.runs.process import StalledError, Trainer, drive
@@ -35,6 +36,8 @@ SAVE_EVERY = 10
 #: Maximum number of starts of the trainer if Ray starts too slowly.
 STARTS = 3
 TAIL_LINES = 15
+#: Largest part of a trainer's log that is searched for the cause of a failure, in bytes.
+SEARCHED_LOG = 64 << 20
 #: Free space, in bytes, below which a file system is full.
 FULL = 1 << 20
 #: Packages whose versions the result of a run contains.
@@ -57,6 +60,10 @@ class TrainingError(RuntimeError):
         """
         super().__init__(text)
         self.cause = cause
+
+
+class TooFewStepsError(TrainingError):
+    """verl ended without an error before the last step. Another attempt would end in the same way."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,11 @@ def train_in_turns(
                 tell(f"the checkpoint of step {damaged} is not used: {what}")
         if step is None and (logged := run.logged_steps()):
             tell(f"there is no whole checkpoint, so steps 1 to {logged} are repeated")
+        if step is not None and (lacks := run.not_saved()):
+            tell(
+                f"checkpoints have no state of {listed(lacks)}, which starts again: "
+                "actor_rollout_ref.actor.checkpoint.save_contents"
+            )
         attempt = run.new_attempt(step)
         try:
             yield from _train_once(run, attempt, training, stall=stall, screen=screen, tell=tell)
@@ -158,7 +170,7 @@ def _train_once(
     run: Run, attempt: Attempt, training: Training, *, stall: float, screen: OpenScreen, tell: Tell
 ) -> Generator[None, None, None]:
     """Run one process of verl's trainer to its end."""
-    overrides = [*bookkeeping_overrides(run, attempt, training), *training.overrides]
+    overrides = attempt_overrides(run, attempt, training)
     environment = {
         **training.environment,
         **LOG_ENVIRONMENT,
@@ -179,8 +191,22 @@ def _train_once(
             status = yield from trainer.turns(lambda: shows.show(metrics), stall=stall)
         except StalledError as error:
             raise _failure(attempt, f"The trainer was stopped: {error} (--stall).") from error
-    if status != 0 or (training.steps is not None and not training.done(run)):
+    if status != 0:
         raise _failure(attempt, why(status))
+    if training.steps is not None and not training.done(run):
+        reached = f"verl ended after step {run.logged_steps()} of {training.steps}"
+        raise TooFewStepsError(
+            f"{reached}, and without an error. Increase trainer.total_epochs, whose steps end the training as well, or "
+            "lower trainer.total_training_steps; trainer.val_only must be False.",
+            reached,
+        )
+
+
+def attempt_overrides(run: Run, attempt: Attempt, training: Training) -> list[str]:
+    """All overrides of an attempt; of two for one key, the last takes precedence."""
+    overrides = [*bookkeeping_overrides(run, attempt, training), *training.overrides]
+    # verl would log this evaluation under the step of the checkpoint, whose metrics exist.
+    return overrides if attempt.resumed_from is None else [*overrides, "trainer.val_before_train=False"]
 
 
 def bookkeeping_overrides(run: Run, attempt: Attempt, training: Training) -> list[str]:
@@ -201,8 +227,6 @@ def bookkeeping_overrides(run: Run, attempt: Attempt, training: Training) -> lis
         *overrides,
         "trainer.resume_mode=resume_path",
         f"trainer.resume_from_path={run.checkpoints.resolve() / f'global_step_{attempt.resumed_from}'}",
-        # The step of the checkpoint was evaluated before, or its evaluation was not due.
-        "trainer.val_before_train=False",
     ]
 
 
@@ -283,7 +307,9 @@ def why(status: int) -> str:
 
 def failure(log: Path, what: str, advice: str) -> TrainingError:
     """Return the error for a failed trainer, with the cause and the end of its log."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - SEARCHED_LOG))
+        text = file.read().decode("utf-8", errors="replace")
     lines = [line for line in plain_lines(text) if line]
     cause = failure_cause(lines)
     parts = [what]

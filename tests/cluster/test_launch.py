@@ -400,6 +400,53 @@ def test_a_single_checkpoint_is_refused(launch, key):
         launch((STEPS, "done"), overrides=[f"trainer.{key}=1"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("+trainer.remove_previous_ckpt_in_save=True", "set trainer.max_actor_ckpt_to_keep=2 or more"),
+        (
+            "actor_rollout_ref.actor.checkpoint.async_save=True",
+            "set actor_rollout_ref.actor.checkpoint.async_save=False",
+        ),
+    ],
+)
+def test_settings_without_a_checkpoint_to_resume_from_are_refused(launch, setting, remedy):
+    with pytest.raises(TrainingError, match=f"{setting.lstrip('+')} .*{remedy}"):
+        launch((STEPS, "done"), overrides=[setting])
+
+
+def test_a_training_that_ends_before_its_last_step_is_not_tried_again(launch):
+    with pytest.raises(
+        TrainingError, match=r"verl ended after step 4 of 6, and without an error.*trainer\.total_epochs"
+    ):
+        launch((4, "done"), (STEPS, "done"))
+    assert resumed(launch.run) == [None]
+
+
+def test_more_epochs_continue_a_finished_run_whose_steps_they_determine(launch):
+    attempts = ((3, "done"), (STEPS, "done"))
+    epochs = ["trainer.total_training_steps=null", "trainer.total_epochs=1"]
+    launch(*attempts, overrides=epochs)
+    launch(*attempts, overrides=epochs)
+    assert "the run is already finished" in launch.said
+    run = launch(*attempts, overrides=[epochs[0], "trainer.total_epochs=2"])
+    assert resumed(run) == [None, 2]
+    assert steps(run) == list(range(STEPS + 1))
+
+
+def test_a_resume_says_that_the_optimizer_was_not_saved(launch):
+    contents = "actor_rollout_ref.actor.checkpoint.save_contents=[model,extra]"
+    launch((3, "killed"), (STEPS, "done"), overrides=[contents])
+    # The stand-in does not write Hydra's copy of the config.
+    assert "checkpoints have no state" not in launch.said
+    copy = launch.run.directory / "attempt-2" / "hydra" / ".hydra" / "config.yaml"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(json.dumps({"actor_rollout_ref": {"actor": {"checkpoint": {"save_contents": ["model", "extra"]}}}}))
+    longer = [contents, "trainer.total_training_steps=8"]
+    launch((3, "killed"), (STEPS, "done"), (8, "done"), overrides=longer)
+    assert "checkpoints have no state of optimizer, which starts again" in launch.said
+
+
 @pytest.mark.parametrize("address", ["null", "local"])
 def test_without_a_cluster_it_says_what_to_set(launch, monkeypatch, address):
     monkeypatch.delenv("RAY_ADDRESS")

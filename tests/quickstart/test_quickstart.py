@@ -22,7 +22,7 @@ from hpo_plugin.quickstart import run as run_module
 from hpo_plugin.quickstart.form import Inputs
 from hpo_plugin.quickstart.run import equivalent_command, summarize, training_of
 from hpo_plugin.runs.directory import CHECKPOINT_FILES, Run, RunRequest, choose_run
-from hpo_plugin.runs.training import Training, TrainingError, bookkeeping_overrides, trainer_command
+from hpo_plugin.runs.training import Training, TrainingError, attempt_overrides, trainer_command
 from hpo_plugin.runs.verl_log import MetricsFile
 from hpo_plugin.tasks.task import load_task
 
@@ -126,13 +126,14 @@ def run(tmp_path):
 
 
 def test_a_resume_names_the_checkpoint_and_evaluates_nothing_twice(run):
-    training = Training("countdown_cpu", (), steps=60)
-    first = bookkeeping_overrides(run, run.new_attempt(None), training)
+    training = Training("countdown_cpu", ("trainer.val_before_train=True",), steps=60)
+    first = attempt_overrides(run, run.new_attempt(None), training)
     assert "trainer.resume_mode=disable" in first
     assert "trainer.val_before_train=False" not in first
-    second = bookkeeping_overrides(run, run.new_attempt(20), training)
+    second = attempt_overrides(run, run.new_attempt(20), training)
     assert f"trainer.resume_from_path={run.checkpoints / 'global_step_20'}" in second
-    assert "trainer.val_before_train=False" in second
+    # Hydra uses the last value of a key.
+    assert [word for word in second if "val_before_train" in word][-1] == "trainer.val_before_train=False"
 
 
 def test_the_screen_shows_each_step_once_in_a_line_a_person_can_read(tmp_path):

@@ -266,6 +266,38 @@ def test_a_checkpoint_of_torchtitan_is_complete_when_its_metadata_is_written(tmp
     assert run.damaged_checkpoints() == {20: "step-20/.metadata is missing"}
 
 
+def test_a_new_attempt_removes_the_old_checkpoints_that_verl_would_keep(tmp_path):
+    """verl removes only the checkpoints that its own process has saved."""
+    run, _ = choose_run(tmp_path, AHPO)
+    attempt = run.new_attempt(None)
+    log(attempt, *range(45))
+    for step in (10, 20, 30, 40):
+        checkpoint(run, step)
+    (run.checkpoints / "global_step_20" / "data.pt").unlink()
+    assert run.resume_step() == 40
+    run.new_attempt(40)
+    assert len(list(run.checkpoints.glob("global_step_*"))) == 4
+    copy = attempt.directory / "hydra" / ".hydra" / "config.yaml"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(json.dumps({"trainer": {"max_actor_ckpt_to_keep": 2}}))
+    run.new_attempt(30)
+    # A damaged one does not count, and the later one is overwritten when its step is trained again.
+    assert {path.name for path in run.checkpoints.glob("global_step_*")} == {f"global_step_{n}" for n in (10, 30, 40)}
+    assert run.resume_step() == 30
+
+
+def test_a_truncated_file_of_the_critic_is_found(tmp_path):
+    run, _ = choose_run(tmp_path, AHPO)
+    log(run.new_attempt(None), *range(25))
+    checkpoint(run, 10)
+    critic = run.checkpoints / "global_step_10" / "critic"
+    critic.mkdir()
+    torch.save({}, critic / "model_world_size_1_rank_0.pt")
+    assert run.resume_step() == 10
+    os.truncate(critic / "model_world_size_1_rank_0.pt", 9)
+    assert run.damaged_checkpoints() == {10: "critic/model_world_size_1_rank_0.pt is truncated"}
+
+
 def test_a_checkpoint_that_an_attempt_goes_back_behind_counts_only_when_it_is_written_again(tmp_path):
     """Its directory is written once more: killed in between, half of it would be old."""
     run, _ = choose_run(tmp_path, AHPO)
