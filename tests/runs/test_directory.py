@@ -267,7 +267,7 @@ def test_a_checkpoint_of_torchtitan_is_complete_when_its_metadata_is_written(tmp
 
 
 def test_a_new_attempt_removes_the_old_checkpoints_that_verl_would_keep(tmp_path):
-    """verl removes only the checkpoints that its own process has saved."""
+    """A process of verl removes only the checkpoints that it has saved."""
     run, _ = choose_run(tmp_path, AHPO)
     attempt = run.new_attempt(None)
     log(attempt, *range(45))
