@@ -152,17 +152,17 @@ class Cluster:
             return []
         import ray
 
-        nodes, per_node = _asked(config)
+        pools = _pools(config)
+        nodes, per_node = pools["trainer"]
         have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         counts = _counted(sorted((_accelerators(resources) for resources in have), reverse=True))
-        found = (
-            f"trainer.nnodes={nodes} x trainer.n_gpus_per_node={per_node} requested; the nodes of the cluster have "
-            f"{counts or 'none'}"
-        )
-        if not _holds(have, nodes, per_node, cpus=0):
+        asked = " and ".join(f"{key}.nnodes={n} x {key}.n_gpus_per_node={gpus}" for key, (n, gpus) in pools.items())
+        found = f"{asked} requested; the nodes of the cluster have {counts or 'none'}"
+        if _placed(have, pools) < len(_groups(pools)):
             if dead := self.dead_nodes():
                 found += f"; these nodes have died: {listed(dead.values())}"
-            remedy = "correct trainer.nnodes and trainer.n_gpus_per_node, or add nodes to the cluster"
+            keys = " and of ".join(pools)
+            remedy = f"correct nnodes and n_gpus_per_node of {keys}, or add nodes to the cluster"
             return [Finding("accelerators", found, False, remedy)]
         if not _holds(have, nodes, per_node, cpus=CPUS_PER_RANK):
             cpus = _counted(int(resources.get("CPU", 0)) for resources in have)
@@ -179,14 +179,19 @@ class Cluster:
         """
         import ray
 
-        nodes, per_node = _asked(config)
-        have = [_accelerators(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-        fit = sum(count // per_node for count in have) if per_node else nodes
-        if fit < nodes:
-            return f"{nodes} nodes with {per_node} accelerators each; the cluster has {fit} of these"
-        free = _accelerators(ray.available_resources())
-        if free < nodes * per_node:
-            return f"{nodes * per_node} free accelerators; {free} of the cluster's {sum(have)} are free"
+        pools = _pools(config)
+        groups = _groups(pools)
+        have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if (placed := _placed(have, pools)) < len(groups):
+            asked = " and ".join(
+                f"{nodes} node{'' if nodes == 1 else 's'} with {per_node} accelerators each"
+                + (f" ({key})" if len(pools) > 1 else "")
+                for key, (nodes, per_node) in pools.items()
+            )
+            return f"{asked}; the cluster has {placed} of these"
+        free, total = _accelerators(ray.available_resources()), sum(map(_accelerators, have))
+        if free < sum(groups):
+            return f"{sum(groups)} free accelerators; {free} of the cluster's {total} are free"
         if QUEUE_ACTOR in ray.util.list_named_actors(all_namespaces=True):
             return (
                 f"the end of another run of verl: its actor {QUEUE_ACTOR['name']} is on the cluster, and both runs "
@@ -221,9 +226,45 @@ def _counted(values: Iterable[int]) -> str:
     return ", ".join(f"{count} x {value}" if count > 1 else str(value) for value, count in Counter(values).items())
 
 
-def _asked(config: DictConfig) -> tuple[int, int]:
-    nodes, per_node = (int(OmegaConf.select(config, f"trainer.{key}")) for key in ("nnodes", "n_gpus_per_node"))
-    return nodes, per_node
+def _pools(config: DictConfig) -> dict[str, tuple[int, int]]:
+    """Key of each resource pool of verl -> number of nodes, and of accelerators of each.
+
+    Source: ``_init_resource_pool_mgr`` in verl/trainer/ppo/v1/trainer_base.py, and the replicas of
+    ``LLMServerManager`` (verl/workers/rollout/llm_server.py), for which the separate and asynchronous trainers use
+    nodes of their own.
+    """
+    keys = ["trainer"]
+    if OmegaConf.select(config, "rollout.nnodes"):
+        keys.append("rollout")
+    elif OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async" and OmegaConf.select(
+        config, "trainer.use_v1", default=True
+    ):
+        keys.append("actor_rollout_ref.rollout")
+    if OmegaConf.select(config, "reward.reward_model.enable_resource_pool"):
+        keys.append("reward.reward_model")
+    if OmegaConf.select(config, "distillation.enabled"):
+        keys.append("distillation")
+    return {
+        key: (int(OmegaConf.select(config, f"{key}.nnodes")), int(OmegaConf.select(config, f"{key}.n_gpus_per_node")))
+        for key in keys
+    }
+
+
+def _groups(pools: Mapping[str, tuple[int, int]]) -> list[int]:
+    """Accelerators of each placement group, the largest first: verl asks for one group per node of a pool."""
+    return sorted((per_node for nodes, per_node in pools.values() for _ in range(nodes) if per_node), reverse=True)
+
+
+def _placed(nodes: Iterable[Mapping[str, float]], pools: Mapping[str, tuple[int, int]]) -> int:
+    """How many placement groups of all pools fit on the nodes at the same time."""
+    room, placed = sorted((_accelerators(resources) for resources in nodes), reverse=True), 0
+    for group in _groups(pools):
+        # The fullest node that has room.
+        place = max((i for i, left in enumerate(room) if left >= group), key=lambda i: -room[i], default=None)
+        if place is not None:
+            room[place] -= group
+            placed += 1
+    return placed
 
 
 def _accelerators(resources: Mapping[str, float]) -> int:

@@ -46,6 +46,38 @@ def test_a_node_that_is_too_small_or_dead_is_missing(ray_of, second):
     assert lacks == "2 nodes with 8 accelerators each; the cluster has 1 of these"
 
 
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("reward.reward_model", {"reward": {"reward_model": {"enable_resource_pool": True}}}),
+        ("actor_rollout_ref.rollout", {"trainer": {"v1": {"trainer_mode": "separate_async"}}}),
+        ("distillation", {"distillation": {"enabled": True}}),
+        ("rollout", {}),
+    ],
+)
+def test_nodes_of_all_resource_pools_are_waited_for(ray_of, key, settings):
+    asked = OmegaConf.merge(config(2, 8), settings)
+    OmegaConf.update(asked, f"{key}.nnodes", 1)
+    OmegaConf.update(asked, f"{key}.n_gpus_per_node", 4)
+    lacks = ray_of([node("1", 8), node("2", 8)]).lacks(asked)
+    groups = f"2 nodes with 8 accelerators each (trainer) and 1 node with 4 accelerators each ({key})"
+    assert lacks == f"{groups}; the cluster has 2 of these"
+    (finding,) = ray_of([node("1", 8), node("2", 8)]).check_devices(asked)
+    assert not finding.ok
+    assert f"{key}.nnodes=1 x {key}.n_gpus_per_node=4" in finding.found
+    three = [node("1", 8), node("2", 4), node("3", 8)]
+    assert ray_of(three).lacks(asked) is None
+    assert ray_of(three).check_devices(asked)[0].ok
+    assert ray_of(three, free=19).lacks(asked) == "20 free accelerators; 19 of the cluster's 20 are free"
+
+
+def test_a_pool_that_is_not_used_is_not_waited_for(ray_of):
+    asked = OmegaConf.merge(config(2, 8), {"reward": {"reward_model": {"enable_resource_pool": False, "nnodes": 4}}})
+    asked = OmegaConf.merge(asked, {"trainer": {"v1": {"trainer_mode": "sync"}}})
+    OmegaConf.update(asked, "actor_rollout_ref.rollout.nnodes", 3)
+    assert ray_of([node("1", 8), node("2", 8)]).lacks(asked) is None
+
+
 def test_accelerators_that_another_run_still_holds_are_waited_for(ray_of):
     lacks = ray_of([node("1", 8), node("2", 8)], free=9).lacks(config(2, 8))
     assert lacks == "16 free accelerators; 9 of the cluster's 16 are free"
