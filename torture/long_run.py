@@ -40,8 +40,10 @@ WARM_UP = 0.25
 #: Blocks of a series; a slope is fitted to their medians, because neighboring samples are not independent.
 BLOCKS = 8
 CONFIDENCE = 0.95
-#: Largest upper end of the interval of a slope per 100 steps: private memory of a process (MiB), file handles, threads.
-MEMORY_BOUND, HANDLES_BOUND, THREADS_BOUND = 5.0, 1.0, 1.0
+#: Largest upper end of the interval of the slope of a process's private memory, in MiB per 100 steps.
+MEMORY_BOUND = 5.0
+#: Largest growth of the numbers of file handles and of threads of a process, per 100 steps.
+HANDLES_BOUND, THREADS_BOUND = 1.0, 1.0
 #: Larger bounds of memory. An actor of Ray that returns actor handles grows (:func:`actor_handles`), and verl's load
 #: balancer returns one for each response. Ray's GCS server stores the events of 100,000 tasks, and then the ids of up
 #: to 1,000,000 older ones (``GcsTaskManager``, limits ``task_events_max_*`` of Ray).
@@ -160,6 +162,27 @@ def slope(x: Sequence[float], y: Sequence[float]) -> Slope:
     return Slope(value, value - width, value + width)
 
 
+def growth(x: Sequence[float], y: Sequence[float]) -> float:
+    """How fast a number of open handles or threads grows: its lowest value in the last quarter against the second.
+
+    A handle that leaks stays open, so it is in all later numbers. One that is opened and closed again is not in the
+    lowest: Ray's processes close idle connections to each other, and open them when they need them.
+
+    Args:
+        x: steps, ascending.
+        y: numbers.
+
+    Returns:
+        The growth per unit of ``x``; infinite if there are too few values, or if ``x`` does not change.
+    """
+    all_x, numbers = np.asarray(x, float), np.asarray(y, float)
+    share = (all_x - all_x[0]) / max(float(np.ptp(all_x)), 1e-9)
+    early, late = (share >= WARM_UP) & (share < 2 * WARM_UP), share >= 1 - WARM_UP
+    if min(early.sum(), late.sum()) < BLOCKS // 2 or (share >= WARM_UP).sum() < 2 * BLOCKS or np.ptp(all_x) == 0:
+        return math.inf
+    return float((numbers[late].min() - numbers[early].min()) / (all_x[late].mean() - all_x[early].mean()))
+
+
 @dataclass(frozen=True)
 class Trend:
     """How one process changes.
@@ -167,16 +190,16 @@ class Trend:
     Attributes:
         role: See :class:`Sample`.
         private: Private memory in MiB per 100 steps.
-        handles: File handles per 100 steps.
-        threads: Threads per 100 steps.
+        handles: Growth of the number of file handles per 100 steps.
+        threads: The same of threads.
         peak: Largest resident memory, in MiB.
         samples: Number of samples.
     """
 
     role: str
     private: Slope
-    handles: Slope
-    threads: Slope
+    handles: float
+    threads: float
     peak: float
     samples: int
 
@@ -197,8 +220,8 @@ def trends(samples: Sequence[Sample], *, share: float = 0.5) -> list[Trend]:
                 # Ray names a worker when it gets its first task.
                 role=entries[-1].role,
                 private=slope(steps, [entry.private for entry in entries]),
-                handles=slope(steps, [entry.handles for entry in entries]),
-                threads=slope(steps, [entry.threads for entry in entries]),
+                handles=growth(steps, [entry.handles for entry in entries]),
+                threads=growth(steps, [entry.threads for entry in entries]),
                 peak=max(entry.resident for entry in entries),
                 samples=len(entries),
             )
@@ -207,7 +230,7 @@ def trends(samples: Sequence[Sample], *, share: float = 0.5) -> list[Trend]:
 
 
 def judge(found: Sequence[Trend], result: Result, *, steps: str = "steps") -> None:
-    """Add the trends to a result; a slope whose interval is not below its bound is a failure.
+    """Add the trends to a result; a growth, or the upper end of the interval of a slope, above its bound is a failure.
 
     Args:
         found: the trends.
@@ -215,34 +238,37 @@ def judge(found: Sequence[Trend], result: Result, *, steps: str = "steps") -> No
         steps: what was counted as steps.
     """
     for trend in found:
+        private, bound = trend.private, MEMORY_BOUNDS.get(trend.role, MEMORY_BOUND)
         memory = "private memory" + (f" of {trend.role}" if trend.role in MEMORY_BOUNDS else "")
-        for what, value, bound, unit in (
-            (memory, trend.private, MEMORY_BOUNDS.get(trend.role, MEMORY_BOUND), f"MiB per 100 {steps}"),
-            ("file handles", trend.handles, HANDLES_BOUND, f"per 100 {steps}"),
-            ("threads", trend.threads, THREADS_BOUND, f"per 100 {steps}"),
+        if not private.high <= bound:
+            result.failures.append(
+                f"{trend.role}: {memory} grows by {private.value:.3g} [{private.low:.3g}, {private.high:.3g}] MiB per "
+                f"100 {steps}, bound {bound:g} ({trend.samples} samples)"
+            )
+        if math.isfinite(private.high):
+            result.measure(f"largest slope of {memory} (MiB per 100 {steps})", private.value)
+            result.measure(f"upper end of the 95 % intervals of {memory}", private.high)
+        for what, value, most in (
+            ("file handles", trend.handles, HANDLES_BOUND),
+            ("threads", trend.threads, THREADS_BOUND),
         ):
-            if not value.high <= bound:
+            if not value <= most:
                 result.failures.append(
-                    f"{trend.role}: {what} grow by {value.value:.3g} [{value.low:.3g}, {value.high:.3g}] {unit}, "
-                    f"bound {bound:g} ({trend.samples} samples)"
+                    f"{trend.role}: {what} grow by {value:.3g} per 100 {steps}, bound {most:g} "
+                    f"({trend.samples} samples)"
                 )
-            if math.isfinite(value.high):
-                result.measure(f"largest slope of {what} ({unit})", value.value)
-                result.measure(f"upper end of the 95 % intervals of {what}", value.high)
+            if math.isfinite(value):
+                result.measure(f"largest growth of {what} (per 100 {steps})", value)
         result.measure("largest process (MiB)", trend.peak)
 
 
 def written(trend: Trend) -> str:
     """A trend in one line."""
-    shown = [
-        f"{name} {value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
-        for name, value in (
-            ("MiB/100 steps", trend.private),
-            ("handles/100 steps", trend.handles),
-            ("threads/100 steps", trend.threads),
-        )
-    ]
-    return f"{trend.role}: {'; '.join(shown)}; peak {trend.peak:.0f} MiB; {trend.samples} samples"
+    memory = f"{trend.private.value:.3g} [{trend.private.low:.3g}, {trend.private.high:.3g}] MiB"
+    return (
+        f"{trend.role}: {memory}, {trend.handles:.3g} handles and {trend.threads:.3g} threads per 100 steps; peak "
+        f"{trend.peak:.0f} MiB; {trend.samples} samples"
+    )
 
 
 # --- a long training -----------------------------------------------------------------------------------------------
