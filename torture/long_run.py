@@ -34,7 +34,7 @@ MIB = 2**20
 #: Seconds between two samples.
 INTERVAL = 15.0
 #: The same for a study, whose simulated cells take a few seconds each.
-STUDY_INTERVAL = 3.0
+STUDY_INTERVAL = 1.0
 #: Share of the steps at the beginning that does not count.
 WARM_UP = 0.25
 #: Blocks of a series; a slope is fitted to their medians, because neighboring samples are not independent.
@@ -441,6 +441,8 @@ def study(folder: Path, *, simulated: int = 200, real: int = 10, interval: float
     result.measure("minutes", (time.monotonic() - begin) / 60)
     for name, value in total.items():
         result.measure(f"largest number of {name}" if "MiB" not in name else f"largest {name}", value)
+    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in samples)
+    (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
     # The process that follows the cells, and those of the simulator, which train one cell after another.
     found = [trend for trend in trends(samples) if trend.role in ("hpo-plugin", "simulator")]
     for trend in found:
