@@ -257,12 +257,12 @@ def _groups(pools: Mapping[str, tuple[int, int]]) -> list[int]:
 
 def _placed(nodes: Iterable[Mapping[str, float]], pools: Mapping[str, tuple[int, int]]) -> int:
     """How many placement groups of all pools fit on the nodes at the same time."""
-    room, placed = sorted((_accelerators(resources) for resources in nodes), reverse=True), 0
+    free, placed = [_accelerators(resources) for resources in nodes], 0
     for group in _groups(pools):
-        # The fullest node that has room.
-        place = max((i for i, left in enumerate(room) if left >= group), key=lambda i: -room[i], default=None)
-        if place is not None:
-            room[place] -= group
+        # The node with the fewest free accelerators that are sufficient.
+        node = min((i for i, count in enumerate(free) if count >= group), key=free.__getitem__, default=None)
+        if node is not None:
+            free[node] -= group
             placed += 1
     return placed
 
@@ -278,7 +278,7 @@ def _holds(nodes: Iterable[Mapping[str, float]], asked: int, per_node: int, *, c
     room = 0
     for resources in nodes:
         held = _accelerators(resources) // per_node
-        room += min(held, int(resources.get("CPU", 0)) // (cpus * per_node)) if cpus else held
+        room += min(held, int(resources.get("CPU", 0)) // (cpus * per_node))
     return room >= asked
 
 
