@@ -228,14 +228,14 @@ class Run:
         return Attempt(directory, resumed_from)
 
     def _remove_old_checkpoints(self, newest: int) -> None:
+        """Remove checkpoints before ``newest``, so that ``trainer.max_actor_ckpt_to_keep`` whole ones are left with it."""
         keep = OmegaConf.select(self._config(), "trainer.max_actor_ckpt_to_keep")
         if not isinstance(keep, int) or keep < 1:
             return
         saved = self._saved()
         older = [(step, path) for step, path in self._checkpoints() if step < newest]
         whole = [step for step, path in older if damage(path, *saved) is None]
-        # With the checkpoint to resume from, these are ``keep``.
-        kept = whole[-(keep - 1) :] if keep > 1 else []
+        kept = whole[max(0, len(whole) - (keep - 1)) :]
         for step, path in older:
             if step not in kept:
                 shutil.rmtree(path)
