@@ -228,7 +228,7 @@ class Run:
         return Attempt(directory, resumed_from)
 
     def _remove_old_checkpoints(self, newest: int) -> None:
-        """Remove checkpoints before ``newest``, so that ``trainer.max_actor_ckpt_to_keep`` whole ones are left with it."""
+        """Remove checkpoints before ``newest``; with it, ``trainer.max_actor_ckpt_to_keep`` whole ones are left."""
         keep = OmegaConf.select(self._config(), "trainer.max_actor_ckpt_to_keep")
         if not isinstance(keep, int) or keep < 1:
             return
