@@ -197,7 +197,7 @@ def _train_once(
         reached = f"verl ended after step {run.logged_steps()} of {training.steps}"
         raise TooFewStepsError(
             f"{reached}, and without an error. Increase trainer.total_epochs, whose steps end the training as well, or "
-            "lower trainer.total_training_steps; trainer.val_only must be False.",
+            f"lower trainer.total_training_steps; trainer.val_only must be False. The log is {attempt.log}.",
             reached,
         )
 
